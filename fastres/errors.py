@@ -1,0 +1,33 @@
+"""Exceptions of fastres: one base class, each also the built-in that callers already catch."""
+
+
+class FastresError(Exception):
+    """Base class of every error that fastres raises on purpose."""
+
+
+class UnknownModelError(FastresError, ValueError):
+    """A model name that is not in the table of variants."""
+
+
+class CheckpointError(FastresError, RuntimeError):
+    """A checkpoint that cannot be read, or that does not fit the model."""
+
+
+class WeightsError(FastresError, RuntimeError):
+    """Pretrained weights that cannot be fetched or whose hash is wrong."""
+
+
+class FoldError(FastresError, ValueError):
+    """Batch-norm statistics or parameters that cannot be folded, e.g. a negative variance."""
+
+
+class VerificationError(FastresError, RuntimeError):
+    """An optimised model whose answers differ too much from its source's."""
+
+
+class BackendError(FastresError, RuntimeError):
+    """A backend that this machine cannot run, e.g. Triton without a GPU."""
+
+
+class MissingDependencyError(FastresError, ImportError):
+    """An optional package that a feature needs and that is not installed."""
