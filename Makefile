@@ -1,0 +1,70 @@
+# make demo | test | check | bench | gpu
+#
+# Everything runs in .venv, which the first call fills from PyPI with the pinned stack of
+# .ci/constraints.txt. SETUP=0 uses $(PYTHON) as it is instead: no network, no installation.
+
+PYTHON ?= python3
+SETUP ?= 1
+OUT ?= out
+PYTEST_ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+ifeq ($(SETUP),0)
+RUN := $(PYTHON)
+READY :=
+PARALLEL :=
+else
+RUN := $(VENV)/bin/python
+READY := $(STAMP)
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+endif
+
+TEST_ENV := OMP_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint types bench gpu clean
+
+help:
+	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
+	@echo "make test    every test that this machine can run"
+	@echo "make check   formatting, lint, types and the quick CPU tests"
+	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
+	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
+	@echo "SETUP=0 uses \$$(PYTHON) as it is; without it the first call makes $(VENV)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "error: fastres needs Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	$(RUN) -m fastres demo --report report.html
+
+test: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+types: $(READY)
+	$(RUN) -m mypy
+
+check: lint types
+	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+bench: $(READY)
+	$(RUN) -m fastres bench resnet50 --output $(OUT)/bench
+
+gpu: $(READY)
+	$(RUN) -m pytest -q -x tests/gpu $(PYTEST_ARGS)
+	$(RUN) -m fastres bench resnet50 --device cuda --batch 1,32,256 --dtype float16 --output $(OUT)/gpu
+
+clean:
+	rm -rf $(VENV) $(OUT) build dist *.egg-info report.html
