@@ -1,0 +1,308 @@
+"""Checkpoints in and out: safetensors first, pickles only through ``weights_only=True``.
+
+A checkpoint is read and checked whole before the first parameter changes, so a file that does not
+fit leaves the model as it was.
+"""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError
+
+__all__ = [
+    "atomic_write",
+    "load_checkpoint",
+    "load_state_dict",
+    "read_metadata",
+    "save_checkpoint",
+    "state_dict_from_file",
+]
+
+PathLike = str | os.PathLike[str]
+
+# Where training scripts keep the weights inside a larger dictionary.
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_SHOWN_PROBLEMS = 20
+
+
+def state_dict_from_file(path: PathLike) -> dict[str, Any]:
+    """Read the state dict of a checkpoint onto the CPU without running anything that is in it.
+
+    ``*.safetensors`` is read as such, everything else by ``torch.load(weights_only=True)``. A
+    training checkpoint is unwrapped where it keeps the weights under "state_dict",
+    "model_state_dict" or "model".
+
+    Raises FileNotFoundError for a missing file and CheckpointError for one that is truncated,
+    asks for more than tensors, or holds no state dict.
+    """
+    path = _existing(path)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+    return _unwrap(content, path)
+
+
+def read_metadata(path: PathLike) -> dict[str, str]:
+    """The strings that a safetensors file carries beside its tensors.
+
+    Raises FileNotFoundError for a missing file and CheckpointError for an unreadable one.
+    """
+    path = _existing(path)
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except Exception as error:
+        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: PathLike,
+    *,
+    strip: Sequence[str] = ("module.", "_orig_mod."),
+    num_classes_mismatch: str = "error",
+) -> tuple[str, ...]:
+    """Load the file at ``path`` into ``model``, all of it or nothing.
+
+    strip: prefixes taken off the names, as DataParallel, DDP and torch.compile put them on.
+    num_classes_mismatch: "error", or "reinit" to load the rest and initialise the classifier anew
+        where the file's has another number of classes.
+
+    Returns the names that were initialised anew. Raises FileNotFoundError; ValueError for an
+    unknown ``num_classes_mismatch``; CheckpointError for an unreadable file, or one listing every
+    missing, unexpected, misshapen or non-finite entry. The model is then as it was.
+    """
+    return load_state_dict(
+        model,
+        state_dict_from_file(path),
+        source=str(path),
+        strip=strip,
+        num_classes_mismatch=num_classes_mismatch,
+    )
+
+
+def load_state_dict(
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    source: str = "the state dict",
+    strip: Sequence[str] = (),
+    num_classes_mismatch: str = "error",
+) -> tuple[str, ...]:
+    """As :func:`load_checkpoint`, from a state dict in memory; ``source`` names it in errors."""
+    if num_classes_mismatch not in ("error", "reinit"):
+        raise ValueError(
+            f"num_classes_mismatch must be 'error' or 'reinit', got {num_classes_mismatch!r}"
+        )
+    expected = model.state_dict()
+    state = _strip(state, strip, expected, source)
+    classifier = _mismatched_classifier(model, state, expected)
+    fresh: dict[str, Tensor] = {}
+    if classifier and num_classes_mismatch == "reinit":
+        fresh = _fresh_classifier(model, classifier)
+        state = state | fresh
+
+    problems = list(_problems(state, expected))
+    if problems:
+        hint = _class_hint(classifier, state, expected) if classifier else ""
+        raise CheckpointError(_report(source, problems, hint))
+    _load_all_or_nothing(model, _with_counters(state, expected), expected, source)
+    return tuple(fresh)
+
+
+def save_checkpoint(
+    model: nn.Module | Mapping[str, Tensor],
+    path: PathLike,
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write the parameters and buffers to a safetensors file, whole or not at all.
+
+    Raises ValueError for another suffix than ``.safetensors``, OSError where it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"path must end in .safetensors, got {str(path)!r}")
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    # safetensors refuses strided and shared storage; a copy of each tensor has neither.
+    tensors = {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in state.items()
+    }
+    atomic_write(path, safetensors.torch.save(tensors, dict(metadata or {})))
+
+
+def atomic_write(path: PathLike, data: bytes) -> None:
+    """Replace the file at ``path`` by ``data`` so that a crash leaves the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(path.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    """Make a rename durable, where the system lets a directory be opened (Windows does not)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _existing(path: PathLike) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file at {path}")
+    return path
+
+
+def _reason(error: Exception) -> str:
+    """One line from the readers' long messages, which also advise to turn the safety off."""
+    text = str(error)
+    found = re.search(r"GLOBAL ([\w.]+)", text)
+    if found:
+        return (
+            f"it asks for the Python object {found.group(1)}, which is never unpickled since that "
+            "can run code; save only model.state_dict()"
+        )
+    first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
+    if first.startswith("Weights only load failed"):
+        first = "not a pickle of tensors"
+    return f"truncated or not a checkpoint ({first})"
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Any]:
+    for key in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
+        raise CheckpointError(f"{path} holds no state dict: no tensors by name were found in it")
+    return {str(name): value for name, value in content.items()}
+
+
+def _strip(
+    state: Mapping[str, Any], prefixes: Sequence[str], expected: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Take the prefixes off, in any order and number, except where the model has them itself."""
+    stripped: dict[str, Any] = {}
+    for name, value in state.items():
+        short = name
+        while short not in expected and (
+            prefix := next((p for p in prefixes if p and short.startswith(p)), "")
+        ):
+            short = short.removeprefix(prefix)
+        if short in stripped:
+            raise CheckpointError(f"{source} has {short} twice once {list(prefixes)} are stripped")
+        stripped[short] = value
+    return stripped
+
+
+def _problems(state: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
+    for name in expected:
+        if name not in state and not name.endswith("num_batches_tracked"):
+            yield f"missing: {name}"
+    for name, value in state.items():
+        if name not in expected:
+            yield f"unexpected: {name}"
+        elif isinstance(expected[name], Tensor):
+            problem = _tensor_problem(name, value, expected[name])
+            if problem:
+                yield problem
+
+
+def _tensor_problem(name: str, value: Any, wanted: Tensor) -> str:
+    if not isinstance(value, Tensor):
+        return f"not a tensor: {name} is a {type(value).__name__}"
+    if value.shape != wanted.shape:
+        return f"shape: {name} is {tuple(value.shape)}, the model's {tuple(wanted.shape)}"
+    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+        return f"dtype: {name} is {value.dtype}, the model's {wanted.dtype}"
+    if value.is_floating_point() and not value.isfinite().all():
+        return f"not finite: {name} has {int((~value.isfinite()).sum())} NaN or infinite values"
+    if name.endswith("running_var") and (value < 0).any():
+        return f"negative variance: {name} has {int((value < 0).sum())} negative values"
+    return ""
+
+
+def _report(source: str, problems: list[str], hint: str) -> str:
+    shown = problems[:_SHOWN_PROBLEMS]
+    if len(problems) > len(shown):
+        shown.append(f"... and {len(problems) - len(shown)} more")
+    head = f"{source} does not fit the model, which is unchanged ({len(problems)} problems)"
+    return "\n  ".join([head + (f": {hint}" if hint else ""), *shown])
+
+
+def _classifier_name(model: nn.Module) -> str:
+    """The name of the final linear layer: the model's own word for it, else the last one."""
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if hasattr(model, "get_classifier"):
+        chosen = model.get_classifier()
+        linears = [(name, m) for name, m in linears if m is chosen]
+    return linears[-1][0] if linears else ""
+
+
+def _mismatched_classifier(
+    model: nn.Module, state: Mapping[str, Any], expected: Mapping[str, Any]
+) -> str:
+    """The classifier's name if the two differ in their number of classes, and in nothing else."""
+    name = _classifier_name(model)
+    ours, theirs = expected.get(f"{name}.weight"), state.get(f"{name}.weight")
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.dim() == 2):
+        return ""
+    return name if theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1] else ""
+
+
+def _class_hint(name: str, state: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
+    theirs, ours = (len(tensors[f"{name}.weight"]) for tensors in (state, expected))
+    return (
+        f"its classifier {name} has {theirs} classes, the model's {ours}; build the model with "
+        f"num_classes={theirs} or pass num_classes_mismatch='reinit'"
+    )
+
+
+def _fresh_classifier(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """New initial values for the classifier, which itself stays untouched until all is checked."""
+    old = model.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    new = nn.Linear(old.in_features, old.out_features, old.bias is not None)
+    return {f"{name}.{key}": value for key, value in new.state_dict().items()}
+
+
+def _with_counters(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Batch norms saved before PyTorch 0.4.1 have no counter: theirs stays as it is."""
+    counters = {k: v for k, v in expected.items() if k.endswith("num_batches_tracked")}
+    return counters | state
+
+
+def _load_all_or_nothing(
+    model: nn.Module, state: dict[str, Any], expected: Mapping[str, Any], source: str
+) -> None:
+    before = {k: v.clone() if isinstance(v, Tensor) else v for k, v in expected.items()}
+    try:
+        model.load_state_dict(state)
+    except Exception as error:
+        model.load_state_dict(before)
+        raise CheckpointError(f"{source} could not be loaded: {error}") from error

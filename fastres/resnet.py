@@ -1,0 +1,538 @@
+"""Residual networks with torchvision's names, arguments, state_dict keys and initial values.
+
+He et al., "Deep Residual Learning for Image Recognition" (https://arxiv.org/abs/1512.03385):
+ResNet-18 to 152 for ImageNet and ResNet-20 to 110 for CIFAR. Xie et al., "Aggregated Residual
+Transformations" (https://arxiv.org/abs/1611.05431): ResNeXt. Zagoruyko and Komodakis, "Wide
+Residual Networks" (https://arxiv.org/abs/1605.07146): the wide variants.
+"""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint import load_state_dict
+from .errors import UnknownModelError
+from .weights import required_arguments, resolve_weights
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "ResNet",
+    "ZeroPadShortcut",
+    "create_model",
+    "list_models",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+
+NormLayer = Callable[..., nn.Module]
+
+
+def conv3x3(
+    inplanes: int, planes: int, stride: int = 1, groups: int = 1, dilation: int = 1
+) -> nn.Conv2d:
+    """3x3 convolution without bias whose padding keeps the image size at stride 1."""
+    return nn.Conv2d(
+        inplanes, planes, 3, stride, padding=dilation, dilation=dilation, groups=groups, bias=False
+    )
+
+
+def conv1x1(inplanes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
+    return nn.Conv2d(inplanes, planes, 1, stride, bias=False)
+
+
+class ZeroPadShortcut(nn.Module):
+    """The paper's option A: every ``stride``-th pixel, and zeros for the channels that are new.
+
+    (N, inplanes, H, W) -> (N, planes, ceil(H/stride), ceil(W/stride)); no parameters. The zeros
+    are split over both ends of the channels, as the public CIFAR checkpoints expect.
+    """
+
+    def __init__(self, inplanes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.before = (planes - inplanes) // 2
+        self.after = planes - inplanes - self.before
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, [0, 0, 0, 0, self.before, self.after])
+
+    def extra_repr(self) -> str:
+        return f"stride={self.stride}, zeros={self.before}+{self.after}"
+
+
+class BasicBlock(nn.Module):
+    """relu(x + bn2(conv2(relu(bn1(conv1(x)))))) with two 3x3 convolutions; the first is strided.
+
+    (N, inplanes, H, W) -> (N, planes, H/stride, W/stride). ``dilation`` is that of the first
+    convolution, ``out_dilation`` (by default the same) that of the second.
+    Raises ValueError for groups or a base width, which this block does not have.
+    """
+
+    expansion: int = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        out_dilation: int | None = None,
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64:
+            raise ValueError(
+                "BasicBlock only supports groups=1 and base_width=64, "
+                f"got groups={groups} and base_width={base_width}"
+            )
+        self.conv1 = conv3x3(inplanes, planes, stride, dilation=dilation)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes, dilation=out_dilation or dilation)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand, each with a batch norm, around an identity shortcut.
+
+    (N, inplanes, H, W) -> (N, 4 * planes, H/stride, W/stride). ``stride_on="3x3"`` is the
+    placement of torchvision ("v1.5"), ``"1x1"`` that of the paper (on the first 1x1).
+    ``dilation`` is that of the 3x3 before the stride takes effect, ``out_dilation`` (by default
+    the same) after it.
+    """
+
+    expansion: int = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+        out_dilation: int | None = None,
+        stride_on: str = "3x3",
+    ) -> None:
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        if stride_on == "1x1":
+            stride1, stride2, dilation = stride, 1, out_dilation or dilation
+        else:
+            stride1, stride2 = 1, stride
+        self.conv1 = conv1x1(inplanes, width, stride1)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride2, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """A residual network: stem, up to four stages of blocks, global average pool, classifier.
+
+    (N, in_chans, H, W) floating-point images -> (N, num_classes) logits.
+
+    The positional arguments are torchvision's. ``layers`` counts the blocks of each stage; a
+    stage that is absent or has none is an empty ``nn.Sequential``. The rest:
+
+    in_chans: channels of the input images.
+    planes: width of the first stage; every later stage has twice its predecessor's.
+    stem: "imagenet" (7x7 stride 2, max pool) or "cifar" (3x3 stride 1, no pool).
+    stride_on: where a Bottleneck is strided, "3x3" (v1.5, torchvision) or "1x1" (v1, the paper).
+    shortcut: where shapes differ, "B" projects (1x1 convolution), "A" pads with zeros.
+    backend: "auto", "triton" or "torch": what may serve inference.
+
+    Raises ValueError naming the argument for every value that is not one of these.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+        *,
+        in_chans: int = 3,
+        planes: int = 64,
+        stem: str = "imagenet",
+        stride_on: str = "3x3",
+        shortcut: str = "B",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_choice("stem", stem, ("imagenet", "cifar"))
+        _check_choice("stride_on", stride_on, ("3x3", "1x1"))
+        _check_choice("shortcut", shortcut, ("A", "B"))
+        _check_choice("backend", backend, ("auto", "triton", "torch"))
+        _check_at_least("in_chans", in_chans, 1)
+        _check_at_least("planes", planes, 1)
+        _check_at_least("num_classes", num_classes, 0)
+        if not 1 <= len(layers) <= 4:
+            raise ValueError(f"layers must have 1 to 4 entries, got {layers!r}")
+        if stride_on == "1x1" and issubclass(block, BasicBlock):
+            raise ValueError(
+                "stride_on='1x1' needs a Bottleneck: a BasicBlock has no 1x1 to stride"
+            )
+        dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
+        if len(dilate) != 4:
+            raise ValueError(
+                "replace_stride_with_dilation should be None "
+                f"or a 3-element tuple, got {replace_stride_with_dilation}"
+            )
+
+        self.backend = backend
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self._stride_on = stride_on
+        self._shortcut = shortcut
+        self.inplanes = planes
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(in_chans, planes, 7, stride=2, padding=3, bias=False)
+        else:
+            self.conv1 = conv3x3(in_chans, planes)
+        self.bn1 = self._norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem == "imagenet" else nn.Identity()
+
+        depth1, depth2, depth3, depth4 = (*layers, 0, 0, 0)[:4]
+        self.layer1 = self._make_layer(block, planes, depth1)
+        self.layer2 = self._make_layer(block, planes * 2, depth2, stride=2, dilate=dilate[1])
+        self.layer3 = self._make_layer(block, planes * 4, depth3, stride=2, dilate=dilate[2])
+        self.layer4 = self._make_layer(block, planes * 8, depth4, stride=2, dilate=dilate[3])
+
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.num_features = self.inplanes
+        self.fc = _classifier(self.num_features, num_classes)
+        self._init_weights(zero_init_residual)
+
+    def _make_layer(
+        self,
+        block: type[nn.Module],
+        planes: int,
+        blocks: int,
+        stride: int = 1,
+        dilate: bool = False,
+    ) -> nn.Sequential:
+        """One stage: ``blocks`` blocks, the first of which may stride and widen."""
+        if blocks == 0:
+            return nn.Sequential()
+        first_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        outplanes = planes * int(block.expansion)
+        downsample = self._make_shortcut(outplanes, stride)
+
+        # Blocks written for torchvision know only its arguments: ours are passed where they matter.
+        options: dict[str, Any] = {} if self._stride_on == "3x3" else {"stride_on": self._stride_on}
+        first: dict[str, Any] = {}
+        if dilate and (self._stride_on == "1x1" or issubclass(block, BasicBlock)):
+            first["out_dilation"] = self.dilation
+
+        shared = (self.groups, self.base_width)
+        norm_layer = self._norm_layer
+        stage = [
+            block(
+                self.inplanes,
+                planes,
+                stride,
+                downsample,
+                *shared,
+                first_dilation,
+                norm_layer,
+                **first,
+                **options,
+            )
+        ]
+        self.inplanes = outplanes
+        for _ in range(1, blocks):
+            stage.append(
+                block(outplanes, planes, 1, None, *shared, self.dilation, norm_layer, **options)
+            )
+        return nn.Sequential(*stage)
+
+    def _make_shortcut(self, outplanes: int, stride: int) -> nn.Module | None:
+        if stride == 1 and self.inplanes == outplanes:
+            return None
+        if self._shortcut == "A":
+            return ZeroPadShortcut(self.inplanes, outplanes, stride)
+        return nn.Sequential(conv1x1(self.inplanes, outplanes, stride), self._norm_layer(outplanes))
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        """He initialisation; with ``zero_init_residual`` every block starts as its shortcut."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.BatchNorm2d | nn.GroupNorm) and module.affine:
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        if not zero_init_residual:
+            return
+        for module in self.modules():
+            if isinstance(module, Bottleneck) and module.bn3.weight is not None:
+                nn.init.zeros_(module.bn3.weight)
+            elif isinstance(module, BasicBlock) and module.bn2.weight is not None:
+                nn.init.zeros_(module.bn2.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(N, in_chans, H, W) -> the last stage's feature map (N, num_features, h, w)."""
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.relu(x)
+        x = self.maxpool(x)
+
+        x = self.layer1(x)
+        x = self.layer2(x)
+        x = self.layer3(x)
+        return self.layer4(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        x = self.forward_features(x)
+        x = self.avgpool(x)
+        x = torch.flatten(x, 1)
+        return self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward_impl(x)
+
+    def get_classifier(self) -> nn.Module:
+        """The module that turns pooled features into logits."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put a new, freshly initialised classifier in place; 0 leaves the pooled features.
+
+        Raises ValueError for a negative number of classes.
+        """
+        _check_at_least("num_classes", num_classes, 0)
+        like = self.conv1.weight
+        fc = _classifier(self.num_features, num_classes).to(like.device, like.dtype)
+        self.fc = fc.train(self.training)
+
+
+def _classifier(num_features: int, num_classes: int) -> nn.Module:
+    return nn.Linear(num_features, num_classes) if num_classes else nn.Identity()
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _check_at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: what makes a name a network.
+
+    ``fixed`` arguments define the variant and cannot be given otherwise; ``defaults`` can.
+    """
+
+    block: type[nn.Module]
+    layers: tuple[int, ...]
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+
+_CIFAR = {"num_classes": 10, "planes": 16, "stem": "cifar", "shortcut": "A"}
+
+VARIANTS: Mapping[str, Variant] = {
+    "resnet18": Variant(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": Variant(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": Variant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": Variant(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": Variant(Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": Variant(Bottleneck, (3, 4, 6, 3), {"groups": 32, "width_per_group": 4}),
+    "resnext101_32x8d": Variant(Bottleneck, (3, 4, 23, 3), {"groups": 32, "width_per_group": 8}),
+    "resnext101_64x4d": Variant(Bottleneck, (3, 4, 23, 3), {"groups": 64, "width_per_group": 4}),
+    "wide_resnet50_2": Variant(Bottleneck, (3, 4, 6, 3), {"width_per_group": 128}),
+    "wide_resnet101_2": Variant(Bottleneck, (3, 4, 23, 3), {"width_per_group": 128}),
+    "resnet20": Variant(BasicBlock, (3, 3, 3), defaults=_CIFAR),
+    "resnet32": Variant(BasicBlock, (5, 5, 5), defaults=_CIFAR),
+    "resnet44": Variant(BasicBlock, (7, 7, 7), defaults=_CIFAR),
+    "resnet56": Variant(BasicBlock, (9, 9, 9), defaults=_CIFAR),
+    "resnet110": Variant(BasicBlock, (18, 18, 18), defaults=_CIFAR),
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names that :func:`create_model` knows, in the table's order, filtered by a shell pattern."""
+    return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
+
+
+def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Build the network called ``name``.
+
+    weights: None, a torchvision weights enum or its name ("DEFAULT", "IMAGENET1K_V1",
+        "ResNet50_Weights.IMAGENET1K_V2"), an entry of :mod:`fastres.weights`, or any object with
+        ``get_state_dict(progress=, check_hash=)`` and ``meta``. torchvision's old
+        ``pretrained=True`` is taken with a warning.
+    progress: show a progress bar while downloading.
+    kwargs: arguments of :class:`ResNet`.
+
+    Raises UnknownModelError (a ValueError) with the closest names for a name not in the table;
+    ValueError where an argument contradicts the variant or its weights; WeightsError where the
+    weights cannot be fetched.
+    """
+    if name not in VARIANTS:
+        close = difflib.get_close_matches(str(name), VARIANTS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(VARIANTS)}"
+        raise UnknownModelError(f"unknown model {name!r}; {hint}")
+    variant = VARIANTS[name]
+    source = resolve_weights(name, weights, kwargs)
+    required = dict(variant.fixed)
+    if source is not None:
+        required |= required_arguments(source)
+    for key, value in required.items():
+        if kwargs.setdefault(key, value) != value:
+            raise ValueError(
+                f"The parameter '{key}' expected value {value} but got {kwargs[key]} instead."
+            )
+    model = ResNet(variant.block, variant.layers, **{**variant.defaults, **kwargs})
+    if source is not None:
+        state = source.get_state_dict(progress=progress, check_hash=True)
+        load_state_dict(model, state, source=f"weights {source}")
+    return model
+
+
+def resnet18(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-18 (https://arxiv.org/abs/1512.03385)."""
+    return create_model("resnet18", weights=weights, progress=progress, **kwargs)
+
+
+def resnet34(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-34 (https://arxiv.org/abs/1512.03385)."""
+    return create_model("resnet34", weights=weights, progress=progress, **kwargs)
+
+
+def resnet50(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-50 (https://arxiv.org/abs/1512.03385), strided on the 3x3 as in torchvision."""
+    return create_model("resnet50", weights=weights, progress=progress, **kwargs)
+
+
+def resnet101(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-101 (https://arxiv.org/abs/1512.03385), strided on the 3x3 as in torchvision."""
+    return create_model("resnet101", weights=weights, progress=progress, **kwargs)
+
+
+def resnet152(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-152 (https://arxiv.org/abs/1512.03385), strided on the 3x3 as in torchvision."""
+    return create_model("resnet152", weights=weights, progress=progress, **kwargs)
+
+
+def resnext50_32x4d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-50, 32 groups of width 4 (https://arxiv.org/abs/1611.05431)."""
+    return create_model("resnext50_32x4d", weights=weights, progress=progress, **kwargs)
+
+
+def resnext101_32x8d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 32 groups of width 8 (https://arxiv.org/abs/1611.05431)."""
+    return create_model("resnext101_32x8d", weights=weights, progress=progress, **kwargs)
+
+
+def resnext101_64x4d(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNeXt-101, 64 groups of width 4 (https://arxiv.org/abs/1611.05431)."""
+    return create_model("resnext101_64x4d", weights=weights, progress=progress, **kwargs)
+
+
+def wide_resnet50_2(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-50-2, inner channels doubled (https://arxiv.org/abs/1605.07146)."""
+    return create_model("wide_resnet50_2", weights=weights, progress=progress, **kwargs)
+
+
+def wide_resnet101_2(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """Wide ResNet-101-2, inner channels doubled (https://arxiv.org/abs/1605.07146)."""
+    return create_model("wide_resnet101_2", weights=weights, progress=progress, **kwargs)
+
+
+def resnet20(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-20 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet20", weights=weights, progress=progress, **kwargs)
+
+
+def resnet32(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-32 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet32", weights=weights, progress=progress, **kwargs)
+
+
+def resnet44(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-44 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet44", weights=weights, progress=progress, **kwargs)
+
+
+def resnet56(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-56 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet56", weights=weights, progress=progress, **kwargs)
+
+
+def resnet110(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-110 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet110", weights=weights, progress=progress, **kwargs)
