@@ -1,0 +1,157 @@
+"""What every kernel file shares: argument checks, the launch itself and small device functions.
+
+Checks raise before anything is launched or written, and name the argument, what was got and what
+is wanted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+LAUNCHES: Counter[str] = Counter()
+"""Kernel launches since the process began, by kernel name; tests read it."""
+
+IntPair = int | Sequence[int]
+
+
+@triton.jit
+def relu_keeping_nan(x):
+    """ReLU as torch computes it: NaN and -0.0 pass through (``tl.maximum`` would drop NaN)."""
+    return tl.where(x < 0, 0.0, x)
+
+
+INTERPRETED = not isinstance(relu_keeping_nan, triton.JITFunction)
+"""Whether kernels run in Triton's interpreter, decided when triton was imported."""
+
+_UPCAST_BF16 = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32; the interpreter cannot multiply bfloat16, so it widens first."""
+    if _UPCAST_BF16 and a.dtype == tl.bfloat16:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def launch(kernel, grid: int, device: torch.device, /, *args, **meta) -> None:
+    """Launch ``kernel`` on ``grid`` programs (axis x: y and z stop at 65,535) on ``device``."""
+    LAUNCHES[kernel.__name__] += 1
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(grid,)](*args, **meta)
+    else:
+        kernel[(grid,)](*args, **meta)
+
+
+def needs_int64(*tensors: Tensor | None) -> bool:
+    """Whether an element offset can pass 2^31; the margin covers the tail of the last tile."""
+    return any(t is not None and t.numel() > 2**31 - 2**16 for t in tensors)
+
+
+def int_pair(name: str, value: IntPair, minimum: int) -> tuple[int, int]:
+    """``value`` as (height, width), each at least ``minimum``."""
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, (int, torch.SymInt)) for v in pair):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}")
+    if min(pair) < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value!r}")
+    return pair
+
+
+def describe(t: Tensor) -> str:
+    """Dtype, shape, strides and device of a tensor, for error messages."""
+    return f"{t.dtype} of shape {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
+
+
+def check_tensor(name: str, t: Tensor, ndim: int) -> None:
+    """A floating tensor of a supported dtype and rank whose gradient nobody wants."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
+    if t.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(t.shape)}")
+    if t.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} requires a gradient and this kernel has none: use torch.no_grad()"
+        )
+
+
+def check_like(name: str, t: Tensor, x: Tensor) -> None:
+    """``t`` has the dtype and the device of the input ``x``."""
+    if t.dtype != x.dtype:
+        raise TypeError(f"{name} must be {x.dtype} as x is, got {t.dtype}")
+    check_same_device(name, t, x)
+
+
+def check_same_device(name: str, t: Tensor, x: Tensor) -> None:
+    if t.device != x.device:
+        raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+
+
+def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
+    if tuple(t.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(t.shape)}")
+
+
+def check_channels_last(name: str, t: Tensor) -> None:
+    """Dense NHWC memory. Dimensions of size 1 have no say, nor has an empty tensor."""
+    if t.numel() and not t.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(
+            f"{name} must be dense in channels_last order, got {describe(t)}; "
+            "use .contiguous(memory_format=torch.channels_last)"
+        )
+
+
+def check_activation(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """A dense NHWC tensor of ``shape``, of the dtype and on the device of the input ``x``."""
+    check_tensor(name, t, 4)
+    check_like(name, t, x)
+    check_shape(name, t, shape)
+    check_channels_last(name, t)
+
+
+def check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
+    """A dense vector, float32 or of the dtype of the input ``x``."""
+    check_tensor(name, t, 1)
+    if t.dtype not in (torch.float32, x.dtype):
+        raise TypeError(f"{name} must be float32 or {x.dtype} as x is, got {t.dtype}")
+    check_same_device(name, t, x)
+    check_shape(name, t, (size,))
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got {describe(t)}")
+
+
+def check_device(x: Tensor) -> None:
+    """Kernels run on CUDA tensors, or on the CPU in the interpreter."""
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
+        raise RuntimeError(
+            f"x is on {x.device}; Triton kernels take CUDA tensors, or CPU tensors when "
+            "TRITON_INTERPRET=1 was set before triton was imported"
+        )
+
+
+def check_disjoint(out: Tensor, **inputs: Tensor | None) -> None:
+    """The dense tensor ``out`` shares no byte with any of the dense ``inputs``."""
+    start, size = out.data_ptr(), out.numel() * out.element_size()
+    for name, t in inputs.items():
+        if t is None:
+            continue
+        other = t.data_ptr()
+        if start < other + t.numel() * t.element_size() and other < start + size:
+            raise ValueError(f"out overlaps {name} in memory; give it memory of its own")
+
+
+def window_count(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """How many windows of a convolution or pooling fit along one dimension."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1

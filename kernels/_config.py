@@ -1,0 +1,127 @@
+"""Tile shapes of the matrix kernels and the pure function that picks one.
+
+The choice is an analytical estimate: it runs no kernel and reads no clock, so equal shapes on
+equal GPUs always get equal tiles. Measured overrides belong to the caller (``config=``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil
+
+import torch
+
+from ._common import INTERPRETED
+
+
+@dataclass(frozen=True, slots=True)
+class TileConfig:
+    """One tile of a matrix kernel: ``block_m x block_n`` outputs, ``block_k`` products a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        for name in ("block_m", "block_n", "block_k"):
+            size = getattr(self, name)
+            if size < 16 or size & (size - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, got {size}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Upper bound of a block's shared memory: the operand buffers or the output tile."""
+        operands = (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
+        return max(operands, self.block_m * self.block_n * itemsize)
+
+    def fitted(self, itemsize: int, shared_limit: int) -> TileConfig | None:
+        """This row with as many stages as fit in ``shared_limit`` bytes; None below two."""
+        for stages in range(self.num_stages, min(self.num_stages, 2) - 1, -1):
+            row = replace(self, num_stages=stages)
+            if row.shared_bytes(itemsize) <= shared_limit:
+                return row
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What the choice of a tile needs to know of a GPU."""
+
+    sms: int
+    shared_limit: int  # bytes of shared memory that one block may have
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A convolution as ``groups`` matrix products [m, taps * channels] x [taps * channels, n]."""
+
+    m: int
+    n: int
+    channels: int
+    taps: int
+    groups: int
+    itemsize: int
+
+    def gathers(self, block_k: int) -> bool:
+        """Whether a step of the reduction crosses taps, because one tap cannot fill it."""
+        return self.channels < block_k
+
+    def steps(self, block_k: int) -> int:
+        if self.gathers(block_k):
+            return ceil(self.taps * self.channels / block_k)
+        return self.taps * ceil(self.channels / block_k)
+
+
+MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
+"""Multiply-adds per cycle and SM of a Hopper GPU, by arithmetic."""
+
+_SM_BYTES = 64  # one SM's port to L2, bytes per cycle
+_L2_BYTES = 28 * 132  # all of L2, bytes per cycle (6.5 TB/s at 1.75 GHz)
+_STEP_LATENCY = 700  # cycles from asking for operands to having them
+_TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
+
+
+def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Machine) -> float:
+    """Cycles that the whole product takes with this row: waves of tiles, each tile bound by its
+    arithmetic, by its share of L2, or by latency that its stages do not hide."""
+    tiles = ceil(problem.m / row.block_m) * ceil(problem.n / row.block_n) * problem.groups
+    bandwidth = min(_SM_BYTES, _L2_BYTES / min(tiles, machine.sms))
+    no_wgmma = kind != "ieee" and row.block_m < 64  # such tiles use the older, slower mma
+    rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
+    arithmetic = row.block_m * row.block_n * row.block_k / rate
+    traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize / bandwidth
+    latency = _STEP_LATENCY / row.num_stages
+    step = max(arithmetic, traffic, latency)
+    return ceil(tiles / machine.sms) * (problem.steps(row.block_k) * step + _TILE_OVERHEAD)
+
+
+def select_config(
+    rows: Iterable[TileConfig], problem: Problem, kind: str, machine: Machine
+) -> TileConfig:
+    """The row of least estimated cycles among those that fit; the first of equals.
+
+    Raises:
+        RuntimeError: no row fits the machine's shared memory.
+    """
+    fitting = [r.fitted(problem.itemsize, machine.shared_limit) for r in rows]
+    usable = [r for r in fitting if r is not None]
+    if not usable:
+        raise RuntimeError(f"no tile fits {machine.shared_limit} bytes of shared memory per block")
+    return min(usable, key=lambda r: estimated_cycles(r, problem, kind, machine))
+
+
+@cache
+def machine_of(device: torch.device) -> Machine:
+    """The GPU behind ``device``; the interpreter counts as one wide SM, so it gets large tiles."""
+    if INTERPRETED:
+        return Machine(sms=1, shared_limit=227 * 1024)
+    properties = torch.cuda.get_device_properties(device)
+    limit = getattr(properties, "shared_memory_per_block_optin", 0)
+    return Machine(properties.multi_processor_count, limit or properties.shared_memory_per_block)

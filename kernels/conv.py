@@ -1,0 +1,422 @@
+"""2-D convolution as an implicit GEMM, with bias, residual and ReLU in its epilogue.
+
+    y[n, p, q, k] = relu(sum_{r, s, c} x[n, p*u + r*d - h, q*v + s*e - g, c] * w[k, r, s, c]
+                         + b[k] + residual[n, p, q, k])
+
+Memory is dense NHWC (``channels_last``): x (N, C, H, W), w (K, C/groups, R, S), residual and y
+(N, K, P, Q). float32 (``ieee`` or ``tf32`` products), float16, bfloat16; b may be float32. Sums
+are float32, rounded once. Rejected: other layouts and dtypes, images smaller than the window,
+``out`` over an input (except exactly over the residual). Method: cuDNN's implicit GEMM
+(Chetlur et al., arXiv:1410.0759), the patch matrix formed tile by tile in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    IntPair,
+    check_activation,
+    check_channels_last,
+    check_device,
+    check_disjoint,
+    check_like,
+    check_tensor,
+    check_vector,
+    dot,
+    int_pair,
+    launch,
+    needs_int64,
+    relu_keeping_nan,
+    window_count,
+)
+from ._config import Problem, TileConfig, machine_of, select_config
+
+CONFIGS: dict[str, tuple[TileConfig, ...]] = {
+    "half": (
+        TileConfig(128, 256, 64, 8, 3),
+        TileConfig(256, 128, 64, 8, 3),
+        TileConfig(128, 128, 64, 8, 3),
+        TileConfig(256, 64, 64, 8, 4),
+        TileConfig(128, 64, 64, 4, 4),
+        TileConfig(64, 128, 64, 4, 4),
+        TileConfig(64, 64, 64, 4, 4),
+        TileConfig(128, 64, 32, 4, 4),
+        TileConfig(128, 32, 32, 4, 4),
+        TileConfig(128, 16, 16, 4, 4),
+        TileConfig(64, 32, 64, 4, 5),
+        TileConfig(64, 16, 64, 4, 5),
+        TileConfig(32, 64, 64, 4, 5),
+        TileConfig(16, 64, 128, 4, 4),
+        TileConfig(16, 32, 128, 4, 4),
+    ),
+    "tf32": (
+        TileConfig(128, 128, 32, 8, 3),
+        TileConfig(128, 64, 32, 4, 4),
+        TileConfig(64, 128, 32, 4, 4),
+        TileConfig(64, 64, 32, 4, 4),
+        TileConfig(64, 32, 32, 4, 4),
+        TileConfig(128, 16, 16, 4, 4),
+        TileConfig(16, 32, 64, 4, 4),
+    ),
+    "ieee": (
+        TileConfig(128, 64, 16, 8, 3),
+        TileConfig(64, 64, 16, 4, 3),
+        TileConfig(64, 32, 32, 4, 3),
+        TileConfig(32, 32, 32, 4, 3),
+        TileConfig(16, 32, 64, 4, 3),
+        TileConfig(64, 16, 16, 4, 3),
+    ),
+}
+"""Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
+def conv2d_kernel(
+    x_ptr,  # [N, H, W, GROUPS * C]
+    w_ptr,  # [GROUPS * K, R, S, C]
+    b_ptr,  # [GROUPS * K] or None
+    residual_ptr,  # [M, GROUPS * K] or None
+    y_ptr,  # [M, GROUPS * K]
+    M,  # N * P * Q
+    H,
+    W,
+    P,
+    Q,
+    C,
+    K,
+    GROUPS: tl.constexpr,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    GATHER_C: tl.constexpr,  # C where one tap cannot fill a step, else 0
+    EVEN_C: tl.constexpr,  # C is a multiple of BLOCK_K
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Neighbouring programs share rows of x: output channels run fastest, then groups.
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    group = pid // tiles_n % GROUPS
+    m_tile = pid // (tiles_n * GROUPS)
+    if INT64:
+        m_tile, group = m_tile.to(tl.int64), group.to(tl.int64)
+        W, Q = W.to(tl.int64), Q.to(tl.int64)
+    m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    stored = (m < M)[:, None] & (n < K)[None, :]
+    # Clamped, not masked: rows and columns past the end repeat the first and are not stored.
+    m = tl.where(m < M, m, 0)
+    n = group * K + tl.where(n < K, n, 0)  # [BN]
+
+    h0 = m // Q % P * STRIDE_H - PAD_H  # [BM] top left of the window
+    w0 = m % Q * STRIDE_W - PAD_W
+    if R * S * STRIDE_H * STRIDE_W == 1 and PAD_H + PAD_W == 0:
+        pixel = m
+    else:
+        pixel = (m // (P * Q) * H + h0) * W + w0
+    x_row = pixel * (C * GROUPS) + group * C  # [BM]
+    w_row = n * (R * S * C)  # [BN]
+    k = tl.arange(0, BLOCK_K)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if GATHER_C > 0:
+        WINDOW: tl.constexpr = R * S * GATHER_C
+        for step in range(tl.cdiv(WINDOW, BLOCK_K)):
+            kk = step * BLOCK_K + k  # [BK] flat (r, s, c)
+            r = kk // (S * GATHER_C) * DILATION_H
+            s = kk // GATHER_C % S * DILATION_W
+            c = kk % GATHER_C
+            x_ok = (kk < WINDOW)[None, :]  # [BM or 1, BK]
+            if PAD_H + PAD_W > 0:
+                h = h0[:, None] + r[None, :]
+                w = w0[:, None] + s[None, :]
+                x_ok = x_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+            x_offset = x_row[:, None] + ((r * W + s) * (C * GROUPS) + c)[None, :]
+            # Masked offsets stay inside too: a pipelined load may touch them.
+            x_offset = tl.where(x_ok, x_offset, c[None, :])
+            a = tl.load(x_ptr + x_offset, mask=x_ok, other=0.0)  # [BM, BK]
+            w_offset = w_row[None, :] + (kk % WINDOW)[:, None]
+            b = tl.load(w_ptr + w_offset, mask=(kk < WINDOW)[:, None], other=0.0)  # [BK, BN]
+            acc = dot(a, b, acc, PRECISION)
+    else:
+        for step in range(R * S * tl.cdiv(C, BLOCK_K)):
+            # Taps run fastest: their neighbours in x are still in cache, and only constants divide.
+            tap = step % (R * S)
+            r = tap // S * DILATION_H
+            s = tap % S * DILATION_W
+            c0 = step // (R * S) * BLOCK_K
+            c = c0 + k  # [BK]
+            c_ok = tl.full((BLOCK_K,), True, tl.int1)
+            if not EVEN_C:  # the last step starts early and skips what is already summed
+                c = tl.minimum(c0, C - BLOCK_K) + k
+                c_ok = c >= c0
+            x_tap = x_row + (r * W + s) * (C * GROUPS)  # [BM]
+            x_ok = tl.full((BLOCK_M,), True, tl.int1)
+            if PAD_H + PAD_W > 0:
+                h = h0 + r
+                w = w0 + s
+                x_ok = (h >= 0) & (h < H) & (w >= 0) & (w < W)
+                x_tap = tl.where(x_ok, x_tap, 0)
+            x_mask = x_ok[:, None] & c_ok[None, :]
+            a = tl.load(x_ptr + x_tap[:, None] + c[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+            w_offset = w_row[None, :] + (tap * C + c)[:, None]
+            b = tl.load(w_ptr + w_offset, mask=c_ok[:, None], other=0.0)  # [BK, BN]
+            acc = dot(a, b, acc, PRECISION)
+
+    if b_ptr is not None:
+        acc += tl.load(b_ptr + n).to(tl.float32)[None, :]
+    y_offset = m[:, None] * (K * GROUPS) + n[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + y_offset, mask=stored, other=0.0).to(tl.float32)
+    if RELU:
+        acc = relu_keeping_nan(acc)
+    tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=stored)
+
+
+def conv2d_ref(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    upcast: bool = False,
+) -> Tensor:
+    """The same in plain PyTorch, rounded after each step; in float64 throughout with ``upcast``."""
+    dtype = torch.float64 if upcast else x.dtype
+    bias = None if b is None else b.to(dtype)
+    y = F.conv2d(x.to(dtype), w.to(dtype), bias, stride, padding, dilation, groups)
+    if residual is not None:
+        y = y + residual.to(dtype)
+    y = y.relu() if relu else y
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """Checked sizes of one convolution."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    shape: tuple[int, int, int, int]  # of the output
+
+
+def _check(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    residual: Tensor | None,
+    stride: IntPair,
+    padding: IntPair,
+    dilation: IntPair,
+    groups: int,
+    precision: str,
+) -> _Geometry:
+    """Refuse what the kernel does not take; otherwise the sizes of the convolution."""
+    check_tensor("x", x, 4)
+    check_tensor("w", w, 4)
+    check_like("w", w, x)
+    if groups < 1 or w.shape[0] % groups:
+        raise ValueError(f"groups must divide w's {w.shape[0]} output channels, got {groups}")
+    if x.shape[1] != w.shape[1] * groups or not x.shape[1]:
+        raise ValueError(
+            f"w of shape {tuple(w.shape)} with groups={groups} wants "
+            f"{w.shape[1] * groups} input channels (at least 1), got x of shape {tuple(x.shape)}"
+        )
+    check_channels_last("x", x)
+    check_channels_last("w", w)
+    if b is not None:
+        check_vector("b", b, w.shape[0], x)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    stride = int_pair("stride", stride, 1)
+    padding = int_pair("padding", padding, 0)
+    dilation = int_pair("dilation", dilation, 1)
+    sizes = zip(x.shape[2:], w.shape[2:], stride, padding, dilation, strict=True)
+    p, q = (window_count(*size) for size in sizes)
+    if p < 1 or q < 1:
+        raise ValueError(
+            f"x of {x.shape[2]}x{x.shape[3]} with padding {padding} is smaller than the "
+            f"{w.shape[2]}x{w.shape[3]} window with dilation {dilation}"
+        )
+    shape = (x.shape[0], w.shape[0], p, q)
+    if residual is not None:
+        check_activation("residual", residual, shape, x)
+    return _Geometry(stride, padding, dilation, groups, shape)
+
+
+def arithmetic(dtype: torch.dtype, precision: str) -> str:
+    """The key of ``CONFIGS`` for tensors of ``dtype``."""
+    return precision if dtype == torch.float32 else "half"
+
+
+@lru_cache(maxsize=4096)
+def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
+    return select_config(CONFIGS[kind], problem, kind, machine_of(device))
+
+
+def conv2d(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    stride: IntPair = 1,
+    padding: IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    precision: str = "ieee",
+    out: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """``relu(conv2d(x, w) + b + residual)`` in one kernel.
+
+    Args:
+        x: (N, C, H, W), channels_last, float32, float16 or bfloat16.
+        w: (K, C / groups, R, S), channels_last, of x's dtype.
+        b: (K,), float32 or x's dtype.
+        residual: (N, K, P, Q), channels_last, of x's dtype; added before the ReLU.
+        precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
+        out: where to write; may be ``residual`` itself, since each program reads its tile of the
+            residual before it writes that tile, and no other program touches it.
+        config: the tile to use instead of the selected one.
+
+    Returns:
+        (N, K, P, Q), channels_last, of x's dtype. A batch of 0 launches nothing.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
+    """
+    geometry = _check(x, w, b, residual, stride, padding, dilation, groups, precision)
+    check_device(x)
+    if out is None:
+        out = torch.empty(
+            geometry.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+        )
+    else:
+        check_activation("out", out, geometry.shape, x)
+        in_place = residual is not None and residual.data_ptr() == out.data_ptr()
+        check_disjoint(out, x=x, w=w, b=b, residual=None if in_place else residual)
+    if not out.numel():
+        return out
+
+    batch, k, p, q = geometry.shape
+    c, r, s = w.shape[1:]
+    problem = Problem(batch * p * q, k // groups, c, r * s, groups, x.element_size())
+    if config is None:
+        config = _select(problem, arithmetic(x.dtype, precision), x.device)
+    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
+    launch(
+        conv2d_kernel,
+        tiles * groups,
+        x.device,
+        x,
+        w,
+        b,
+        residual,
+        out,
+        problem.m,
+        x.shape[2],
+        x.shape[3],
+        p,
+        q,
+        c,
+        problem.n,
+        GROUPS=groups,
+        R=r,
+        S=s,
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        PAD_H=geometry.padding[0],
+        PAD_W=geometry.padding[1],
+        DILATION_H=geometry.dilation[0],
+        DILATION_W=geometry.dilation[1],
+        GATHER_C=c if problem.gathers(config.block_k) else 0,
+        EVEN_C=c % config.block_k == 0,
+        RELU=relu,
+        PRECISION=precision,
+        INT64=needs_int64(x, w, out),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
+
+
+@torch.library.custom_op("fastres::conv2d", mutates_args=(), device_types="cuda")
+def conv2d_op(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    precision: str,
+) -> Tensor:
+    """:func:`conv2d` as a functional operator for torch.compile and torch.export."""
+    return conv2d(
+        x,
+        w,
+        b,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        residual=residual,
+        relu=relu,
+        precision=precision,
+    )
+
+
+@conv2d_op.register_fake
+def _(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
+    geometry = _check(x, w, b, residual, stride, padding, dilation, groups, precision)
+    return torch.empty(
+        geometry.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
+    )
+
+
+@conv2d_op.register_kernel("cpu")
+def _(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
+    g = _check(x, w, b, residual, stride, padding, dilation, groups, precision)
+    return conv2d_ref(
+        x,
+        w,
+        b,
+        stride=g.stride,
+        padding=g.padding,
+        dilation=g.dilation,
+        groups=groups,
+        residual=residual,
+        relu=relu,
+    )
