@@ -1,0 +1,81 @@
+"""What several tests share: hostile weights and real images."""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_EPS = (1e-5, 1e-3, 1e-1, 1e-2)
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@torch.no_grad()
+def hostile_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give ``model`` in place weights under which no part of a batch norm can be forgotten.
+
+    Norms get negative and zero gammas, non-zero betas and means, variances spread over a factor
+    of 16 and another eps in each layer: one forgotten beta moves the logits by 0.06 at least. A
+    convolution keeps the second moment of its input and a norm shrinks it a little, so that the
+    identity path dominates: the largest activation is about 10 in ResNet-18, 200 in ResNet-152
+    and 4000 in ResNet-110, far inside fp16. Returns the model in eval mode.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor, std: float) -> Tensor:
+        return torch.randn(like.shape, generator=generator) * std
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator) * (high - low) + low
+
+    layer = 0
+    for module in model.modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight.copy_(normal(weight, weight[0].numel() ** -0.5))
+            if bias is not None:
+                bias.copy_(normal(bias, 0.3))
+        elif hasattr(module, "eps"):
+            module.eps = _EPS[layer % len(_EPS)]
+            layer += 1
+            if weight is not None:
+                sign = torch.where(uniform(weight, 0, 1) < 0.5, -1.0, 1.0)
+                keep = uniform(weight, 0, 1) >= 0.1
+                gamma = sign * keep * uniform(weight, 0.5, 1.5)
+                gamma[0], gamma[-1] = 0.0, -1.0
+                weight.copy_(gamma)
+                bias.copy_(normal(bias, 0.3))
+            if getattr(module, "running_var", None) is not None:
+                module.running_mean.copy_(normal(module.running_mean, 0.6))
+                module.running_var.copy_(0.35 * 16 ** uniform(module.running_var, 0, 1))
+    return model.eval()
+
+
+@functools.cache
+def _photographs() -> tuple[Tensor, ...]:
+    """scikit-learn's two photographs, (3, 427, 640) in [0, 1]: a Chinese temple and a flower."""
+    from sklearn.datasets import load_sample_images
+
+    return tuple(
+        torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+        for image in load_sample_images().images
+    )
+
+
+def real_images(n: int, size: int = 224, channels: int = 3) -> Tensor:
+    """(n, channels, size, size): different crops of two photographs, normalised as for ImageNet.
+
+    Other numbers of channels take the colours in turn.
+    """
+    photographs = _photographs()
+    crops = []
+    for i in range(n):
+        photograph = photographs[i % len(photographs)]
+        side = 427 - 37 * (i // 2 % 5)
+        left = 53 * i % (photograph.shape[2] - side + 1)
+        crop = photograph[:, :side, left : left + side]
+        crops.append(F.interpolate(crop[None], (size, size), mode="bilinear", antialias=True))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+    images = (torch.cat(crops) - mean) / std
+    return images[:, [c % 3 for c in range(channels)]]
