@@ -1,4 +1,4 @@
-"""scikit-learn's 1797 real handwritten digits, and a ResNet-20 trained on three quarters of them."""
+"""scikit-learn's real handwritten digits, and a ResNet-20 that learnt three quarters of them."""
 
 import json
 from importlib import resources
