@@ -19,8 +19,8 @@ _HELDOUT_EVERY = 4
 def digits_split(part: str = "heldout") -> tuple[Tensor, Tensor]:
     """The images (N, 1, 8, 8), float32 in [0, 1], and labels (N,), int64, of one part.
 
-    part: "heldout" (every fourth image of each digit, in the dataset's order: 446 images) or
-        "train" (all others: 1351). The parts are disjoint and both have every digit in proportion.
+    part: "heldout" (every fourth image of each digit, in the dataset's order: 445 images) or
+        "train" (all others: 1352). The parts are disjoint and both have every digit in proportion.
 
     Raises ValueError for another part and MissingDependencyError without scikit-learn.
     """

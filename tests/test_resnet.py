@@ -97,7 +97,7 @@ def test_builders_take_torchvisions_arguments():
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_family_has_the_papers_size(name):
-    model = resnet.create_model(name).eval()
+    model = getattr(resnet, name)().eval()
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters / 1e6 == pytest.approx(CIFAR[name], rel=0.03)  # the table has two digits
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
