@@ -69,10 +69,9 @@ class Case:
         batch, _, height, width = self.shape
         return f"{self.model}, batch {batch}, {height}x{width}"
 
-    def images_per_second(self, timing: Timing) -> float | None:
-        """Throughput at the median, or None without a time."""
-        median = timing.seconds.median
-        return self.shape[0] / median if median else None
+    def images_per_second(self, timing: Timing) -> Samples:
+        """Throughput, one value per round."""
+        return Samples(tuple(self.shape[0] / seconds for seconds in timing.seconds.values))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with the comparison written out."""
@@ -200,11 +199,10 @@ def is_ours(contender: str) -> bool:
 
 def spread(samples: Samples, form: str, scale: float = 1.0) -> str:
     """``median (p20 to p80)``, or a dash where nothing was measured."""
-    if samples.median is None:
+    if not samples:
         return "-"
-    low, middle, high = (
-        form.format(q * scale) for q in (samples.p20, samples.median, samples.p80) if q is not None
-    )
+    quantiles = (samples.p20, samples.median, samples.p80)
+    low, middle, high = (form.format(value * scale) for value in quantiles)
     return f"{middle} ({low} to {high})"
 
 
@@ -234,11 +232,10 @@ def _row(case: Case, timing: Timing) -> tuple[str, ...]:
     wrong = ("-", "-") if error is None else _error_cells(error)
     if timing.failure:
         return (timing.name, f"no time: {timing.failure}", "-", "-", *wrong)
-    throughput = case.images_per_second(timing)
     return (
         timing.name,
         spread(timing.seconds, "{:.3g}", 1e3),
-        "-" if throughput is None else f"{throughput:,.1f}",
+        f"{case.images_per_second(timing).median:,.1f}",
         spread(case.comparison.speedup(timing.name), "{:.2f}x"),
         *wrong,
     )
@@ -254,7 +251,7 @@ def _table(header: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """The same structure with NaN and infinities spelt as strings, which JSON has no numbers for."""
+    """The same structure, with NaN and infinities, which JSON lacks, spelt as strings."""
     if isinstance(value, float) and not -float("inf") < value < float("inf"):
         return str(value)
     if isinstance(value, dict):

@@ -9,7 +9,7 @@ from .report import COLUMNS, case_rows, footnote, is_ours
 
 if TYPE_CHECKING:
     from .report import Case, Check, Picture, Report
-    from .timing import Timing
+    from .timing import Samples
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #566172; --paper: #fff; --line: #d9dee6;
@@ -82,7 +82,7 @@ def _checks(checks: tuple[Check, ...]) -> str:
     if not checks:
         return ""
     items = (
-        f"<li{'' if c.ok else ' class="wrong"'}>"
+        f'<li class="{"right" if c.ok else "wrong"}">'
         f"<b>{'✓' if c.ok else '✗ wrong:'} {escape(c.name)}</b>{escape(c.detail)}</li>"
         for c in checks
     )
@@ -112,13 +112,12 @@ def _table_row(cells: tuple[str, ...]) -> str:
 
 def _chart(case: Case) -> str:
     """Horizontal bars of images per second, with the 20th to 80th percentile as a whisker."""
-    timed = [t for t in case.comparison.timings if t.seconds.values]
+    timed = [t for t in case.comparison.timings if t.seconds]
     if not timed:
         return ""
-    batch = case.shape[0]
-    most = max(batch / t.seconds.p20 for t in timed if t.seconds.p20)
-    scale = (CHART_WIDTH - LABEL_WIDTH - VALUE_WIDTH) / most
-    rows = "".join(_bar(t, i, batch, scale) for i, t in enumerate(timed))
+    rates = {t.name: case.images_per_second(t) for t in timed}
+    scale = (CHART_WIDTH - LABEL_WIDTH - VALUE_WIDTH) / max(r.p80 for r in rates.values())
+    rows = "".join(_bar(name, r, i, scale) for i, (name, r) in enumerate(rates.items()))
     label = escape(f"Images per second, {case.title}; the figures are in the table below")
     height = ROW * len(timed) + 4
     return (
@@ -127,21 +126,16 @@ def _chart(case: Case) -> str:
     )
 
 
-def _bar(timing: Timing, index: int, batch: int, scale: float) -> str:
-    seconds = timing.seconds
-    assert seconds.median and seconds.p20 and seconds.p80
-    rate, low, high = (batch / s for s in (seconds.median, seconds.p80, seconds.p20))
+def _bar(name: str, rate: Samples, index: int, scale: float) -> str:
     top, middle = ROW * index + 4, ROW * index + 4 + BAR / 2
-    kind = "ours" if is_ours(timing.name) else "theirs"
+    low, high = (LABEL_WIDTH + value * scale for value in (rate.p20, rate.p80))
     return (
         f'<text x="{LABEL_WIDTH - 12}" y="{middle + 4.5:.1f}" text-anchor="end">'
-        f"{escape(timing.name)}</text>"
-        f'<rect class="{kind}" x="{LABEL_WIDTH}" y="{top}" width="{rate * scale:.1f}" '
-        f'height="{BAR}" rx="2"/>'
-        f'<line class="whisker" x1="{LABEL_WIDTH + low * scale:.1f}" y1="{middle}" '
-        f'x2="{LABEL_WIDTH + high * scale:.1f}" y2="{middle}"/>'
-        f'<text x="{LABEL_WIDTH + high * scale + 10:.1f}" y="{middle + 4.5:.1f}">'
-        f"{rate:,.1f} images/s</text>"
+        f"{escape(name)}</text>"
+        f'<rect class="{"ours" if is_ours(name) else "theirs"}" x="{LABEL_WIDTH}" y="{top}" '
+        f'width="{rate.median * scale:.1f}" height="{BAR}" rx="2"/>'
+        f'<line class="whisker" x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>'
+        f'<text x="{high + 10:.1f}" y="{middle + 4.5:.1f}">{rate.median:,.1f} images/s</text>'
     )
 
 
@@ -173,7 +167,7 @@ def _grey(value: float) -> str:
 
 
 def _environment(report: Report) -> str:
-    facts = _flatten(report.environment.to_dict())
+    facts = flatten(report.environment.to_dict())
     rows = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
         for name, value in facts
@@ -184,7 +178,7 @@ def _environment(report: Report) -> str:
     )
 
 
-def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
     """``(dotted name, text)`` of every leaf in nested dicts and lists."""
     if isinstance(value, dict):
         items = [(str(key), item) for key, item in value.items()]
@@ -192,4 +186,4 @@ def _flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
         items = [(str(index), item) for index, item in enumerate(value)]
     else:
         return [(name, str(value))]
-    return [pair for key, item in items for pair in _flatten(item, f"{name}.{key}".strip("."))]
+    return [pair for key, item in items for pair in flatten(item, f"{name}.{key}".strip("."))]

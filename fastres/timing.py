@@ -56,35 +56,42 @@ class Method:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
 
+DEFAULT_METHOD = Method()
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Measured values, one per round, in order; quantiles are None where there are none."""
+    """Measured values, one per round, in order; when there are none, falsy and without quantiles."""
 
     values: tuple[float, ...] = ()
 
-    @property
-    def median(self) -> float | None:
-        return self._quantile(0.5)
+    def __bool__(self) -> bool:
+        return bool(self.values)
 
     @property
-    def p20(self) -> float | None:
-        return self._quantile(0.2)
+    def median(self) -> float:
+        return self.quantile(0.5)
 
     @property
-    def p80(self) -> float | None:
-        return self._quantile(0.8)
+    def p20(self) -> float:
+        return self.quantile(0.2)
 
-    def _quantile(self, share: float) -> float | None:
-        return float(np.quantile(self.values, share)) if self.values else None
+    @property
+    def p80(self) -> float:
+        return self.quantile(0.8)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Quantiles and raw values."""
-        return {
-            "median": self.median,
-            "p20": self.p20,
-            "p80": self.p80,
-            "values": list(self.values),
-        }
+    def quantile(self, share: float) -> float:
+        """The value that a share of the samples stays below. Raises ValueError without samples."""
+        if not self.values:
+            raise ValueError("no samples, so no quantiles")
+        return float(np.quantile(self.values, share))
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """Quantiles and raw values, or None without samples."""
+        if not self:
+            return None
+        quantiles = {"median": self.median, "p20": self.p20, "p80": self.p80}
+        return {**quantiles, "values": list(self.values)}
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ def measure(
     check: Check[Y],
     baseline: str | None = None,
     device: torch.device | str = "cpu",
-    method: Method = Method(),
+    method: Method = DEFAULT_METHOD,
     progress: Progress | None = None,
 ) -> Comparison:
     """Time ``contenders`` against each other on ``inputs``, which take turns.
@@ -315,8 +322,7 @@ class _Runner(Generic[X, Y]):
         self.failure = self.failure or self.check(self.name, index, output)
 
     def _fail(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [""]
-        self.failure = f"{type(error).__name__}: {lines[0]}"
+        self.failure = one_line(error)
 
 
 def _cpu_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
@@ -345,6 +351,12 @@ def _cuda_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
             "work ran outside the timed stream"
         )
     return elapsed, output
+
+
+def one_line(error: Exception) -> str:
+    """The type of an exception and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _ratios(fast: Timing, slow: Timing) -> Samples:

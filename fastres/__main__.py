@@ -1,0 +1,5 @@
+"""``python -m fastres`` is the ``fastres`` command."""
+
+from .cli import main
+
+main()

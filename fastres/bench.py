@@ -1,0 +1,287 @@
+"""fastres against PyTorch: the contenders, the reference and the bound that every output must keep.
+
+The reference is the model in float64. Rounding in the tested precision is whatever PyTorch itself
+shows against it, and an output passes when its RMS error is at most twice that ("the rule of two",
+as flash-attention's tests have it). Speed is only measured for outputs that pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import FastresError
+from .optimize import optimize
+from .report import Case, Check, OutputError, Report
+from .resnet import create_model
+from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BASELINE = "eager float32"
+RULE_OF_TWO = 2.0
+FLOOR_ULPS = 4.0
+SANE_ERROR = 0.25
+REFERENCE_CHUNK = 32
+
+Model = Callable[[Tensor], Tensor]
+
+
+def benchmark(
+    models: Sequence[str] = ("resnet50",),
+    *,
+    batches: Sequence[int] = (1, 8),
+    dtypes: Sequence[str] = ("float32",),
+    size: int = 224,
+    device: torch.device | str = "cpu",
+    method: Method = DEFAULT_METHOD,
+    weights: str | None = None,
+    progress: Callable[[str], Progress] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Time models against eager PyTorch, one interleaved run for each model and batch size.
+
+    Args:
+        models: names that :func:`fastres.create_model` knows.
+        batches: batch sizes.
+        dtypes: of ``"float32"``, ``"float16"``, ``"bfloat16"``; plain float32 is the baseline.
+        size: height and width of the images.
+        device: ``"cpu"`` or ``"cuda"``.
+        method: how often and how long.
+        weights: name of pretrained weights; by default random ones with lively batch norms.
+        progress: called with a case's title, returns the callback for its rounds.
+        kwargs: arguments of the model, e.g. ``num_classes``.
+
+    Raises:
+        ValueError: for an unknown model, dtype or device, or a size or batch below 1.
+    """
+    for name, values in (("batch", batches), ("size", (size,))):
+        if any(value < 1 for value in values):
+            raise ValueError(f"{name} must be at least 1, got {min(values)}")
+    chosen = [parse_dtype(name) for name in dtypes]
+    device = parse_device(device)
+    cases: list[Case] = []
+    lost: list[Check] = []
+    for name in models:
+        model = create_model(name, weights=weights, **kwargs).eval()
+        channels = model.conv1.in_channels
+        if weights is None:
+            calibrate_(model, random_images(8, channels, size)[0])
+        model.to(device)
+        source = weights or "random, with batch norms calibrated on random images"
+        for batch in batches:
+            title = f"{name}, batch {batch}"
+            follow = progress(title) if progress else None
+            try:
+                images = [x.to(device) for x in random_images(batch, channels, size)]
+                cases.append(compare(name, model, images, chosen, source, method, follow))
+            except RuntimeError as error:
+                lost.append(Check(title, False, f"not measured: {one_line(error)}"))
+    title = f"fastres against PyTorch: {', '.join(models)}"
+    return Report.now(title, checks=tuple(lost), cases=tuple(cases))
+
+
+def compare(
+    name: str,
+    model: nn.Module,
+    images: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    weights: str,
+    method: Method,
+    progress: Progress | None = None,
+) -> Case:
+    """Time one model, in eval mode, on float32 NCHW batches of images that take turns.
+
+    Every contender gets the same float32 NCHW input and converts it inside the timed region.
+    """
+    contenders = {BASELINE: eager(model, torch.float32, torch.contiguous_format)}
+    for dtype in dtypes:
+        contenders |= contenders_for(model, dtype, images[0])
+    with torch.inference_mode():
+        judge = Judge(model, contenders, images)
+        comparison = measure(
+            contenders,
+            images,
+            check=judge,
+            device=images[0].device,
+            method=method,
+            progress=progress,
+        )
+    n, c, h, w = images[0].shape
+    return Case(name, (n, c, h, w), weights, comparison, judge.errors)
+
+
+def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dict[str, Model]:
+    """Eager channels_last and fastres in one dtype; on CUDA with Triton alone and with cuDNN."""
+    kind = short(dtype)
+    found = {f"eager {kind} channels_last": eager(model, dtype, torch.channels_last)}
+    backends = ("triton", "auto") if example.is_cuda else ("auto",)
+    for backend in backends:
+        label = f"fastres {kind}" + f" {backend}" * (len(backends) > 1)
+        found[label] = ours(model, dtype, backend, example)
+    return found
+
+
+def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
+    """PyTorch as it comes, from a copy of the model."""
+    twin = copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
+    # A fastres ResNet would dispatch to its engine in eval mode; its plain forward never does.
+    forward = getattr(twin, "_forward_impl", twin)
+    return lambda x: forward(x.to(dtype=dtype, memory_format=memory_format))
+
+
+def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) -> Model:
+    """The optimised model, or a callable that says why there is none."""
+    try:
+        fast = optimize(model, example_input=example, dtype=dtype, backend=backend)
+    except FastresError as error:
+        reason = error
+
+        def refuse(x: Tensor) -> Tensor:
+            raise reason
+
+        return refuse
+    return lambda x: fast(x.to(dtype))
+
+
+class Judge:
+    """Holds the float64 reference of each input and PyTorch's own rounding error per dtype.
+
+    An instance is a ``check`` for :func:`fastres.timing.measure`. ``errors`` keeps, for each
+    contender, the worst output seen, by RMS.
+    """
+
+    def __init__(
+        self, model: nn.Module, contenders: Mapping[str, Model], inputs: Sequence[Tensor]
+    ) -> None:
+        self.errors: dict[str, OutputError] = {}
+        self.reference = _float64(model, inputs)
+        self.rounding: dict[torch.dtype, float] = {}
+        for name, call in contenders.items():
+            if name.startswith("eager"):
+                outputs = [call(x) for x in inputs]
+                rounding = _rms(torch.cat(outputs).double() - torch.cat(self.reference))
+                known = self.rounding.get(outputs[0].dtype, 0.0)
+                self.rounding[outputs[0].dtype] = max(known, rounding)
+
+    def __call__(self, name: str, index: int, output: Tensor) -> str | None:
+        """What is wrong with ``output`` on the input ``index``, or None."""
+        reference = self.reference[index]
+        if output.shape != reference.shape:
+            return f"the output is {tuple(output.shape)}, not {tuple(reference.shape)}"
+        difference = output.double() - reference
+        if not bool(difference.isfinite().all()):
+            advice = "; bfloat16 has the range" if output.dtype == torch.float16 else ""
+            return f"the logits are not finite{advice}"
+        error = self._error(difference, output, reference)
+        if name not in self.errors or self.errors[name].rms < error.rms:
+            self.errors[name] = error
+        if error.rms > error.allowed_rms:
+            return (
+                f"wrong output: RMS error {error.rms:.2e}, allowed {error.allowed_rms:.2e}, "
+                f"top-1 agreement {error.agreement:.1%}"
+            )
+        return None
+
+    def _error(self, difference: Tensor, output: Tensor, reference: Tensor) -> OutputError:
+        scale = _rms(reference)
+        return OutputError(
+            rms=_rms(difference),
+            max_abs=difference.abs().max().item(),
+            reference_rms=scale,
+            allowed_rms=self._allowed(output.dtype, len(output), scale),
+            agreement=(output.argmax(1) == reference.argmax(1)).double().mean().item(),
+        )
+
+    def _allowed(self, dtype: torch.dtype, images: int, scale: float) -> float:
+        """Twice PyTorch's error, with room for chance, and never more than a quarter of the scale.
+
+        The rounding error of one image differs from the mean by about as much as the mean, so that
+        of n images does by 1/sqrt(n). The floor is a few units in the last place of the output.
+        Beyond a quarter of the scale PyTorch itself is of no use as a reference.
+        """
+        rounding = self.rounding.get(dtype, 0.0)
+        if not math.isfinite(rounding):
+            return SANE_ERROR * scale
+        floor = FLOOR_ULPS * torch.finfo(dtype).eps * scale
+        allowed = RULE_OF_TWO * rounding * (1 + 1 / math.sqrt(images)) + floor
+        return min(allowed, SANE_ERROR * scale)
+
+
+def calibrate_(model: nn.Module, images: Tensor, seed: int = 0) -> None:
+    """Give a freshly built model weights that can show a bug, and activations that stay in range.
+
+    With initial weights a dropped mean, beta or gamma changes nothing, and deep networks overflow
+    float16. Here gamma and beta are random, some gammas negative, and the running statistics are
+    those of ``images``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad():
+        for norm in norms:
+            sign = torch.where(torch.rand(norm.num_features, generator=generator) < 0.1, -1.0, 1.0)
+            gamma = 0.5 + torch.rand(norm.num_features, generator=generator)
+            norm.weight.copy_(sign * gamma)
+            norm.bias.copy_(0.5 * torch.randn(norm.num_features, generator=generator))
+            norm.reset_running_stats()
+            norm.momentum = None
+        training = model.training
+        model.train()(images)
+        model.train(training)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def random_images(batch: int, channels: int, size: int, seed: int = 0) -> list[Tensor]:
+    """Normal noise, float32 NCHW: few batches where batches are large, eight where they are 1."""
+    generator = torch.Generator().manual_seed(seed)
+    count = max(2, 8 // batch)
+    return [torch.randn(batch, channels, size, size, generator=generator) for _ in range(count)]
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a name. Raises ValueError listing the names."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def parse_device(name: torch.device | str) -> torch.device:
+    """The device of a name; ``"auto"`` is CUDA where there is one, else the CPU.
+
+    Raises ValueError for anything but a CPU or a CUDA device that is present.
+    """
+    present = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if present else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, cpu or cuda; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!s} is not here: torch sees {torch.cuda.device_count()} CUDA devices"
+        )
+    return device
+
+
+def short(dtype: torch.dtype) -> str:
+    """``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """The logits of each input from a float64 copy of the model, a few images at a time."""
+    twin = eager(model, torch.float64, torch.contiguous_format)
+    return [torch.cat([twin(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]
+
+
+def _rms(values: Tensor) -> float:
+    return values.double().square().mean().sqrt().item()

@@ -1,0 +1,102 @@
+"""Photographs to labels, with torchvision's own preprocessing and class names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import MissingDependencyError
+from .pretrained import load_network
+from .weights import get_weights
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Classified:
+    """One photograph and its most probable labels, best first, each with its probability."""
+
+    path: str
+    top: tuple[tuple[str, float], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        top = [{"label": label, "probability": value} for label, value in self.top]
+        return {"path": self.path, "top": top}
+
+
+def classify(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    model: str = "resnet50",
+    weights: str = "DEFAULT",
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    top: int = 5,
+    progress: bool = True,
+) -> list[Classified]:
+    """Classify image files, in their order.
+
+    Args:
+        paths: files that Pillow can read.
+        model: a network with published ImageNet weights.
+        weights: which of them; they also decide the preprocessing and the labels.
+        checkpoint: a local file to take the parameters from instead of downloading them. With
+            another number of classes than the labels', classes are numbered.
+        device: where the network runs.
+        top: how many labels for each photograph.
+        progress: show a bar while downloading.
+
+    Raises:
+        ValueError: for an unreadable image, unknown weights or a ``top`` below 1; nothing has been
+            downloaded by then.
+        UnknownModelError, WeightsError, CheckpointError, FileNotFoundError: as they say.
+    """
+    if top < 1:
+        raise ValueError(f"top must be at least 1, got {top}")
+    source = get_weights(model, weights)
+    preprocess, names = source.transforms(), source.categories()
+    images = [read_image(path, preprocess) for path in paths]
+    network = load_network(
+        model,
+        weights=None if checkpoint else source,
+        checkpoint=checkpoint,
+        progress=progress,
+    ).to(device)
+    with torch.inference_mode():
+        batches = torch.stack(images).split(BATCH)
+        logits = torch.cat([network(batch.to(device)).cpu() for batch in batches])
+    if logits.shape[1] != len(names):
+        names = [f"class {index}" for index in range(logits.shape[1])]
+    best = logits.float().softmax(1).topk(min(top, len(names)))
+    return [
+        Classified(str(path), tuple((names[i], p) for i, p in zip(chosen, values, strict=True)))
+        for path, chosen, values in zip(
+            paths, best.indices.tolist(), best.values.tolist(), strict=True
+        )
+    ]
+
+
+def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]) -> Tensor:
+    """The preprocessed RGB image of a file, (3, H, W). Raises ValueError when it is not one."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"reading images needs Pillow, which cannot be imported ({error}); "
+            "install fastres[vision]"
+        ) from error
+    try:
+        with Image.open(path) as image:
+            return preprocess(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: there is no such file") from None
+    except Exception as error:
+        # Damaged files raise nearly anything in Pillow: OSError, SyntaxError, struct.error.
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"cannot read image {os.fspath(path)!r}: {reason}") from error

@@ -1,0 +1,85 @@
+"""The ``fastres`` command: it parses, calls the library and prints; nothing is computed here.
+
+Exit codes: 0 all is well, 1 a check failed (a wrong answer; no speed is given for it), 2 a mistake
+in the command or its files, said in one line, 130 interrupted. FASTRES_TRACEBACK=1 shows where a
+mistake was noticed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+from ..errors import FastresError
+from . import models, runs
+from .console import ERR
+
+USER_ERRORS = (FastresError, ValueError, TypeError, RuntimeError, OSError)
+
+app = typer.Typer(
+    name="fastres",
+    help="ResNets from PyTorch, folded, fused and checked.",
+    epilog="Exit codes: 0 all is well; 1 a check failed; 2 a mistake in the command or its files; "
+    "130 interrupted.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback(invoke_without_command=True)
+def top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from .. import __version__
+
+        typer.echo(f"fastres {__version__}")
+        raise typer.Exit()
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+COMMANDS = {
+    "demo": (runs.demo, "fastres demo --report report.html"),
+    "bench": (runs.bench, "fastres bench resnet18 resnet50 --batch 1,8 --dtype float32,bfloat16"),
+    "verify": (models.verify, "fastres verify resnet50 --dtype bfloat16 --batch 4"),
+    "classify": (runs.classify, "fastres classify cat.jpg dog.jpg --model resnet50 --top 5"),
+    "summary": (models.summary, "fastres summary resnet50 --size 224"),
+    "plan": (models.plan, "fastres plan resnet50 --json"),
+    "env": (models.env, "fastres env --json"),
+}
+for _name, (_command, _example) in COMMANDS.items():
+    app.command(_name, epilog=f"Example: {_example}")(_command)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line, print what it has to say, return its exit code."""
+    try:
+        code = app(args=arguments, prog_name="fastres", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        ERR.print("interrupted")
+        return 130
+    except Exception as error:
+        # click's own errors, which typer may carry under another name, say it in format_message.
+        usage = getattr(error, "format_message", None)
+        if os.environ.get("FASTRES_TRACEBACK") or not (usage or isinstance(error, USER_ERRORS)):
+            raise
+        ERR.print(f"error: {one_line(usage() if usage else str(error))}", markup=False)
+        return 2
+    return int(code or 0)
+
+
+def one_line(message: str) -> str:
+    """A message with its lines joined."""
+    lines = [line.strip() for line in message.strip().splitlines()]
+    return " ".join(line for line in lines if line) or "no further message"
+
+
+def main() -> NoReturn:
+    """The entry point."""
+    sys.exit(run())

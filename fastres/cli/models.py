@@ -1,0 +1,110 @@
+"""The commands that look at a network or at this machine: verify, summary, plan, env."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import (
+    OUT,
+    AsJson,
+    Checkpoint,
+    DeviceName,
+    ModelName,
+    Size,
+    Weights,
+    print_json,
+    table,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ..resnet import ResNet
+
+
+def verify(
+    model: ModelName,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 8,
+    size: Size = 224,
+    device: DeviceName = "auto",
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> int:
+    """Measure how far the optimised network's logits are from PyTorch's; exit code 1 if too far.
+
+    Without weights or a checkpoint the parameters are random, with batch norms that matter.
+    """
+    from ..bench import calibrate_, parse_device, parse_dtype, random_images
+    from ..optimize import optimize
+    from ..verify import verify as compare
+
+    where, kind = parse_device(device), parse_dtype(dtype)
+    network = _network(model, weights, checkpoint)
+    images = random_images(batch, network.conv1.in_channels, size)[0]
+    if weights is None and checkpoint is None:
+        calibrate_(network, images)
+    network, images = network.to(where), images.to(where)
+    fast = optimize(network, example_input=images, dtype=kind, backend=backend, verify=False)
+    verdict = compare(network, fast, images)
+    if as_json:
+        print_json({"model": model, "dtype": dtype, "device": str(where), **verdict.to_dict()})
+        return 0 if verdict.ok else 1
+    OUT.print("[green]right[/]" if verdict.ok else f"[red]WRONG[/]: {verdict.reason}")
+    rows = [(name, _text(value)) for name, value in verdict.to_dict().items()]
+    OUT.print(table(("", ""), rows))
+    return 0 if verdict.ok else 1
+
+
+def summary(
+    model: ModelName,
+    size: Size = 224,
+    batch: Annotated[int, typer.Option(min=1, help="Batch size of the table.")] = 1,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Modules, shapes, parameters and operations of the network before it is folded."""
+    from ..describe import summary as describe
+
+    network = _network(model, None, checkpoint)
+    found = describe(network, (batch, network.conv1.in_channels, size, size))
+    if as_json:
+        print_json({"model": model, **found.to_dict()})
+        return
+    typer.echo(found.table)
+    typer.echo(f"{found.flop / 1e9:.2f} GFLOP, a multiply-add counted as two")
+
+
+def plan(model: ModelName, checkpoint: Checkpoint = None, as_json: AsJson = False) -> None:
+    """The steps that inference runs: what is fused, what is left to PyTorch and why."""
+    found = _network(model, None, checkpoint).plan()
+    if as_json:
+        print_json({"model": model, **found.to_dict()})
+    else:
+        typer.echo(str(found))
+
+
+def env(as_json: AsJson = False) -> None:
+    """Versions, processors and the switches of torch that change numbers or speed."""
+    from ..environment import environment
+    from ..report_html import flatten
+
+    found = environment()
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        OUT.print(table(("", ""), flatten(found.to_dict()), justify="left"))
+
+
+def _network(model: str, weights: str | None, checkpoint: Path | None) -> ResNet:
+    from ..pretrained import load_network
+
+    return load_network(model, weights=weights, checkpoint=checkpoint)
+
+
+def _text(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

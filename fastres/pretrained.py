@@ -1,0 +1,62 @@
+"""A network by name, with weights from the table of published ones or from a file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import load_state_dict, state_dict_from_file
+from .resnet import ResNet, create_model
+
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_network(
+    name: str,
+    *,
+    weights: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    **kwargs: Any,
+) -> ResNet:
+    """Build ``name`` in eval mode.
+
+    Args:
+        name: as :func:`fastres.create_model` knows it.
+        weights: published weights, downloaded unless a checkpoint is given.
+        checkpoint: a file that holds the weights; the number of classes, the input channels and the
+            stem are read off its shapes.
+        progress: show a bar while downloading.
+        kwargs: further arguments of the model.
+
+    Raises:
+        UnknownModelError, WeightsError, CheckpointError, FileNotFoundError: as they say.
+    """
+    if checkpoint is None:
+        return create_model(name, weights=weights, progress=progress, **kwargs).eval()
+    state = state_dict_from_file(checkpoint)
+    model = create_model(name, **{**arguments_from(state), **kwargs})
+    load_state_dict(model, state, source=str(checkpoint), strip=PREFIXES)
+    return model.eval()
+
+
+def arguments_from(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The model arguments that the shapes of a state dict tell: classes, channels and stem."""
+    found: dict[str, Any] = {}
+    conv1, fc = _outermost(state, "conv1.weight"), _outermost(state, "fc.weight")
+    if conv1 is not None and conv1.dim() == 4:
+        found["in_chans"] = conv1.shape[1]
+        found["stem"] = "cifar" if conv1.shape[-1] == 3 else "imagenet"
+    if fc is not None and fc.dim() == 2:
+        found["num_classes"] = fc.shape[0]
+    return found
+
+
+def _outermost(state: Mapping[str, Any], name: str) -> Tensor | None:
+    """The tensor called ``name`` under the fewest prefixes."""
+    names = [key for key in state if key == name or key.endswith(f".{name}")]
+    value = state[min(names, key=len)] if names else None
+    return value if isinstance(value, Tensor) else None
