@@ -258,8 +258,9 @@ def _report(source: str, problems: list[str], hint: str) -> str:
 def _classifier_name(model: nn.Module) -> str:
     """The name of the final linear layer: the model's own word for it, else the last one."""
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if hasattr(model, "get_classifier"):
-        chosen = model.get_classifier()
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        chosen = get_classifier()
         linears = [(name, m) for name, m in linears if m is chosen]
     return linears[-1][0] if linears else ""
 

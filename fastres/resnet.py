@@ -157,6 +157,7 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
+        _check_choice("stride_on", stride_on, ("3x3", "1x1"))
         width = int(planes * (base_width / 64.0)) * groups
         if stride_on == "1x1":
             stride1, stride2, dilation = stride, 1, out_dilation or dilation
@@ -205,7 +206,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[nn.Module],
+        block: type[BasicBlock] | type[Bottleneck],
         layers: Sequence[int],
         num_classes: int = 1000,
         zero_init_residual: bool = False,
@@ -235,8 +236,10 @@ class ResNet(nn.Module):
             raise ValueError(
                 "stride_on='1x1' needs a Bottleneck: a BasicBlock has no 1x1 to stride"
             )
-        dilate = (False, *(replace_stride_with_dilation or (False, False, False)))
-        if len(dilate) != 4:
+        dilate = replace_stride_with_dilation
+        if dilate is None:
+            dilate = (False, False, False)
+        if len(dilate) != 3:
             raise ValueError(
                 "replace_stride_with_dilation should be None "
                 f"or a 3-element tuple, got {replace_stride_with_dilation}"
@@ -261,9 +264,9 @@ class ResNet(nn.Module):
 
         depth1, depth2, depth3, depth4 = (*layers, 0, 0, 0)[:4]
         self.layer1 = self._make_layer(block, planes, depth1)
-        self.layer2 = self._make_layer(block, planes * 2, depth2, stride=2, dilate=dilate[1])
-        self.layer3 = self._make_layer(block, planes * 4, depth3, stride=2, dilate=dilate[2])
-        self.layer4 = self._make_layer(block, planes * 8, depth4, stride=2, dilate=dilate[3])
+        self.layer2 = self._make_layer(block, planes * 2, depth2, stride=2, dilate=dilate[0])
+        self.layer3 = self._make_layer(block, planes * 4, depth3, stride=2, dilate=dilate[1])
+        self.layer4 = self._make_layer(block, planes * 8, depth4, stride=2, dilate=dilate[2])
 
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.num_features = self.inplanes
@@ -272,7 +275,7 @@ class ResNet(nn.Module):
 
     def _make_layer(
         self,
-        block: type[nn.Module],
+        block: type[BasicBlock] | type[Bottleneck],
         planes: int,
         blocks: int,
         stride: int = 1,
@@ -285,35 +288,24 @@ class ResNet(nn.Module):
         if dilate:
             self.dilation *= stride
             stride = 1
-        outplanes = planes * int(block.expansion)
+        outplanes = planes * block.expansion
         downsample = self._make_shortcut(outplanes, stride)
 
         # Blocks written for torchvision know only its arguments: ours are passed where they matter.
-        options: dict[str, Any] = {} if self._stride_on == "3x3" else {"stride_on": self._stride_on}
-        first: dict[str, Any] = {}
-        if dilate and (self._stride_on == "1x1" or issubclass(block, BasicBlock)):
-            first["out_dilation"] = self.dilation
+        options: dict[str, Any] = {}
+        if self._stride_on != "3x3":
+            options["stride_on"] = self._stride_on
+        first_options = dict(options)
+        if dilate and (options or issubclass(block, BasicBlock)):
+            first_options["out_dilation"] = self.dilation
 
-        shared = (self.groups, self.base_width)
-        norm_layer = self._norm_layer
-        stage = [
-            block(
-                self.inplanes,
-                planes,
-                stride,
-                downsample,
-                *shared,
-                first_dilation,
-                norm_layer,
-                **first,
-                **options,
-            )
-        ]
+        width = (self.groups, self.base_width)
+        norm = self._norm_layer
+        first = (self.inplanes, planes, stride, downsample, *width, first_dilation, norm)
+        other = (outplanes, planes, 1, None, *width, self.dilation, norm)
+        stage = [block(*first, **first_options)]
+        stage += [block(*other, **options) for _ in range(1, blocks)]
         self.inplanes = outplanes
-        for _ in range(1, blocks):
-            stage.append(
-                block(outplanes, planes, 1, None, *shared, self.dilation, norm_layer, **options)
-            )
         return nn.Sequential(*stage)
 
     def _make_shortcut(self, outplanes: int, stride: int) -> nn.Module | None:
@@ -334,9 +326,9 @@ class ResNet(nn.Module):
         if not zero_init_residual:
             return
         for module in self.modules():
-            if isinstance(module, Bottleneck) and module.bn3.weight is not None:
+            if isinstance(module, Bottleneck) and isinstance(module.bn3.weight, Tensor):
                 nn.init.zeros_(module.bn3.weight)
-            elif isinstance(module, BasicBlock) and module.bn2.weight is not None:
+            elif isinstance(module, BasicBlock) and isinstance(module.bn2.weight, Tensor):
                 nn.init.zeros_(module.bn2.weight)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -370,7 +362,7 @@ class ResNet(nn.Module):
         Raises ValueError for a negative number of classes.
         """
         _check_at_least("num_classes", num_classes, 0)
-        like = self.conv1.weight
+        like = next(self.parameters())
         fc = _classifier(self.num_features, num_classes).to(like.device, like.dtype)
         self.fc = fc.train(self.training)
 
@@ -396,7 +388,7 @@ class Variant:
     ``fixed`` arguments define the variant and cannot be given otherwise; ``defaults`` can.
     """
 
-    block: type[nn.Module]
+    block: type[BasicBlock] | type[Bottleneck]
     layers: tuple[int, ...]
     fixed: Mapping[str, int] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)

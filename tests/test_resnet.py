@@ -256,6 +256,7 @@ def test_torchvisions_feature_extractor():
         ({"in_chans": 0}, "in_chans must be an integer of at least 1, got 0"),
         ({"num_classes": -1}, "num_classes must be an integer of at least 0, got -1"),
         ({"num_classes": 2.5}, "num_classes must be an integer of at least 0, got 2.5"),
+        ({"replace_stride_with_dilation": []}, "None or a 3-element tuple, got"),
         ({"replace_stride_with_dilation": [True]}, "None or a 3-element tuple, got"),
         ({"stride_on": "1x1"}, "a BasicBlock has no 1x1"),
         ({"groups": 2}, "BasicBlock only supports groups=1 and base_width=64, got groups=2"),
