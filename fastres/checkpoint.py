@@ -118,7 +118,7 @@ def load_state_dict(
     if problems:
         hint = _class_hint(classifier, state, expected) if classifier else ""
         raise CheckpointError(_report(source, problems, hint))
-    _load_all_or_nothing(model, _with_counters(state, expected), expected, source)
+    _load_all_or_nothing(model, state, expected, source)
     return tuple(fresh)
 
 
@@ -222,6 +222,7 @@ def _strip(
 
 def _problems(state: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[str]:
     for name in expected:
+        # Batch norms saved before PyTorch 0.4.1 have no counter; torch then keeps the model's.
         if name not in state and not name.endswith("num_batches_tracked"):
             yield f"missing: {name}"
     for name, value in state.items():
@@ -290,12 +291,6 @@ def _fresh_classifier(model: nn.Module, name: str) -> dict[str, Tensor]:
     assert isinstance(old, nn.Linear)
     new = nn.Linear(old.in_features, old.out_features, old.bias is not None)
     return {f"{name}.{key}": value for key, value in new.state_dict().items()}
-
-
-def _with_counters(state: dict[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
-    """Batch norms saved before PyTorch 0.4.1 have no counter: theirs stays as it is."""
-    counters = {k: v for k, v in expected.items() if k.endswith("num_batches_tracked")}
-    return counters | state
 
 
 def _load_all_or_nothing(
