@@ -1,0 +1,123 @@
+"""CUDA graphs per input shape: captured after a first call, replayed, bounded in number.
+
+All graphs of one cache share a memory pool. That is safe because a replay waits for the end of the
+last one's copy-out, and because the caller gets a copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .engine import CHANNELS_LAST, Executor, conv_precision, matmul_precision
+
+Key: TypeAlias = tuple[Any, ...]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    source: Tensor
+    output: Tensor
+
+
+class GraphRunner:
+    """Runs an executor, through a graph once a shape has been seen before.
+
+    Args:
+        executor: a plan with weights, with one image tensor in and one tensor out.
+        limit: graphs kept; the least recently used one goes first.
+    """
+
+    def __init__(self, executor: Executor, limit: int = 8) -> None:
+        self.executor = executor
+        self.limit = limit
+        self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
+        self._seen: set[Key] = set()
+        self._lock = RLock()
+        self._pool: Any = None
+        self._last_use: torch.cuda.Event | None = None
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The input shapes that have a graph now."""
+        return tuple(tuple(entry.source.shape) for entry in self._graphs.values())
+
+    def __call__(self, x: Tensor) -> Any:
+        """The executor's output for ``x``; the result belongs to the caller.
+
+        A call inside the user's own capture, of an empty batch, or of a plan with PyTorch calls in
+        it runs step by step.
+        """
+        if not self._capturable(x):
+            return self.executor.run([x])
+        with self._lock, torch.cuda.device(x.device):
+            key = _key(x)
+            entry = self._graphs.get(key)
+            if entry is None and key not in self._seen:
+                self._remember(key)
+                return self.executor.run([x])
+            if entry is None:
+                entry = self._capture(key, x)
+            self._graphs.move_to_end(key)
+            return self._replay(entry, x)
+
+    def free(self) -> None:
+        """Drop all graphs and their memory."""
+        with self._lock:
+            self._graphs.clear()
+            self._seen.clear()
+            self._pool = None
+
+    def _capturable(self, x: Tensor) -> bool:
+        if x.device.type != "cuda" or x.numel() == 0 or self.executor.plan.left:
+            return False
+        return not torch.cuda.is_current_stream_capturing()
+
+    def _remember(self, key: Key) -> None:
+        if len(self._seen) > 64 * self.limit:
+            self._seen.clear()
+        self._seen.add(key)
+
+    def _capture(self, key: Key, x: Tensor) -> _Captured:
+        while len(self._graphs) >= self.limit:
+            self._graphs.popitem(last=False)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._wait()
+        with torch.inference_mode(False), torch.no_grad():
+            source = torch.empty_like(x, memory_format=CHANNELS_LAST).copy_(x)
+            graph = torch.cuda.CUDAGraph()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.graph(
+                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                output = self.executor.run([source])
+            torch.cuda.current_stream().wait_stream(stream)
+        self._graphs[key] = _Captured(graph, source, output)
+        return self._graphs[key]
+
+    def _replay(self, entry: _Captured, x: Tensor) -> Tensor:
+        self._wait()
+        entry.source.copy_(x)
+        entry.graph.replay()
+        output = entry.output.clone()
+        if self._last_use is None:
+            self._last_use = torch.cuda.Event()
+        self._last_use.record()
+        return output
+
+    def _wait(self) -> None:
+        if self._last_use is not None:
+            torch.cuda.current_stream().wait_event(self._last_use)
+
+
+def _key(x: Tensor) -> Key:
+    layout = x.is_contiguous(memory_format=CHANNELS_LAST) and not x.is_contiguous()
+    return (tuple(x.shape), x.dtype, x.device, layout, conv_precision(), matmul_precision())

@@ -1,0 +1,125 @@
+"""Batch norm into convolution, on the graph and on the numbers. Pure functions, float64 inside.
+
+    y = gamma * (conv(x, w) + b - mean) / sqrt(var + eps) + beta
+      = conv(x, w * s) + (b - mean) * s + beta        with  s = gamma / sqrt(var + eps)
+
+(Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .errors import FoldError
+from .ir import BatchNorm2d, Call, Conv2d, Graph, Linear, Node, Ref, substitute
+
+Lookup = Callable[[str], Tensor]
+
+
+def fold(graph: Graph) -> Graph:
+    """Attach each batch norm to the convolution before it, where it is that one's only reader."""
+    users = graph.users()
+    by_name = {node.name: node for node in graph.nodes}
+    renamed: dict[str, str] = {}
+    folded: dict[str, Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.op, BatchNorm2d):
+            conv = by_name[node.inputs[0]]
+            if isinstance(conv.op, Conv2d) and users[conv.name] == [node.name]:
+                folded[conv.name] = replace(conv, op=replace(conv.op, norm=node.op))
+                renamed[node.name] = conv.name
+    return _rewrite(graph, folded, renamed)
+
+
+def _rewrite(graph: Graph, changed: dict[str, Node], renamed: dict[str, str]) -> Graph:
+    def name(old: str) -> str:
+        return renamed.get(old, old)
+
+    nodes = []
+    for node in graph.nodes:
+        if node.name in renamed:
+            continue
+        node = changed.get(node.name, node)
+        op = node.op
+        if isinstance(op, Call):
+            op = replace(
+                op,
+                args=substitute(op.args, lambda n: Ref(name(n))),
+                kwargs=substitute(op.kwargs, lambda n: Ref(name(n))),
+            )
+        nodes.append(replace(node, op=op, inputs=tuple(name(n) for n in node.inputs)))
+    output = substitute(graph.output, lambda n: Ref(name(n)))
+    return Graph(tuple(nodes), graph.parameters, output)
+
+
+def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The weight (K, C/groups, R, S) in ``dtype`` and the bias (K,) in float32 or wider.
+
+    Everything is computed in float64 and cast once at the end. The bias is None where the layer has
+    neither a bias nor a batch norm.
+
+    Raises:
+        FoldError: a variance is negative or not finite, or the result overflows ``dtype``.
+    """
+    with torch.no_grad():
+        source = lookup(op.weight).detach()
+        weight = source.double()
+        bias = lookup(op.bias).detach().double() if op.bias else None
+        if op.norm is not None:
+            scale, shift = _affine(op.norm, lookup, weight.shape[0], weight.device)
+            weight = weight * scale.reshape(-1, 1, 1, 1)
+            bias = shift if bias is None else bias * scale + shift
+        cast = weight.to(dtype, memory_format=torch.channels_last)
+        _refuse_overflow(op.weight, weight, cast)
+        return cast, None if bias is None else bias.to(_bias_dtype(dtype))
+
+
+def folded_linear(op: Linear, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The weight (K, C) in ``dtype`` and the bias (K,) in float32 or wider."""
+    with torch.no_grad():
+        weight = lookup(op.weight).detach()
+        bias = lookup(op.bias).detach() if op.bias else None
+        cast = weight.to(dtype).contiguous()
+        _refuse_overflow(op.weight, weight, cast)
+        return cast.clone(), None if bias is None else bias.to(_bias_dtype(dtype)).clone()
+
+
+def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _affine(
+    norm: BatchNorm2d, lookup: Lookup, channels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Scale and shift (K,) in float64 such that the norm is ``x * scale + shift``."""
+    mean = lookup(norm.mean).detach().double()
+    var = lookup(norm.var).detach().double()
+    _refuse_variance(norm, var)
+    one = torch.ones(channels, dtype=torch.float64, device=device)
+    gamma = lookup(norm.weight).detach().double() if norm.weight else one
+    beta = lookup(norm.bias).detach().double() if norm.bias else torch.zeros_like(one)
+    scale = gamma / torch.sqrt(var + norm.eps)
+    return scale, beta - mean * scale
+
+
+def _refuse_variance(norm: BatchNorm2d, var: Tensor) -> None:
+    bad = ~(torch.isfinite(var) & (var + norm.eps > 0) & (var >= 0))
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise FoldError(
+            f"{norm.var}[{index}] is {float(var[index]):g}; a variance must be finite and not negative"
+        )
+
+
+def _refuse_overflow(path: str, exact: Tensor, cast: Tensor) -> None:
+    overflow = torch.isfinite(exact) & ~torch.isfinite(cast)
+    if bool(overflow.any()):
+        largest = float(exact[overflow].abs().max())
+        raise FoldError(
+            f"{path}: a folded weight of {largest:g} does not fit {cast.dtype}; "
+            "use torch.bfloat16 or torch.float32"
+        )

@@ -1,0 +1,185 @@
+"""May this call be fused, and is the plan still what the module says? One place for both answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from .ir import attribute
+
+GRADIENT = "a gradient is wanted"
+
+
+def ambient_reason(x: Any) -> str | None:
+    """Why a call with this input, under the modes in force, must run as ordinary PyTorch."""
+    if type(x) is not Tensor:
+        return "the input is not a plain tensor"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the input is on {x.device.type}"
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return "the model is being compiled or traced"
+    if is_in_torch_dispatch_mode() or _in_function_mode():
+        return "a dispatch or function mode is active"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a functorch transform is active"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
+    if nn_module._has_any_global_hook():
+        return "a global module hook is registered"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return GRADIENT
+    return None
+
+
+def _in_function_mode() -> bool:
+    """Whether a user's mode intercepts calls; ``torch.device(...)`` as a context does not count."""
+    depth = torch._C._len_torch_function_stack()
+    return any(_is_user_mode(torch._C._get_function_stack_at(i)) for i in range(depth))
+
+
+def _is_user_mode(mode: TorchFunctionMode) -> bool:
+    return not isinstance(mode, DeviceContext)
+
+
+class _OptimizerSteps:
+    """Counts optimizer steps in this process: fused optimizers change weights without a version."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._registered = False
+
+    def watch(self) -> None:
+        """Start counting; done once per process."""
+        if not self._registered:
+            register_optimizer_step_post_hook(self._seen)
+            self._registered = True
+
+    def _seen(self, *_: Any) -> None:
+        self.count += 1
+
+
+OPTIMIZER_STEPS = _OptimizerSteps()
+
+
+class Change(Enum):
+    """What differs from when the plan was built."""
+
+    NONE = "nothing"
+    WEIGHTS = "values of weights or statistics"
+    STRUCTURE = "modules or their settings"
+
+
+class Watch:
+    """What a plan was built from, for telling whether it still holds.
+
+    Strong references are held to the watched tensors and to their storage, so that neither an id nor
+    an address can be reused by something else.
+
+    Args:
+        module: the root that the plan was traced from.
+        paths: dotted paths of the tensors that were folded.
+    """
+
+    def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
+        OPTIMIZER_STEPS.watch()
+        self._steps = OPTIMIZER_STEPS.count
+        self._modules = [
+            (m, m._modules, tuple(m._modules.values()), _settings(m), _settings(m)(m))
+            for m in module.modules()
+        ]
+        self._tensors = [_Watched(module, path) for path in dict.fromkeys(paths)]
+
+    def reason(self) -> str | None:
+        """As :func:`busy_reason`, for the watched modules."""
+        return busy_reason(m for m, *_ in self._modules)
+
+    def change(self) -> Change:
+        """Compare the module with what was recorded (about 50 us for a ResNet-50)."""
+        for m, children, recorded, settings, values in self._modules:
+            if m._modules is not children or tuple(children.values()) != recorded:
+                return Change.STRUCTURE
+            if settings(m) != values or "forward" in m.__dict__:
+                return Change.STRUCTURE
+        if self._steps != OPTIMIZER_STEPS.count:
+            return Change.WEIGHTS
+        for watched in self._tensors:
+            if watched.changed():
+                return Change.WEIGHTS
+        return Change.NONE
+
+
+class _Watched:
+    """One tensor by owner and name: the same object, version and address as before?"""
+
+    __slots__ = ("alias", "name", "owner", "pointer", "tensor", "version")
+
+    def __init__(self, module: nn.Module, path: str) -> None:
+        parent, _, self.name = path.rpartition(".")
+        holder = attribute(module, parent) if parent else module
+        in_parameters = self.name in holder._parameters
+        self.owner: dict[str, Any] = holder._parameters if in_parameters else holder._buffers
+        self.tensor: Tensor = self.owner[self.name]
+        self.version = self.tensor._version
+        self.pointer = self.tensor.data_ptr()
+        self.alias = self.tensor.detach()
+
+    def changed(self) -> bool:
+        tensor = self.owner.get(self.name)
+        return (
+            tensor is not self.tensor
+            or tensor._version != self.version
+            or tensor.data_ptr() != self.pointer
+        )
+
+
+_SETTINGS: dict[type, Any] = {
+    nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: attrgetter("eps", "track_running_stats"),
+    nn.MaxPool2d: attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
+    nn.AvgPool2d: attrgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
+    nn.AdaptiveAvgPool2d: attrgetter("output_size"),
+}
+
+
+def _settings(module: nn.Module) -> Any:
+    """A getter of the settings that a traced plan has baked in."""
+    return _SETTINGS.get(type(module), _nothing)
+
+
+def _nothing(module: nn.Module) -> tuple[()]:
+    return ()
+
+
+def busy_reason(modules: Iterable[nn.Module]) -> str | None:
+    """Why modules, the root first, cannot be fused just now: training, or hooks below the root."""
+    for index, module in enumerate(modules):
+        if module.training:
+            return "a submodule is in training mode"
+        if index and (module._forward_hooks or module._forward_pre_hooks):
+            return "a submodule has forward hooks"
+    return None
+
+
+def pytorch_reason(module: nn.Module) -> str | None:
+    """Why a module must run as ordinary PyTorch: busy, or with weights that cannot be watched."""
+    if getattr(module, "_is_replica", False):
+        return "a DataParallel replica"
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.is_inference():
+            return f"{name} is an inference tensor, which has no version counter"
+    if any(nn.utils.parametrize.is_parametrized(m) for m in module.modules()):
+        return "a submodule is parametrized"
+    return busy_reason(module.modules())

@@ -1,0 +1,254 @@
+"""Fused inference for a module whose weights stay the user's to change at any time."""
+
+from __future__ import annotations
+
+import warnings
+from threading import Lock, RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, plan, trace
+from .cuda_graph import GraphRunner
+from .engine import Executor, InputError, select_ops
+from .errors import FoldError
+from .guards import GRADIENT, Change, Watch, ambient_reason, pytorch_reason
+from .ir import attribute
+from .plan import Plan
+
+ExecutorKey = tuple[str, torch.device, torch.dtype]
+
+
+class Live:
+    """Plan, folded weights and graphs of one module; rebuilt or refolded when the module changed.
+
+    Args:
+        module: an ``nn.Module`` whose forward takes one image tensor.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+    """
+
+    def __init__(self, module: nn.Module, backend: str) -> None:
+        self.module = module
+        self.backend = backend
+        self._lock = RLock()
+        self._plan: Plan | None = None
+        self._watch: Watch | None = None
+        self._refused: str | None = None
+        self._home: tuple[torch.device, torch.dtype] | None = None
+        self._runners: dict[ExecutorKey, GraphRunner] = {}
+        self._stale: set[ExecutorKey] = set()
+
+    def run(self, x: Tensor) -> tuple[bool, Any]:
+        """``(True, output)``, or ``(False, None)`` where ordinary PyTorch must run.
+
+        Raises:
+            InputError, InputTypeError: the input does not fit the model.
+            BackendError: the backend asked for cannot run here.
+        """
+        with self._lock:
+            runner = self._runner_for(x)
+        if runner is None:
+            return False, None
+        with torch.no_grad():
+            return True, runner(x.to(runner.executor.dtype) if _autocasts(x) else x)
+
+    def plan(self) -> Plan:
+        """The plan for the module as it is now, in inference."""
+        with self._lock:
+            self._refresh()
+            if self._plan is None:
+                reason = self._refused or pytorch_reason(self.module)
+                raise RuntimeError(f"there is no fused plan: {reason}")
+            runners = list(self._runners.values())
+            return runners[-1].executor.plan if runners else self._plan
+
+    def invalidate(self) -> None:
+        """Fold again at the next fused call, whatever the guards say."""
+        with self._lock:
+            self._stale.update(self._runners)
+
+    def free(self) -> None:
+        """Drop the plan, folded weights, graphs and workspaces."""
+        with self._lock:
+            self._runners.clear()
+            self._stale.clear()
+            self._plan = self._watch = None
+
+    def _runner_for(self, x: Tensor) -> GraphRunner | None:
+        self._refresh()
+        if self._plan is None or self._watch is None or self._refused is not None:
+            return None
+        if self._watch.reason() is not None:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
+            say_how_to_get_the_fast_path()
+            return None
+        weight = self._first_weight()
+        if weight.device != x.device:
+            raise InputError(f"x must be on {weight.device}, as the weights are; got {x.device}")
+        if not weight.is_floating_point() or (_autocasts(x) and x.dtype is torch.float64):
+            return None
+        dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
+        return self._fresh_runner(x, dtype)
+
+    def _fresh_runner(self, x: Tensor, dtype: torch.dtype) -> GraphRunner | None:
+        assert self._plan is not None
+        ops = select_ops(self.backend, x.device, dtype)
+        key = (ops.name, x.device, dtype)
+        try:
+            if key not in self._runners:
+                self._runners[key] = GraphRunner(Executor(self._plan, self.module, ops, dtype))
+            elif key in self._stale:
+                _refuse_during_capture(x)
+                self._runners[key].executor.refold()
+            self._stale.discard(key)
+        except FoldError as error:
+            self._refuse(str(error))
+            return None
+        return self._runners[key]
+
+    def _refresh(self) -> None:
+        """Bring plan and watch up to date with the module; mark what must be folded again."""
+        if self._watch is not None:
+            change = self._watch.change()
+            if change is Change.NONE:
+                return
+            self._refused = None
+            if change is Change.WEIGHTS and self._home == self._weights_home():
+                self._stale.update(self._runners)
+                self._watch = self._new_watch()
+                return
+            self.free()
+        if pytorch_reason(self.module) is None:
+            self._build()
+
+    def _build(self) -> None:
+        try:
+            self._plan = plan.build(fold.fold(trace.trace(self.module)))
+        except trace.TraceError as error:
+            self._refuse(str(error))
+        self._home = self._weights_home()
+        self._watch = self._new_watch()
+        if self._home is None:
+            self._refuse("it has no convolution or linear layer")
+
+    def _new_watch(self) -> Watch:
+        steps = self._plan.steps if self._plan else ()
+        return Watch(self.module, [p for step in steps for p in plan.parameter_paths(step.op)])
+
+    def _weights_home(self) -> tuple[torch.device, torch.dtype] | None:
+        """Device and dtype of the first weight: executors are built for one of each."""
+        if self._plan is None or self._first_path() is None:
+            return None
+        weight = self._first_weight()
+        return weight.device, weight.dtype
+
+    def _first_path(self) -> str | None:
+        steps = self._plan.steps if self._plan else ()
+        return next((path for step in steps for path in plan.parameter_paths(step.op)), None)
+
+    def _first_weight(self) -> Tensor:
+        path = self._first_path()
+        assert path is not None
+        weight: Tensor = attribute(self.module, path)
+        return weight
+
+    def _refuse(self, reason: str) -> None:
+        self._refused = reason
+        self._runners.clear()
+        warnings.warn(f"fastres runs this model as ordinary PyTorch: {reason}", stacklevel=6)
+
+
+class LiveModule(nn.Module):
+    """A module with one image input whose inference runs fused while its weights stay live.
+
+    Subclasses define ``_forward_impl`` and set ``backend``. ``state_dict``, training, copying,
+    scripting and export see an ordinary module.
+    """
+
+    backend: str
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._forward_impl(x)
+        return self._dispatch(x)
+
+    def _forward_impl(self, x: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _forward_impl")
+
+    @torch.jit.unused
+    def _dispatch(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self._forward_impl(x)
+        reason = "training" if self.training else ambient_reason(x)
+        if reason is None:
+            fused, output = self._live().run(x)
+            if fused:
+                return output
+        elif reason == GRADIENT:
+            say_how_to_get_the_fast_path()
+        self.refresh()
+        return self._forward_impl(x)
+
+    @torch.jit.unused
+    def plan(self) -> Plan:
+        """What runs in inference: each step and what computes it. ``str()`` of it is a table."""
+        return self._live().plan()
+
+    @torch.jit.unused
+    def refresh(self) -> None:
+        """Fold the weights again at the next inference.
+
+        Needed only after changes that PyTorch cannot see: through ``.data``, numpy views or raw
+        collectives.
+        """
+        live: Live | None = self.__dict__.get("_engine")
+        if live is not None:
+            live.invalidate()
+
+    @torch.jit.unused
+    def _live(self) -> Live:
+        with _CREATION:
+            if "_engine" not in self.__dict__:
+                self.__dict__["_engine"] = Live(self, self.backend)
+            live: Live = self.__dict__["_engine"]
+        return live
+
+    @torch.jit.unused
+    def train(self, mode: bool = True) -> Any:
+        """As ``nn.Module.train``; entering training frees the fused engine's memory."""
+        live: Live | None = self.__dict__.get("_engine")
+        if live is not None:
+            live.free() if mode else live.invalidate()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_engine"}
+
+
+_CREATION = Lock()
+
+
+def _autocasts(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _refuse_during_capture(x: Tensor) -> None:
+    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "the model's weights changed since its last call; call it once outside the capture"
+        )
+
+
+_said: set[str] = set()
+
+
+def say_how_to_get_the_fast_path() -> None:
+    if "gradient" not in _said:
+        _said.add("gradient")
+        warnings.warn(
+            "fastres: in eval mode but gradients are on, so ordinary PyTorch runs; "
+            "wrap the call in torch.inference_mode() or torch.no_grad() for the fused path",
+            stacklevel=5,
+        )

@@ -1,0 +1,354 @@
+"""Graph to plan: fuse epilogues, order the steps, decide what may be overwritten and freed.
+
+A plan is immutable and holds neither weights nor sizes: one plan serves every batch and image size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from math import prod
+from typing import Any, TypeAlias
+
+from .ir import (
+    Add,
+    AvgPool2d,
+    BatchNorm2d,
+    Call,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Input,
+    Linear,
+    MaxPool2d,
+    Node,
+    Operation,
+    Pair,
+    Parameter,
+    ReLU,
+    refs,
+)
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """``name = op(*inputs)``.
+
+    Attributes:
+        in_place: the residual is dead afterwards and may be overwritten by the result.
+        frees: values that nobody reads after this step.
+        where: path of the source module that the step stands for.
+    """
+
+    name: str
+    op: Operation
+    inputs: tuple[str, ...]
+    where: str = ""
+    in_place: bool = False
+    frees: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, in order. ``str(plan)`` is a table; ``served_by`` names each step's kernel."""
+
+    steps: tuple[Step, ...]
+    parameters: tuple[Parameter, ...]
+    output: Any
+    served_by: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> tuple[Step, ...]:
+        """The steps that fastres runs itself."""
+        return tuple(step for step in self.steps if not left_to_torch(step.op))
+
+    @property
+    def left(self) -> tuple[tuple[Step, str], ...]:
+        """The steps that stay PyTorch calls, each with the reason."""
+        return tuple((s, left_to_torch(s.op)) for s in self.steps if left_to_torch(s.op))
+
+    def shapes(self, *inputs: Shape) -> dict[str, Shape | None]:
+        """Each value's shape for these input shapes; None behind a step left to PyTorch."""
+        known: dict[str, Shape | None] = dict(
+            zip((p.name for p in self.parameters), map(tuple, inputs), strict=False)
+        )
+        for step in self.steps:
+            known[step.name] = output_shape(step.op, [known.get(name) for name in step.inputs])
+        return known
+
+    def peak_activation_bytes(self, shape: Shape, itemsize: int) -> int | None:
+        """Most bytes alive at once, the input and the weights excluded; None if not known."""
+        shapes = self.shapes(shape)
+        alive: dict[str, int] = {}
+        peak = 0
+        for step in self.steps:
+            result = shapes[step.name]
+            if result is None:
+                return None
+            view = isinstance(step.op, Flatten) or step.in_place
+            alive[step.name] = 0 if view else prod(result) * itemsize
+            if view:
+                replaced = step.inputs[-1] if isinstance(step.op, Conv2d) else step.inputs[0]
+                alive[step.name] = alive.pop(replaced, 0)
+            peak = max(peak, sum(alive.values()))
+            for name in step.frees:
+                alive.pop(name, None)
+        return peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: one row per step."""
+        return {
+            "steps": [_row(step, self._server(i)) for i, step in enumerate(self.steps)],
+            "fused": len(self.fused),
+            "left_to_pytorch": [{"step": s.where or s.name, "reason": r} for s, r in self.left],
+        }
+
+    def _server(self, index: int) -> str:
+        return self.served_by[index] if self.served_by else ""
+
+    def __str__(self) -> str:
+        header = ("step", "what", "served by", "in place", "source")
+        rows = [header] + [_cells(step, self._server(i)) for i, step in enumerate(self.steps)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+        lines.insert(1, "  ".join("-" * w for w in widths))
+        left = [f"  {s.where or s.name}: {reason}" for s, reason in self.left]
+        lines.append(f"{len(self.steps)} steps, {len(left)} left to PyTorch" + ":" * bool(left))
+        return "\n".join(line.rstrip() for line in lines + left)
+
+
+def build(graph: Graph) -> Plan:
+    """Fuse a folded graph and turn it into a plan."""
+    fused = fuse(graph)
+    owned = _exclusive_values(fused)
+    last = _last_uses(fused)
+    steps = []
+    for index, node in enumerate(fused.nodes):
+        if isinstance(node.op, Input):
+            continue
+        frees = tuple(n for n in last if last[n] == index and (n in node.inputs or n == node.name))
+        steps.append(
+            Step(
+                node.name,
+                node.op,
+                node.inputs,
+                node.where,
+                in_place=_may_overwrite(node, frees, owned),
+                frees=frees,
+            )
+        )
+    return Plan(tuple(steps), fused.parameters, fused.output)
+
+
+def fuse(graph: Graph) -> Graph:
+    """conv + add, then anything + ReLU: each pair becomes one node at the later one's place."""
+    return _fuse_pairs(_fuse_pairs(graph, _conv_add), _relu_epilogue)
+
+
+def _fuse_pairs(graph: Graph, rule: Any) -> Graph:
+    users = graph.users()
+    kept: dict[str, Node] = {}
+    for node in graph.nodes:
+        merged = rule(node, kept, users)
+        if merged is not None:
+            absorbed, node = merged
+            del kept[absorbed]
+        kept[node.name] = node
+    return Graph(tuple(kept.values()), graph.parameters, graph.output)
+
+
+def _conv_add(
+    node: Node, before: dict[str, Node], users: dict[str, list[str]]
+) -> tuple[str, Node] | None:
+    """The sum takes in the convolution computed last, whose other readers would be none."""
+    if not isinstance(node.op, Add) or len(set(node.inputs)) != 2:
+        return None
+    order = list(before)
+    for name in sorted(node.inputs, key=order.index, reverse=True):
+        conv = before[name]
+        if not isinstance(conv.op, Conv2d) or conv.op.residual:
+            continue
+        if users[name] != [node.name] or _mutation_since(name, before):
+            continue
+        (other,) = (n for n in node.inputs if n != name)
+        op = replace(conv.op, residual=True)
+        return name, Node(node.name, op, (*conv.inputs, other), conv.where)
+    return None
+
+
+def _relu_epilogue(
+    node: Node, before: dict[str, Node], users: dict[str, list[str]]
+) -> tuple[str, Node] | None:
+    if not isinstance(node.op, ReLU):
+        return None
+    (name,) = node.inputs
+    producer = before[name]
+    if not isinstance(producer.op, (Conv2d, Linear, Add)) or producer.op.relu:
+        return None
+    if users[name] != [node.name] or _mutation_since(name, before):
+        return None
+    op = replace(producer.op, relu=True)
+    return name, Node(node.name, op, producer.inputs, producer.where)
+
+
+def _mutation_since(name: str, before: dict[str, Node]) -> bool:
+    """Whether a step after ``name`` may write into memory that delaying ``name`` would then read."""
+    later = list(before).index(name) + 1
+    return any(isinstance(n.op, Call) and n.op.mutates for n in list(before.values())[later:])
+
+
+def _exclusive_values(graph: Graph) -> set[str]:
+    """Values whose memory no other value, input or module can share."""
+    shared = {name for name in refs(graph.output)}
+    for node in graph.nodes:
+        if isinstance(node.op, (Call, Flatten)):
+            shared.update((node.name, *node.inputs))
+        elif isinstance(node.op, Input):
+            shared.add(node.name)
+    return {node.name for node in graph.nodes} - shared
+
+
+def _last_uses(graph: Graph) -> dict[str, int]:
+    """Index of the last reader of each value; values of the output are never freed."""
+    last = {node.name: index for index, node in enumerate(graph.nodes)}
+    for index, node in enumerate(graph.nodes):
+        for name in node.inputs:
+            last[name] = index
+    for name in refs(graph.output):
+        last.pop(name, None)
+    return last
+
+
+def _may_overwrite(node: Node, frees: tuple[str, ...], owned: set[str]) -> bool:
+    if isinstance(node.op, Conv2d) and node.op.residual:
+        x, residual = node.inputs
+        return residual in frees and residual in owned and residual != x
+    if isinstance(node.op, (Add, ReLU)):
+        return node.inputs[0] in frees and node.inputs[0] in owned
+    return False
+
+
+def left_to_torch(op: Operation) -> str:
+    """Why a step stays a PyTorch call; empty for the steps that fastres runs."""
+    if isinstance(op, Call):
+        return "" if op.kind == "get_attr" else op.reason
+    if isinstance(op, BatchNorm2d):
+        return "batch norm that does not directly follow a convolution of its own"
+    return ""
+
+
+def describe(op: Operation) -> str:
+    """A step in a few words, such as ``conv 3x3/2 + bias + residual + ReLU``."""
+    if isinstance(op, Conv2d):
+        biased = op.bias is not None or op.norm is not None
+        stride = f"/{max(op.stride)}" if max(op.stride) > 1 else ""
+        groups = f" groups {op.groups}" if op.groups > 1 else ""
+        kernel = "x".join(map(str, op.kernel))
+        channels = f"{op.in_channels}->{op.out_channels}"
+        words = [
+            f"conv {kernel}{stride} {channels}{groups}",
+            "bias" * biased,
+            "residual" * op.residual,
+            "ReLU" * op.relu,
+        ]
+        return " + ".join(w for w in words if w)
+    if isinstance(op, Linear):
+        return f"linear {op.in_features}->{op.out_features}" + " + ReLU" * op.relu
+    if isinstance(op, Add):
+        return "add" + " + ReLU" * op.relu
+    if isinstance(op, Call):
+        target = op.target if isinstance(op.target, str) else getattr(op.target, "__name__", "?")
+        return f"PyTorch {target}"
+    return _NAMES[type(op)]
+
+
+_NAMES: dict[type, str] = {
+    Input: "input",
+    BatchNorm2d: "PyTorch batch norm",
+    ReLU: "ReLU",
+    MaxPool2d: "max pool",
+    AvgPool2d: "average pool",
+    GlobalAvgPool: "global average pool",
+    Flatten: "flatten (view)",
+}
+
+
+def _cells(step: Step, server: str) -> tuple[str, ...]:
+    in_place = "yes" if step.in_place else ""
+    return (step.name, describe(step.op), server, in_place, step.where)
+
+
+def _row(step: Step, server: str) -> dict[str, Any]:
+    op = {} if isinstance(step.op, Call) else asdict(step.op)
+    return {
+        "name": step.name,
+        "what": describe(step.op),
+        "served_by": server,
+        "inputs": list(step.inputs),
+        "in_place": step.in_place,
+        "frees": list(step.frees),
+        "where": step.where,
+        **{k: v for k, v in op.items() if isinstance(v, (int, bool, tuple))},
+    }
+
+
+def window_output(size: int, kernel: int, stride: int, padding: int, dilation: int = 1) -> int:
+    """Number of windows along one axis, rounded down (torch.nn.Conv2d's formula)."""
+    return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def pool_output(
+    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
+) -> int:
+    """As :func:`window_output`; with ``ceil_mode`` rounded up unless the last window starts outside."""
+    if not ceil_mode:
+        return window_output(size, kernel, stride, padding, dilation)
+    out = -((size + 2 * padding - dilation * (kernel - 1) - 1) // -stride) + 1
+    return out - ((out - 1) * stride >= size + padding)
+
+
+def output_shape(op: Operation, inputs: list[Shape | None]) -> Shape | None:
+    """Shape of a step's result, or None where it is not known without running."""
+    x = inputs[0] if inputs else None
+    if x is None or isinstance(op, (Call, Input)):
+        return None
+    if isinstance(op, (Conv2d, MaxPool2d, AvgPool2d)) and len(x) == 4:
+        channels = op.out_channels if isinstance(op, Conv2d) else x[1]
+        return (x[0], channels, *_window_outputs(op, x))
+    if isinstance(op, Linear):
+        return (*x[:-1], op.out_features)
+    if isinstance(op, GlobalAvgPool):
+        return (*x[:2], 1, 1) if op.keepdim else x[:2]
+    if isinstance(op, Flatten):
+        return (x[0], prod(x[1:]))
+    if isinstance(op, (ReLU, Add, BatchNorm2d)):
+        return x
+    return None
+
+
+def _window_outputs(op: Conv2d | MaxPool2d | AvgPool2d, x: Shape) -> Pair:
+    dilation = (1, 1) if isinstance(op, AvgPool2d) else op.dilation
+    ceil_mode = not isinstance(op, Conv2d) and op.ceil_mode
+    height, width = (
+        pool_output(x[2 + i], op.kernel[i], op.stride[i], op.padding[i], dilation[i], ceil_mode)
+        for i in (0, 1)
+    )
+    return (height, width)
+
+
+def parameter_paths(op: Operation) -> Iterable[str]:
+    """Dotted paths of the parameters and buffers that a step reads by name."""
+    if isinstance(op, Conv2d):
+        own: list[str | None] = [op.weight, op.bias]
+        if op.norm is not None:
+            own += [op.norm.weight, op.norm.bias, op.norm.mean, op.norm.var]
+    elif isinstance(op, BatchNorm2d):
+        own = [op.weight, op.bias, op.mean, op.var]
+    elif isinstance(op, Linear):
+        own = [op.weight, op.bias]
+    else:
+        own = []
+    return [path for path in own if path is not None]

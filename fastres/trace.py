@@ -1,0 +1,611 @@
+"""Module to graph: torch.fx records the program, each recorded step becomes a typed operation.
+
+A step that is not understood stays a :class:`~fastres.ir.Call` with the reason, never dropped.
+In-place steps become functional where nobody can tell the difference and stay in place otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .errors import FastresError
+from .ir import (
+    Add,
+    AvgPool2d,
+    BatchNorm2d,
+    Call,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Graph,
+    Input,
+    Linear,
+    MaxPool2d,
+    Node,
+    Operation,
+    Pair,
+    Parameter,
+    Ref,
+    ReLU,
+    attribute,
+    refs,
+)
+
+
+class TraceError(FastresError, RuntimeError):
+    """The module's Python cannot be recorded by torch.fx; the message says where and why."""
+
+
+FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
+NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d",)
+IDENTITIES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth.StochasticDepth",)
+LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "unfold"}
+
+
+def qualified_name(kind: type) -> str:
+    """``package.module.Class`` of a type."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether forward hooks or pre-hooks hang on this module itself."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def opaque_reason(module: nn.Module) -> str | None:
+    """Why a module must be called whole, hooks and all, or None when it may be looked into."""
+    if has_hooks(module):
+        return "has forward hooks"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "is parametrized"
+    return None
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer that also keeps normalisation layers and opaque modules whole."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        name = qualified_name(type(m))
+        return (
+            name in FROZEN_NORMS + NORM_ACTS + STOCHASTIC_DEPTH
+            or opaque_reason(m) is not None
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+
+def trace(module: nn.Module) -> Graph:
+    """Record ``module.forward`` as a :class:`~fastres.ir.Graph`; the module is not changed.
+
+    Args:
+        module: any module that torch.fx can trace, in eval mode.
+
+    Raises:
+        TraceError: control flow depends on data, or torch.fx fails otherwise.
+    """
+    tracer = _Tracer()
+    try:
+        recorded = tracer.trace(module)
+    except Exception as error:
+        raise TraceError(
+            f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
+        ) from error
+    return _Normalizer(module, recorded).run()
+
+
+class _Normalizer:
+    """Turns torch.fx nodes into typed nodes and keeps track of which values may share memory."""
+
+    def __init__(self, module: nn.Module, recorded: fx.Graph) -> None:
+        self.modules = dict(module.named_modules())
+        self.module = module
+        self.fx_nodes = list(recorded.nodes)
+        position = {node: i for i, node in enumerate(self.fx_nodes)}
+        self.last_use = {
+            node: max((position[user] for user in node.users), default=-1) for node in self.fx_nodes
+        }
+        self.value: dict[fx.Node, str] = {}
+        self.shares: dict[str, set[str]] = {}
+        self.op: dict[str, Operation] = {}
+        self.nodes: list[Node] = []
+
+    def run(self) -> Graph:
+        parameters: list[Parameter] = []
+        output: Any = None
+        for index, node in enumerate(self.fx_nodes):
+            if node.op == "placeholder":
+                parameters.append(
+                    Parameter(str(node.target), not node.args, node.args[0] if node.args else None)
+                )
+                self._emit(node, node.name, Input(), ())
+            elif node.op == "output":
+                output = self._plain(node.args[0])
+            else:
+                self._visit(index, node)
+        return _without_dead_nodes(Graph(tuple(self.nodes), tuple(parameters), output))
+
+    def _visit(self, index: int, node: fx.Node) -> None:
+        if self._passes_input_through(node):
+            self.value[node] = self._name(node.all_input_nodes[0])
+            return
+        found, mutates = self._recognise(node)
+        if mutates and not (found and self._may_be_functional(index, node)):
+            self._emit_call(node, mutates=True, reason="writes in place into a value still in use")
+        elif isinstance(found, str):
+            self._emit_call(node, mutates=mutates, reason=found)
+        else:
+            self._emit_chain(node, found)
+            if mutates:
+                self._supersede(node)
+
+    def _recognise(self, node: fx.Node) -> tuple[list[Operation] | str, bool]:
+        """The typed operations of a node, or the reason to leave it; and whether it mutates."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            reason = opaque_reason(module)
+            if reason is not None:
+                return reason, True
+            found = _from_module(module, str(node.target))
+            if found and not _only_first_argument(node):
+                return "called with more than one argument", False
+            inplace = bool(getattr(module, "inplace", False) or _inplace_activation(module))
+            return found or f"{type(module).__name__} is not fused", inplace
+        if node.op == "get_attr":
+            return "constant or parameter", False
+        found = _from_function(node, self._constant)
+        label = node.target if isinstance(node.target, str) else _function_name(node.target)
+        return found or f"{label} is not fused", _mutates(node)
+
+    def _passes_input_through(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            known = isinstance(module, IDENTITIES) and type(module).__module__.startswith("torch.")
+            stochastic = qualified_name(type(module)) in STOCHASTIC_DEPTH
+            return (known or stochastic) and not module.training and opaque_reason(module) is None
+        dropouts = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+        return node.target in dropouts and node.kwargs.get("training") is False
+
+    def _may_be_functional(self, index: int, node: fx.Node) -> bool:
+        """Whether writing to a new tensor instead of the first operand can be told by nobody."""
+        written = node.args[0]
+        if not isinstance(written, fx.Node):
+            return False
+        name = self._name(written)
+        group = self.shares[name]
+        if any(
+            isinstance(self.op[member], Input) or _is_constant(self.op[member]) for member in group
+        ):
+            return False
+        return not any(
+            self.value[other] in group
+            and self.value[other] != name
+            and self.last_use[other] > index
+            for other in self.value
+        )
+
+    def _supersede(self, node: fx.Node) -> None:
+        """From here on every reader of the overwritten tensor reads the new value."""
+        old = self._name(node.args[0])
+        new = self.value[node]
+        for other, name in self.value.items():
+            if name == old:
+                self.value[other] = new
+
+    def _emit_chain(self, node: fx.Node, ops: list[Operation] | str) -> None:
+        assert not isinstance(ops, str)
+        source = tuple(self._name(n) for n in _operands(node, ops[0]))
+        for i, op in enumerate(ops):
+            last = i == len(ops) - 1
+            name = node.name if last else f"{node.name}_{type(op).__name__.lower()}"
+            self._emit(node, name, op, source)
+            source = (name,)
+
+    def _emit_call(self, node: fx.Node, *, mutates: bool, reason: str) -> None:
+        target = node.target
+        call = Call(
+            kind=node.op,
+            target=target,
+            args=self._plain(node.args),
+            kwargs=self._plain(dict(node.kwargs)),
+            reason=reason,
+            mutates=mutates,
+            any_layout=self._any_layout(node),
+        )
+        inputs = tuple(dict.fromkeys([*refs(call.args), *refs(call.kwargs)]))
+        self._emit(node, node.name, call, inputs)
+
+    def _any_layout(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return opaque_reason(module) is None and type(module).__module__.startswith("torch.nn.")
+        if node.op == "call_method":
+            return node.target not in LAYOUT_METHODS
+        module_name = getattr(node.target, "__module__", None) or ""
+        return module_name.startswith(("torch", "_operator")) or node.op == "get_attr"
+
+    def _emit(self, node: fx.Node, name: str, op: Operation, inputs: tuple[str, ...]) -> None:
+        self.value[node] = name
+        self.op[name] = op
+        self.shares[name] = {name}
+        if isinstance(op, (Call, Flatten)):
+            for other in inputs:
+                self._share(name, other)
+        self.nodes.append(Node(name, op, inputs, _where(node)))
+
+    def _share(self, a: str, b: str) -> None:
+        group = self.shares[a] | self.shares[b]
+        for member in group:
+            self.shares[member] = group
+
+    def _name(self, node: Any) -> str:
+        return self.value[node]
+
+    def _plain(self, value: Any) -> Any:
+        """fx arguments as plain containers with :class:`Ref` in place of nodes."""
+        return fx.node.map_aggregate(
+            value, lambda v: Ref(self.value[v]) if isinstance(v, fx.Node) else v
+        )
+
+    def _constant(self, value: Any) -> Constant | None:
+        """Path and shape of a parameter that reaches a function as an argument."""
+        if isinstance(value, fx.Node) and value.op == "get_attr":
+            path = str(value.target)
+            return path, tuple(attribute(self.module, path).shape)
+        return None
+
+
+def _without_dead_nodes(graph: Graph) -> Graph:
+    """Drop values that nobody reads; inputs and steps that may write elsewhere stay."""
+    needed = set(refs(graph.output))
+    kept: list[Node] = []
+    for node in reversed(graph.nodes):
+        effect = isinstance(node.op, Call) and (node.op.mutates or _may_have_effects(node.op))
+        if node.name in needed or effect or isinstance(node.op, Input):
+            kept.append(node)
+            needed.update(node.inputs)
+    return Graph(tuple(reversed(kept)), graph.parameters, graph.output)
+
+
+def _may_have_effects(call: Call) -> bool:
+    if call.kind == "call_function":
+        return call.target in (torch._assert, torch._assert_async)
+    return False
+
+
+def _is_constant(op: Operation) -> bool:
+    return isinstance(op, Call) and op.kind == "get_attr"
+
+
+def _where(node: fx.Node) -> str:
+    if node.op == "call_module":
+        return str(node.target)
+    stack = node.meta.get("nn_module_stack")
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _function_name(function: Any) -> str:
+    return getattr(function, "__name__", str(function))
+
+
+def _only_first_argument(node: fx.Node) -> bool:
+    return len(node.args) == 1 and not node.kwargs
+
+
+def _mutates(node: fx.Node) -> bool:
+    """Whether a function or method writes into its first operand."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
+        return True
+    if node.op == "call_method":
+        name = str(node.target)
+        return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    name = _function_name(node.target)
+    if getattr(node.target, "__module__", "") == "_operator":
+        return name == "setitem" or (name.startswith("i") and name in _INPLACE_OPERATORS)
+    return name.endswith("_") and not name.endswith("__")
+
+
+_INPLACE_OPERATORS = {
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "imod",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "ilshift",
+    "irshift",
+    "imatmul",
+}
+
+
+def _operands(node: fx.Node, op: Operation) -> list[fx.Node]:
+    """The tensor operands of a recognised step, parameters left out."""
+    operands = [a for a in node.args if isinstance(a, fx.Node)]
+    if isinstance(op, Add):
+        other = node.kwargs.get("other")
+        return operands + ([other] if isinstance(other, fx.Node) else [])
+    return operands[:1] if operands else [node.kwargs["input"]]  # type: ignore[list-item]
+
+
+def _pair(value: Any) -> Pair | None:
+    if isinstance(value, int):
+        return (value, value)
+    if isinstance(value, (tuple, list)) and all(isinstance(v, int) for v in value):
+        if len(value) == 2:
+            return (value[0], value[1])
+        if len(value) == 1:
+            return (value[0], value[0])
+    return None
+
+
+def _inplace_activation(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "act", None), "inplace", False)) and (
+        qualified_name(type(module)) not in NORM_ACTS
+    )
+
+
+def _from_module(module: nn.Module, path: str) -> list[Operation] | None:
+    kind = type(module)
+    if kind in _MODULES:
+        op = _MODULES[kind](module, path)
+        return None if op is None else [op]
+    name = qualified_name(kind)
+    if name in FROZEN_NORMS:
+        return [_frozen_norm(module, path)]
+    if name in NORM_ACTS:
+        return _norm_act(module, path)
+    return None
+
+
+def _conv(m: Any, path: str) -> Operation | None:
+    padding = _same_padding(m) if m.padding == "same" else m.padding
+    padding = (0, 0) if padding == "valid" else padding
+    if m.padding_mode != "zeros" or padding is None:
+        return None
+    bias = f"{path}.bias" if m.bias is not None else None
+    return Conv2d(
+        f"{path}.weight",
+        bias,
+        m.in_channels,
+        m.out_channels,
+        m.kernel_size,
+        m.stride,
+        padding,
+        m.dilation,
+        m.groups,
+    )
+
+
+def _same_padding(m: nn.Conv2d) -> Pair | None:
+    """torch's 'same' padding where it is symmetric; an even total per axis."""
+    total = [d * (k - 1) for d, k in zip(m.dilation, m.kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        return None
+    return (total[0] // 2, total[1] // 2)
+
+
+def _batch_norm(m: Any, path: str) -> Operation | None:
+    if m.training or m.running_mean is None or m.running_var is None:
+        return None
+    weight = f"{path}.weight" if m.weight is not None else None
+    bias = f"{path}.bias" if m.bias is not None else None
+    return BatchNorm2d(weight, bias, f"{path}.running_mean", f"{path}.running_var", m.eps)
+
+
+def _frozen_norm(m: Any, path: str) -> Operation:
+    return BatchNorm2d(
+        f"{path}.weight", f"{path}.bias", f"{path}.running_mean", f"{path}.running_var", m.eps
+    )
+
+
+def _norm_act(m: Any, path: str) -> list[Operation] | None:
+    norm = _batch_norm(m, path)
+    inner = [getattr(m, name, None) for name in ("drop", "act")]
+    if norm is None or any(child is not None and has_hooks(child) for child in inner):
+        return None
+    if not (inner[0] is None or isinstance(inner[0], nn.Identity)):
+        return None
+    if isinstance(inner[1], nn.Identity):
+        return [norm]
+    return [norm, ReLU()] if type(inner[1]) is nn.ReLU else None
+
+
+def _max_pool(m: Any, path: str) -> Operation | None:
+    if m.return_indices:
+        return None
+    return _max_pool_op(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+
+
+def _max_pool_op(
+    kernel: Any, stride: Any, padding: Any = 0, dilation: Any = 1, ceil_mode: Any = False
+) -> Operation | None:
+    pairs = [_pair(v) for v in (kernel, stride or kernel, padding, dilation)]
+    if any(p is None for p in pairs) or not isinstance(ceil_mode, bool):
+        return None
+    return MaxPool2d(*pairs, ceil_mode)  # type: ignore[arg-type]
+
+
+def _avg_pool(m: Any, path: str) -> Operation | None:
+    return _avg_pool_op(
+        m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override
+    )
+
+
+def _avg_pool_op(
+    kernel: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: Any = False,
+    count_include_pad: Any = True,
+    divisor_override: Any = None,
+) -> Operation | None:
+    pairs = [_pair(v) for v in (kernel, stride or kernel, padding)]
+    flags = isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool)
+    if any(p is None for p in pairs) or not flags or isinstance(divisor_override, fx.Node):
+        return None
+    return AvgPool2d(*pairs, ceil_mode, count_include_pad, divisor_override)  # type: ignore[arg-type]
+
+
+def _adaptive_pool(m: Any, path: str) -> Operation | None:
+    return GlobalAvgPool() if _pair(m.output_size) == (1, 1) else None
+
+
+def _linear(m: Any, path: str) -> Operation | None:
+    bias = f"{path}.bias" if m.bias is not None else None
+    return Linear(f"{path}.weight", bias, m.in_features, m.out_features)
+
+
+def _flatten(m: Any, path: str) -> Operation | None:
+    return Flatten() if (m.start_dim, m.end_dim) == (1, -1) else None
+
+
+_MODULES: dict[type, Callable[[Any, str], Operation | None]] = {
+    nn.Conv2d: _conv,
+    nn.BatchNorm2d: _batch_norm,
+    nn.SyncBatchNorm: _batch_norm,
+    nn.ReLU: lambda m, path: ReLU(),
+    nn.MaxPool2d: _max_pool,
+    nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+    nn.Linear: _linear,
+    nn.Flatten: _flatten,
+}
+
+
+Constant: TypeAlias = tuple[str, tuple[int, ...]]
+FindConstant: TypeAlias = Callable[[Any], Constant | None]
+
+
+def _from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | None:
+    """The typed operation of a function or method call, or None."""
+    args, kwargs = node.args, dict(node.kwargs)
+    kwargs.pop("inplace", None)
+    target: Any = node.target
+    op: Operation | None = None
+    if target in _RELUS and not kwargs and len(args) == 1:
+        op = ReLU()
+    elif target in _ADDS and _adds_two_tensors(args, kwargs):
+        op = Add()
+    elif target in (torch.flatten, "flatten") and _flattens_all(args, kwargs):
+        op = Flatten()
+    elif target in ("view", "reshape", torch.reshape) and _views_as_rows(args):
+        op = Flatten()
+    elif target in (F.max_pool2d, torch.max_pool2d):
+        op = _bound(_max_pool_function, args, kwargs)
+    elif target is F.avg_pool2d:
+        op = _bound(_avg_pool_op, args[1:], kwargs)
+    elif target is F.adaptive_avg_pool2d:
+        size = args[1] if len(args) > 1 else kwargs.get("output_size")
+        op = GlobalAvgPool() if _pair(size) == (1, 1) else None
+    elif target in ("mean", torch.mean):
+        op = _bound(_spatial_mean, args[1:], kwargs)
+    elif target in (F.conv2d, torch.conv2d):
+        op = _bound(lambda *a, **k: _conv_function(constant, *a, **k), args[1:], kwargs)
+    elif target is F.linear:
+        op = _bound(lambda *a, **k: _linear_function(constant, *a, **k), args[1:], kwargs)
+    return None if op is None else [op]
+
+
+_RELUS = (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_")
+_ADDS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
+
+
+def _bound(build: Callable[..., Operation | None], args: Any, kwargs: Any) -> Operation | None:
+    try:
+        return build(*args, **kwargs)
+    except TypeError:
+        return None
+
+
+def _adds_two_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    operands = [*args, *([kwargs["other"]] if "other" in kwargs else [])]
+    only = set(kwargs) <= {"other"}
+    return only and len(operands) == 2 and all(isinstance(a, fx.Node) for a in operands)
+
+
+def _flattens_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    bounds = {"start_dim": 0, "end_dim": -1, **kwargs}
+    bounds.update(zip(("start_dim", "end_dim"), args[1:], strict=False))
+    return bounds == {"start_dim": 1, "end_dim": -1}
+
+
+def _views_as_rows(args: tuple[Any, ...]) -> bool:
+    """``x.view(x.size(0), -1)`` and its spellings."""
+    shape = args[1] if len(args) == 2 and isinstance(args[1], (tuple, list)) else args[1:]
+    return len(shape) == 2 and shape[1] == -1 and _is_batch_size(shape[0], args[0])
+
+
+def _is_batch_size(value: Any, x: Any) -> bool:
+    if not isinstance(value, fx.Node):
+        return False
+    if value.target == "size":
+        return value.args == (x, 0)
+    if value.target is operator.getitem and value.args[1] == 0:
+        source: Any = value.args[0]
+        is_shape = source.target is getattr and source.args == (x, "shape")
+        return is_shape or (source.target == "size" and source.args == (x,))
+    return False
+
+
+def _spatial_mean(dim: Any, keepdim: bool = False) -> Operation | None:
+    if isinstance(dim, (tuple, list)) and set(dim) in ({2, 3}, {-1, -2}) and len(dim) == 2:
+        return GlobalAvgPool(keepdim, (dim[0], dim[1]))
+    return None
+
+
+def _max_pool_function(
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Operation | None:
+    if return_indices:
+        return None
+    return _max_pool_op(kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _conv_function(
+    constant: FindConstant,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Operation | None:
+    pairs = [_pair(v) for v in (stride, padding, dilation)]
+    w, b = constant(weight), constant(bias)
+    if w is None or (bias is not None and b is None) or any(p is None for p in pairs):
+        return None
+    k, c, *kernel = w[1]
+    bias_path = b[0] if b else None
+    return Conv2d(w[0], bias_path, c * groups, k, tuple(kernel), *pairs, groups)  # type: ignore[arg-type]
+
+
+def _linear_function(constant: FindConstant, weight: Any, bias: Any = None) -> Operation | None:
+    w, b = constant(weight), constant(bias)
+    if w is None or (bias is not None and b is None):
+        return None
+    return Linear(w[0], b[0] if b else None, w[1][1], w[1][0])
