@@ -1,0 +1,111 @@
+"""The package as it is installed: names in pyproject.toml, and what wheel and sdist contain."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+SOURCES = ("fastres", "kernels", "pyproject.toml", "README.md", "LICENSE")
+CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info")
+
+
+def modules_in(root: Path) -> set[str]:
+    """Archive names of every Python file of the tree: kernels/ counts as fastres/kernels/."""
+    ours = {p for p in (root / "fastres").rglob("*.py") if "kernels" not in p.parts}
+    names = {p.relative_to(root).as_posix() for p in ours}
+    kernels = (root / "kernels").rglob("*.py")
+    return names | {f"fastres/{p.relative_to(root).as_posix()}" for p in kernels}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A wheel and an sdist, built from a copy so that the checkout stays clean."""
+    setuptools = int(metadata.version("setuptools").split(".")[0])
+    if setuptools < 77:
+        pytest.skip(f"setuptools {setuptools} is older than the 77 that pyproject.toml asks for")
+    pytest.importorskip("build", reason="the build frontend is not installed")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=CACHES)
+        else:
+            shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source]
+    subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def test_packages_in_pyproject_are_those_of_the_tree():
+    listed = set(PROJECT["tool"]["setuptools"]["packages"])
+    assert listed == {str(Path(name).parent).replace("/", ".") for name in modules_in(ROOT)}
+
+
+def test_the_link_to_the_kernels_is_relative():
+    assert (ROOT / "fastres" / "kernels").readlink() == Path("../kernels")
+
+
+def test_the_wheel_holds_each_module_once_and_nothing_outside_fastres(built):
+    (wheel,) = built.glob("*.whl")
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n]
+    assert len(names) == len(set(names))
+    assert {n for n in names if n.endswith(".py")} == modules_in(ROOT)
+    assert {n for n in names if not n.endswith(".py")} == {
+        "fastres/py.typed",
+        "fastres/assets/digits.safetensors",
+    }
+
+
+def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    modules = {n for n in names if n.endswith(".py") and n.startswith(("fastres/", "kernels/"))}
+    assert {n if n.startswith("fastres") else f"fastres/{n}" for n in modules} == modules_in(ROOT)
+    assert not [n for n in modules if n.startswith("fastres/kernels")]
+    assert {"LICENSE", "README.md", "fastres/py.typed"} <= set(names)
+
+
+def test_the_wheel_names_its_licence_extras_and_command(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        info = next(n for n in archive.namelist() if n.endswith("/METADATA")).rpartition("/")[0]
+        told = archive.read(f"{info}/METADATA").decode()
+        commands = archive.read(f"{info}/entry_points.txt").decode()
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+    lines = told.splitlines()
+    assert {"License-Expression: BSD-3-Clause", "Requires-Python: >=3.10"} <= set(lines)
+    assert "Requires-Dist: torch>=2.11" in lines
+    extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
+    assert {"vision", "train", "report", "serve", "dev"} <= extras
+    assert "fastres = fastres.cli:main" in commands
+
+
+def test_the_installed_wheel_runs_away_from_the_checkout(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fastres, pathlib;"
+        "print(pathlib.Path(fastres.__file__).parents[1].name, fastres.__version__);"
+        "from fastres.digits import load_digits_model; load_digits_model()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "site"

@@ -1,0 +1,215 @@
+"""The stopwatch: what it interleaves, what it leaves out, and what it refuses to call a time."""
+
+import gc
+import json
+import time
+
+import pytest
+import torch
+
+from fastres import timing
+from fastres.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
+
+ONE_CALL = Method(rounds=8, sample=0, warmup=0)
+
+
+def right(name, index, output):
+    """A check that is content with everything."""
+
+
+def compare(samples_by_name, twin=(1.0,)):
+    timings = tuple(Timing(name, Samples(values)) for name, values in samples_by_name.items())
+    baseline = timings[0].name
+    return Comparison(
+        baseline, "cpu", "clock", Method(), 3, timings, Timing(baseline, Samples(twin))
+    )
+
+
+def test_quantiles_are_those_of_the_samples():
+    samples = Samples(tuple(float(v) for v in (11, 1, 10, 2, 9, 3, 8, 4, 7, 5, 6)))
+    assert (samples.p20, samples.median, samples.p80) == (3.0, 6.0, 9.0)
+
+
+def test_without_samples_there_are_no_quantiles():
+    assert not Samples()
+    assert Samples().to_dict() is None
+    with pytest.raises(ValueError, match="no samples"):
+        _ = Samples().median
+
+
+def test_ratios_are_taken_within_each_round():
+    """A machine that slows down by four during the run does not widen a constant ratio."""
+    comparison = compare({"slow": (1.0, 2.0, 4.0), "fast": (0.5, 1.0, 2.0)}, twin=(1.0, 1.0, 8.0))
+    assert comparison.speedup("fast").values == (2.0, 2.0, 2.0)
+    assert comparison.speedup("slow", over="fast").values == (0.5, 0.5, 0.5)
+    assert comparison.noise.values == (1.0, 2.0, 0.5)
+
+
+def test_every_round_has_each_contender_once_and_the_baseline_twice_in_changing_order():
+    called = []
+    contenders = {name: lambda x, name=name: called.append(name) for name in "abc"}
+    found = measure(contenders, [None], check=right, method=ONE_CALL)
+    rounds = called[-4 * found.rounds :]
+    rounds = [tuple(rounds[i : i + 4]) for i in range(0, len(rounds), 4)]
+    assert found.rounds == 8
+    assert all(sorted(each) == ["a", "a", "b", "c"] for each in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_warm_up_is_reported_and_not_timed():
+    calls = 0
+
+    def compiles_first(x):
+        nonlocal calls
+        calls += 1
+        time.sleep(0.1 if calls == 1 else 0.001)
+
+    found = measure({"a": compiles_first}, [None], check=right, method=ONE_CALL)["a"]
+    # A sleep may last longer than asked, on a busy machine by tens of milliseconds.
+    assert max(found.seconds.values) < found.first_call
+    assert found.first_call >= 0.1
+    assert found.warmup >= found.first_call
+    assert found.warmup_calls >= 2
+
+
+def test_a_sample_repeats_short_calls_and_reports_seconds_per_call():
+    method = Method(rounds=5, sample=0.05, warmup=0.01)
+    found = measure({"a": lambda x: time.sleep(0.001)}, [None], check=right, method=method)["a"]
+    assert 10 <= found.calls <= 50
+    # At least the sleep itself; its upper side is the scheduler's.
+    assert 0.001 <= found.seconds.median < 0.02
+
+
+def test_a_call_that_waits_three_times_as_long_is_three_times_slower():
+    contenders = {"slow": lambda x: time.sleep(0.03), "fast": lambda x: time.sleep(0.01)}
+    found = measure(contenders, [None], check=right, method=ONE_CALL)
+    # Sleeps of 10 ms overshoot by a few per cent, on a loaded machine by some tens.
+    assert 2 < found.speedup("fast").median < 4
+
+
+def test_inputs_take_turns_and_the_check_knows_whose_output_it_sees():
+    inputs = [object() for _ in range(3)]
+    seen = []
+
+    def check(name, index, output):
+        seen.append(index)
+        return None if output is inputs[index] else "another input's output"
+
+    found = measure({"a": lambda x: x}, inputs, check=check, method=ONE_CALL)
+    assert not found.failures
+    assert set(seen) == {0, 1, 2}
+
+
+def test_a_wrong_output_costs_its_time_and_nobody_elses():
+    def check(name, index, output):
+        return None if output == 1 else "wrong: not 1"
+
+    contenders = {"good": lambda x: 1, "bad": lambda x: 2}
+    found = measure(contenders, [None], check=check, method=ONE_CALL)
+    assert found.failures == {"bad": "wrong: not 1"}
+    assert not found["bad"].seconds
+    assert not found.speedup("bad")
+    assert len(found["good"].seconds.values) == found.rounds
+
+
+def test_an_output_that_goes_wrong_while_it_is_timed_is_noticed():
+    """What is checked is the timed mode itself: a replay that goes stale keeps no time."""
+    calls = 0
+
+    def goes_stale(x):
+        nonlocal calls
+        calls += 1
+        return calls < 5
+
+    def check(name, index, output):
+        return None if output else "stale"
+
+    found = measure({"a": goes_stale}, [None], check=check, method=ONE_CALL)
+    assert found["a"].failure == "stale"
+    assert not found["a"].seconds
+
+
+def test_a_contender_that_raises_is_listed_with_the_reason():
+    def raises(x):
+        raise torch.OutOfMemoryError("no memory left\nand a second line")
+
+    found = measure({"a": raises, "b": lambda x: 1}, [None], check=right, method=ONE_CALL)
+    assert found.failures == {"a": "OutOfMemoryError: no memory left"}
+    assert not found.noise
+    assert not found.speedup("b")
+    assert found["b"].seconds
+
+
+def test_the_budget_ends_the_rounds_but_never_before_the_least():
+    method = Method(rounds=100, budget=0, sample=0, warmup=0)
+    assert measure({"a": lambda x: 1}, [None], check=right, method=method).rounds == LEAST_ROUNDS
+
+
+def test_progress_counts_up_to_the_rounds_wanted():
+    told = []
+    measure(
+        {"a": lambda x: 1},
+        [None],
+        check=right,
+        method=ONE_CALL,
+        progress=lambda done, wanted: told.append((done, wanted)),
+    )
+    assert told == [(done, 8) for done in range(9)]
+
+
+def test_garbage_collection_is_off_while_timing_and_on_afterwards():
+    states = []
+    measure({"a": lambda x: states.append(gc.isenabled())}, [None], check=right, method=ONE_CALL)
+    assert states[-1] is False
+    assert gc.isenabled()
+
+
+class FakeEvent:
+    """A CUDA event whose clock has seen ``milliseconds``, whatever really passed."""
+
+    milliseconds = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return self.milliseconds
+
+
+@pytest.mark.parametrize(("milliseconds", "believed"), [(0.01, False), (60.0, True)])
+def test_events_that_missed_the_work_are_not_believed(monkeypatch, milliseconds, believed):
+    """Work on another stream, or a timer that does not wait, would look too good to be true."""
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(FakeEvent, "milliseconds", milliseconds)
+    if believed:
+        assert timing._cuda_sample(lambda x: time.sleep(0.06), [None])[0] == pytest.approx(0.06)
+    else:
+        with pytest.raises(RuntimeError, match="outside the timed stream"):
+            timing._cuda_sample(lambda x: time.sleep(0.06), [None])
+
+
+def test_the_dict_is_json_with_the_raw_samples():
+    found = measure({"a": lambda x: 1}, [None], check=right, method=ONE_CALL)
+    read = json.loads(json.dumps(found.to_dict()))
+    assert len(read["timings"][0]["seconds"]["values"]) == read["rounds"] == 8
+    assert read["timings"][0]["speedup"]["values"] == [1.0] * 8
+    assert len(read["noise"]["values"]) == 8
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: measure({}, [1], check=right), "nothing to time: 0 contenders"),
+        (lambda: measure({"a": id}, [], check=right), "nothing to time: 1 contenders, 0 inputs"),
+        (lambda: measure({"a": id}, [1], check=right, baseline="b"), "baseline 'b' is not one of"),
+        (lambda: Method(rounds=0), "rounds must be at least 1, got 0"),
+        (lambda: Method(budget=-1), "budget must not be negative, got -1"),
+    ],
+)
+def test_mistakes_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
