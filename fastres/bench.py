@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from .errors import FastresError
 from .optimize import optimize
-from .report import Case, Check, OutputError, Report
+from .report import Report
 from .resnet import create_model
+from .results import Case, Check, OutputError
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

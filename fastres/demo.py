@@ -23,8 +23,9 @@ from .bench import BASELINE, Judge, calibrate_, compare, eager, ours, parse_devi
 from .digits import digits_split, load_digits_model
 from .environment import native_bf16
 from .errors import MissingDependencyError
-from .report import Case, Check, Picture, Report
+from .report import Report
 from .resnet import ResNet, create_model
+from .results import Case, Check, Picture
 from .timing import Method, Progress, one_line
 
 ACCURACY = 0.98

@@ -5,11 +5,11 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .report import COLUMNS, case_rows, footnote, is_ours
+from .results import COLUMNS, Case, Check, Picture, case_rows, footnote, is_ours
+from .timing import Samples
 
 if TYPE_CHECKING:
-    from .report import Case, Check, Picture, Report
-    from .timing import Samples
+    from .report import Report
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #566172; --paper: #fff; --line: #d9dee6;

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fastres.environment import environment
-from fastres.report import Case, Check, OutputError, Picture, Report, check_output
+from fastres.report import Report, check_output
+from fastres.results import Case, Check, OutputError, Picture
 from fastres.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()

@@ -22,7 +22,8 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..report import Picture, Report
+    from ..report import Report
+    from ..results import Picture
 
 SHADES = " ░▒▓█"
 
@@ -126,7 +127,7 @@ def classify(
 
 def show(report: Report, as_json: bool, paths: list[Path]) -> None:
     """A report on the terminal."""
-    from ..report import COLUMNS, case_rows, footnote
+    from ..results import COLUMNS, case_rows, footnote
 
     if as_json:
         OUT.out(report.to_json(), end="")

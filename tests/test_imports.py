@@ -1,0 +1,128 @@
+"""Who may import whom, read from the source, and what ``import fastres`` must do without."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Each module may import those before it and none behind it: data only ever moves to the right.
+ORDER = (
+    *("errors", "ir", "trace", "fold", "plan"),
+    *("engine", "cuda_graph", "guards", "live"),
+    *("verify", "optimize"),
+    *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
+    *("environment", "timing", "results", "report_html", "report"),
+    *("bench", "demo", "classify"),
+    *("cli", "__main__"),
+)
+KNOW_THE_KERNELS = {"tuning", "engine"}
+OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo")
+
+
+def sources():
+    files = sorted((ROOT / "fastres").rglob("*.py"))
+    return [p for p in files if "kernels" not in p.parts and p != ROOT / "fastres/__init__.py"]
+
+
+def module_of(path):
+    """The layer that a file belongs to: its module, or its subpackage."""
+    return path.relative_to(ROOT / "fastres").with_suffix("").parts[0]
+
+
+def runtime_imports(path):
+    """``(node, package level, dotted name)`` of each import, those for type checkers left out."""
+    tree = ast.parse(path.read_text())
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node, 0, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            yield from ((node, node.level, name) for name in names)
+
+
+def siblings(path):
+    """Names of the top-level modules of fastres that a file imports."""
+    depth = len(path.relative_to(ROOT / "fastres").parts)
+    for _, level, name in runtime_imports(path):
+        if level == depth:
+            yield name.split(".")[0]
+        elif level == 0 and name.split(".")[0] == "fastres":
+            yield (name.split(".") + ["__init__"])[1]
+
+
+def test_every_module_has_its_place_in_the_order():
+    assert {module_of(path) for path in sources()} <= set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_go_one_way(path):
+    layer = module_of(path)
+    allowed = set(ORDER[: ORDER.index(layer)]) | {"__version__"}
+    if layer in KNOW_THE_KERNELS:
+        allowed.add("kernels")
+    backwards = set(siblings(path)) - allowed
+    assert not backwards, f"{layer} imports {sorted(backwards)}, which come after it"
+
+
+def test_the_kernels_are_imported_only_when_triton_runs():
+    found = [
+        (path.name, node.col_offset)
+        for path in sources()
+        for node, level, name in runtime_imports(path)
+        if level and name.split(".")[0] == "kernels"
+    ]
+    assert found
+    at_module_level = [name for name, column in found if column == 0]
+    assert not at_module_level
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_the_kernels_know_nothing_of_models(path):
+    found = {(level, name.split(".")[0]) for _, level, name in runtime_imports(path)}
+    outside = {name for level, name in found if level == 0}
+    assert outside <= {"torch", "triton"} | set(sys.stdlib_module_names)
+    assert all(level <= 1 for level, _ in found)
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_fastres_needs_none_of_the_optional_packages():
+    """Each is replaced by an import error; a ResNet must still answer on the CPU."""
+    block = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
+    use = (
+        "import torch, fastres.resnet as r; x = torch.ones(1, 3, 32, 32);"
+        "print(*r.resnet18(num_classes=7).eval()(x).shape)"
+    )
+    done = run(f"{block}; import fastres; {use}")
+    assert done.stdout.split() == ["1", "7"], done.stderr
+
+
+def test_importing_fastres_loads_neither_triton_nor_the_command_line():
+    done = run(
+        "import torch, sys; before = set(sys.modules); import fastres;"
+        "print(*{m.split('.')[0] for m in set(sys.modules) - before})"
+    )
+    assert done.returncode == 0, done.stderr
+    assert not {"triton", "typer", "rich", "torchvision", "sklearn"} & set(done.stdout.split())
+
+
+def test_the_kernels_refuse_a_second_name():
+    done = run("import kernels")
+    assert "import it as 'fastres.kernels'" in done.stderr
