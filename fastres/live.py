@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import fold, plan, trace
 from .cuda_graph import GraphRunner
-from .engine import Executor, InputError, select_ops
+from .engine import Executor, InputError, check_backend, select_ops
 from .errors import FoldError
 from .guards import GRADIENT, Change, Watch, ambient_reason, pytorch_reason
 from .ir import attribute
@@ -163,11 +163,16 @@ class Live:
 class LiveModule(nn.Module):
     """A module with one image input whose inference runs fused while its weights stay live.
 
-    Subclasses define ``_forward_impl`` and set ``backend``. ``state_dict``, training, copying,
-    scripting and export see an ordinary module.
+    Subclasses define ``_forward_impl``. ``state_dict``, training, copying, scripting and export see
+    an ordinary module.
+
+    Args:
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``: what may serve inference.
     """
 
-    backend: str
+    def __init__(self, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = check_backend(backend)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_state_dict
 from .errors import UnknownModelError
+from .live import LiveModule
 from .weights import required_arguments, resolve_weights
 
 __all__ = [
@@ -186,7 +187,7 @@ class Bottleneck(nn.Module):
         return self.relu(out)
 
 
-class ResNet(nn.Module):
+class ResNet(LiveModule):
     """A residual network: stem, up to four stages of blocks, global average pool, classifier.
 
     (N, in_chans, H, W) floating-point images -> (N, num_classes) logits.
@@ -222,11 +223,10 @@ class ResNet(nn.Module):
         shortcut: str = "B",
         backend: str = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(backend)
         _check_choice("stem", stem, ("imagenet", "cifar"))
         _check_choice("stride_on", stride_on, ("3x3", "1x1"))
         _check_choice("shortcut", shortcut, ("A", "B"))
-        _check_choice("backend", backend, ("auto", "triton", "torch"))
         _check_at_least("in_chans", in_chans, 1)
         _check_at_least("planes", planes, 1)
         _check_at_least("num_classes", num_classes, 0)
@@ -245,7 +245,6 @@ class ResNet(nn.Module):
                 f"or a 3-element tuple, got {replace_stride_with_dilation}"
             )
 
-        self.backend = backend
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._stride_on = stride_on
         self._shortcut = shortcut
@@ -348,9 +347,6 @@ class ResNet(nn.Module):
         x = self.avgpool(x)
         x = torch.flatten(x, 1)
         return self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._forward_impl(x)
 
     def get_classifier(self) -> nn.Module:
         """The module that turns pooled features into logits."""
