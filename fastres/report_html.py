@@ -23,7 +23,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 62rem; background:
 h1 { font-size: 1.7rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; }
 p.sub, p.note, figcaption { color: var(--soft); } p.note, figcaption { font-size: .875rem; }
 code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide td, .wide th { white-space: nowrap; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .4rem .75rem .4rem 0; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; }
@@ -31,7 +31,7 @@ th:first-child, td:first-child, table.facts td { text-align: left; }
 table.facts td { overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; font-size: .875rem; }
 tbody th { font-weight: 400; text-align: left; } tr.ours th { font-weight: 650; }
-td.failure { text-align: left; color: var(--bad); }
+.wide td.failure { text-align: left; white-space: normal; color: var(--bad); }
 ul.checks { list-style: none; padding: 0; margin: 1rem 0; }
 ul.checks li { padding: .5rem .75rem; margin: .4rem 0; background: var(--panel);
   border-left: 4px solid var(--good); } ul.checks li.wrong { border-color: var(--bad); }
@@ -40,7 +40,7 @@ svg.chart { width: 100%; min-width: 34rem; height: auto; display: block; }
 svg text { font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .ours { fill: var(--ours); } svg .theirs { fill: var(--theirs); }
 svg .whisker { stroke: var(--ink); stroke-width: 1.5; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr));
+.pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
   gap: 1rem; }
 .pictures figure { margin: 0; } .pictures svg { width: 100%; border: 1px solid var(--line);
   display: block; }

@@ -7,7 +7,7 @@ from typing import Any
 
 from .timing import Comparison, Samples, Timing
 
-COLUMNS = ("", "ms per batch", "images/s", "speed-up", "RMS error / RMS", "top-1 agreement")
+COLUMNS = ("contender", "ms per batch", "images/s", "speed-up", "RMS error / RMS", "top-1 agreement")
 
 
 @dataclass(frozen=True)

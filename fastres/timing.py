@@ -23,7 +23,7 @@ import torch
 X = TypeVar("X")
 Y = TypeVar("Y")
 
-Check = Callable[[str, int, Y], str | None]
+OutputCheck = Callable[[str, int, Y], str | None]
 Progress = Callable[[int, int], None]
 
 LEAST_ROUNDS = 5
@@ -172,7 +172,7 @@ def measure(
     contenders: Mapping[str, Callable[[X], Y]],
     inputs: Sequence[X],
     *,
-    check: Check[Y],
+    check: OutputCheck[Y],
     baseline: str | None = None,
     device: torch.device | str = "cpu",
     method: Method = DEFAULT_METHOD,
@@ -246,7 +246,7 @@ class _Runner(Generic[X, Y]):
     """One contender on its way through warm-up, rounds and checks; the first failure stays."""
 
     def __init__(
-        self, name: str, call: Callable[[X], Y], inputs: Sequence[X], check: Check[Y]
+        self, name: str, call: Callable[[X], Y], inputs: Sequence[X], check: OutputCheck[Y]
     ) -> None:
         self.name = name
         self.call = call
