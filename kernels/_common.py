@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -31,19 +32,29 @@ def relu_keeping_nan(x):
 INTERPRETED = not isinstance(relu_keeping_nan, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, decided when triton was imported."""
 
-_UPCAST_BF16 = tl.constexpr(INTERPRETED)
+_EMULATE_BF16 = tl.constexpr(INTERPRETED)  # the interpreter neither multiplies nor rounds it
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32; the interpreter cannot multiply bfloat16, so it widens first."""
-    if _UPCAST_BF16 and a.dtype == tl.bfloat16:
+    """``acc + a @ b`` in float32."""
+    if _EMULATE_BF16 and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def launch(kernel, grid: int, device: torch.device, /, *args, **meta) -> None:
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Store float32 ``value`` in the pointer's dtype, rounded to nearest, ties to even."""
+    if _EMULATE_BF16 and pointer.dtype.element_ty == tl.bfloat16:
+        bits = value.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+
+
+def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) -> None:
     """Launch ``kernel`` on ``grid`` programs (axis x: y and z stop at 65,535) on ``device``."""
     LAUNCHES[kernel.__name__] += 1
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -73,13 +84,13 @@ def describe(t: Tensor) -> str:
     return f"{t.dtype} of shape {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
 
 
-def check_tensor(name: str, t: Tensor, ndim: int) -> None:
-    """A floating tensor of a supported dtype and rank whose gradient nobody wants."""
+def check_tensor(name: str, t: Tensor, ndim: int | None = None) -> None:
+    """A tensor of a supported dtype and of rank ``ndim``, whose gradient nobody wants."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
     if t.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
-    if t.ndim != ndim:
+    if ndim is not None and t.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(t.shape)}")
     if t.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
@@ -141,11 +152,14 @@ def check_device(x: Tensor) -> None:
         )
 
 
-def check_disjoint(out: Tensor, **inputs: Tensor | None) -> None:
-    """The dense tensor ``out`` shares no byte with any of the dense ``inputs``."""
+def check_out_memory(
+    out: Tensor, apart: dict[str, Tensor | None], same: dict[str, Tensor | None]
+) -> None:
+    """``out`` shares no byte with the tensors of ``apart``, and with each of ``same`` either no
+    byte or, element by element, all of them. All are dense, ``same`` of out's shape and layout."""
     start, size = out.data_ptr(), out.numel() * out.element_size()
-    for name, t in inputs.items():
-        if t is None:
+    for name, t in (apart | same).items():
+        if t is None or (name in same and t.data_ptr() == start):
             continue
         other = t.data_ptr()
         if start < other + t.numel() * t.element_size() and other < start + size:

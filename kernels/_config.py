@@ -36,6 +36,11 @@ class TileConfig:
         if self.num_stages < 1:
             raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
 
+    @property
+    def parts(self) -> int:
+        """Parts in which the tile is written; a thread holds at most 32 elements of each."""
+        return min(4, max(1, self.block_m * self.block_n // (32 * self.num_warps) // 32))
+
     def shared_bytes(self, itemsize: int) -> int:
         """Upper bound of a block's shared memory: the operand buffers or the output tile."""
         operands = (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages

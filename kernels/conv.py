@@ -27,8 +27,8 @@ from ._common import (
     check_activation,
     check_channels_last,
     check_device,
-    check_disjoint,
     check_like,
+    check_out_memory,
     check_tensor,
     check_vector,
     dot,
@@ -36,6 +36,7 @@ from ._common import (
     launch,
     needs_int64,
     relu_keeping_nan,
+    store_rounded,
     window_count,
 )
 from ._config import Problem, TileConfig, machine_of, select_config
@@ -79,6 +80,39 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
 
 
+@triton.jit
+def _write(
+    acc,  # [BM, BN]
+    b_ptr,
+    residual_ptr,
+    y_ptr,
+    y_row,  # [BM] offsets of the rows in residual and y
+    m_ok,  # [BM]
+    n0,  # first column of acc
+    K,
+    RELU: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """Bias, residual, ReLU and the store, in ``PARTS`` of the columns: the addresses and the
+    residual of a whole tile at once would spill."""
+    if PARTS > 1:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
+        _write(left, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS // 2)
+        _write(right, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0 + HALF, K, RELU, PARTS // 2)
+    else:
+        n = n0 + tl.arange(0, acc.shape[1])
+        ok = m_ok[:, None] & (n < K)[None, :]
+        offset = y_row[:, None] + n[None, :]
+        if b_ptr is not None:
+            acc += tl.load(b_ptr + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
+        if residual_ptr is not None:
+            acc += tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+        if RELU:
+            acc = relu_keeping_nan(acc)
+        store_rounded(y_ptr + offset, acc, ok)
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
 def conv2d_kernel(
     x_ptr,  # [N, H, W, GROUPS * C]
@@ -110,7 +144,8 @@ def conv2d_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+    PARTS: tl.constexpr,
+) -> None:
     # Neighbouring programs share rows of x: output channels run fastest, then groups.
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
@@ -119,11 +154,14 @@ def conv2d_kernel(
     if INT64:
         m_tile, group = m_tile.to(tl.int64), group.to(tl.int64)
         W, Q = W.to(tl.int64), Q.to(tl.int64)
+    if GATHER_C > 0:
+        C = GATHER_C  # a constant, so that small multiples of it are known to be aligned
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    stored = (m < M)[:, None] & (n < K)[None, :]
+    n_tile = pid % tiles_n
+    n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_ok = m < M
     # Clamped, not masked: rows and columns past the end repeat the first and are not stored.
-    m = tl.where(m < M, m, 0)
+    m = tl.where(m_ok, m, 0)
     n = group * K + tl.where(n < K, n, 0)  # [BN]
 
     h0 = m // Q % P * STRIDE_H - PAD_H  # [BM] top left of the window
@@ -181,14 +219,10 @@ def conv2d_kernel(
             b = tl.load(w_ptr + w_offset, mask=c_ok[:, None], other=0.0)  # [BK, BN]
             acc = dot(a, b, acc, PRECISION)
 
+    y_row = m * (K * GROUPS) + group * K
     if b_ptr is not None:
-        acc += tl.load(b_ptr + n).to(tl.float32)[None, :]
-    y_offset = m[:, None] * (K * GROUPS) + n[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + y_offset, mask=stored, other=0.0).to(tl.float32)
-    if RELU:
-        acc = relu_keeping_nan(acc)
-    tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=stored)
+        b_ptr += group * K
+    _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n_tile * BLOCK_N, K, RELU, PARTS)
 
 
 def conv2d_ref(
@@ -320,8 +354,7 @@ def conv2d(
         )
     else:
         check_activation("out", out, geometry.shape, x)
-        in_place = residual is not None and residual.data_ptr() == out.data_ptr()
-        check_disjoint(out, x=x, w=w, b=b, residual=None if in_place else residual)
+        check_out_memory(out, apart={"x": x, "w": w, "b": b}, same={"residual": residual})
     if not out.numel():
         return out
 
@@ -364,6 +397,7 @@ def conv2d(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
+        PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -1,0 +1,200 @@
+"""Elementwise ReLU, and the sum of two tensors with or without it.
+
+    y = relu(a + b)        y = relu(x)
+
+Any shape of up to 2^63 elements, float32, float16 or bfloat16, dense in row-major or channels_last
+order, all operands in the same one. Sums are float32, rounded once. Rejected: broadcasting, mixed
+layouts, strided views, an ``out`` that overlaps an input without being that input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    check_device,
+    check_like,
+    check_out_memory,
+    check_shape,
+    check_tensor,
+    describe,
+    launch,
+    needs_int64,
+    relu_keeping_nan,
+    store_rounded,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FlatConfig:
+    """How many elements a program takes, with how many warps."""
+
+    block: int
+    num_warps: int
+
+
+CONFIGS: tuple[FlatConfig, ...] = (FlatConfig(1024, 4), FlatConfig(4096, 8))
+"""Small tensors take the first row, so that they spread over more SMs."""
+
+
+@triton.jit
+def elementwise_kernel(
+    a_ptr,  # [SIZE]
+    b_ptr,  # [SIZE] or None
+    y_ptr,  # [SIZE]
+    SIZE,
+    RELU: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    pid = tl.program_id(0)
+    if INT64:
+        pid = pid.to(tl.int64)
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    ok = i < SIZE
+    y = tl.load(a_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    if b_ptr is not None:
+        y += tl.load(b_ptr + i, mask=ok, other=0.0).to(tl.float32)
+    if RELU:
+        y = relu_keeping_nan(y)
+    store_rounded(y_ptr + i, y, ok)
+
+
+def add_relu_ref(a: Tensor, b: Tensor, *, relu: bool = True, upcast: bool = False) -> Tensor:
+    """The same in plain PyTorch; in float64 with ``upcast``."""
+    y = a.double() + b.double() if upcast else a + b
+    return y.relu() if relu else y
+
+
+def relu_ref(x: Tensor, *, upcast: bool = False) -> Tensor:
+    """The same in plain PyTorch; in float64 with ``upcast``."""
+    return (x.double() if upcast else x).relu()
+
+
+def _check_flat(name: str, t: Tensor, like: Tensor) -> None:
+    """A dense tensor in the memory order of ``like``, which is dense too."""
+    check_tensor(name, t)
+    check_like(name, t, like)
+    check_shape(name, t, like.shape)
+    if not t.numel():
+        return
+    row_major = t.is_contiguous() and like.is_contiguous()
+    if row_major or (_is_channels_last(t) and _is_channels_last(like)):
+        return
+    raise ValueError(
+        f"{name} must be dense and in the memory order of the first operand "
+        f"({describe(like)}), got {describe(t)}"
+    )
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def select_config(size: int) -> FlatConfig:
+    """The row for ``size`` elements."""
+    return CONFIGS[0] if size < 2**22 else CONFIGS[1]
+
+
+def _run(
+    a: Tensor, b: Tensor | None, out: Tensor | None, relu: bool, config: FlatConfig | None
+) -> Tensor:
+    check_device(a)
+    if out is None:
+        out = torch.empty_like(a)
+    else:
+        _check_flat("out", out, a)
+        check_out_memory(out, apart={}, same={"the first operand": a, "b": b})
+    if not out.numel():
+        return out
+    config = config or select_config(out.numel())
+    launch(
+        elementwise_kernel,
+        triton.cdiv(out.numel(), config.block),
+        a.device,
+        a,
+        b,
+        out,
+        out.numel(),
+        RELU=relu,
+        INT64=needs_int64(out),
+        BLOCK=config.block,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+def add_relu(
+    a: Tensor,
+    b: Tensor,
+    *,
+    relu: bool = True,
+    out: Tensor | None = None,
+    config: FlatConfig | None = None,
+) -> Tensor:
+    """``relu(a + b)``, or ``a + b`` with ``relu=False``.
+
+    Args:
+        a, b: equal shape, dtype and dense memory order (row-major or channels_last).
+        out: where to write; may be ``a`` or ``b`` itself: each element is read before it is
+            written, by the program that writes it.
+
+    Returns:
+        A tensor of a's shape, dtype and memory order. An empty one launches nothing.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
+    """
+    _check_flat("a", a, a)
+    _check_flat("b", b, a)
+    return _run(a, b, out, relu, config)
+
+
+def relu(x: Tensor, *, out: Tensor | None = None, config: FlatConfig | None = None) -> Tensor:
+    """``max(x, 0)`` that keeps NaN and -0.0; ``out`` may be ``x`` itself. Otherwise as
+    :func:`add_relu`."""
+    _check_flat("x", x, x)
+    return _run(x, None, out, True, config)
+
+
+@torch.library.custom_op("fastres::add_relu", mutates_args=(), device_types="cuda")
+def add_relu_op(a: Tensor, b: Tensor, relu: bool) -> Tensor:
+    """:func:`add_relu` as a functional operator for torch.compile and torch.export."""
+    return add_relu(a, b, relu=relu)
+
+
+@add_relu_op.register_fake
+def _(a, b, relu):
+    _check_flat("a", a, a)
+    _check_flat("b", b, a)
+    return torch.empty_like(a)
+
+
+@add_relu_op.register_kernel("cpu")
+def _(a, b, relu):
+    _check_flat("a", a, a)
+    _check_flat("b", b, a)
+    return add_relu_ref(a, b, relu=relu)
+
+
+@torch.library.custom_op("fastres::relu", mutates_args=(), device_types="cuda")
+def relu_op(x: Tensor) -> Tensor:
+    """:func:`relu` as a functional operator for torch.compile and torch.export."""
+    return relu(x)
+
+
+@relu_op.register_fake
+def _(x):
+    _check_flat("x", x, x)
+    return torch.empty_like(x)
+
+
+@relu_op.register_kernel("cpu")
+def _(x):
+    _check_flat("x", x, x)
+    return relu_ref(x)

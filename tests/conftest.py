@@ -1,0 +1,110 @@
+"""Test-wide setup: Triton's interpreter where there is no GPU, fixed seeds, guarded outputs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+try:
+    from hypothesis import settings
+
+    settings.register_profile("fastres", derandomize=True, deadline=None, print_blob=True)
+    settings.load_profile("fastres")
+except ImportError:  # the property tests skip themselves
+    pass
+
+torch.set_num_threads(1)
+torch.backends.cuda.matmul.allow_tf32 = False  # references are full float32
+torch.backends.cudnn.allow_tf32 = False
+
+GUARD = 64  # elements on each side of a guarded tensor
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU, or the CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A tensor full of NaN inside a larger buffer full of a known pattern."""
+
+    out: torch.Tensor
+    _buffer: torch.Tensor
+
+    def check(self) -> None:
+        """Every element was written and nothing around them."""
+        size = self.out.numel()
+        guards = torch.cat([self._buffer[:GUARD], self._buffer[GUARD + size :]])
+        assert torch.equal(guards, torch.full_like(guards, 77.0)), "wrote outside its output"
+        poison = self._buffer[GUARD : GUARD + size].view(_BITS[self.out.dtype])
+        unwritten = int((poison == _POISON[self.out.dtype]).sum())
+        assert not unwritten, f"left {unwritten} of {size} elements unwritten"
+
+
+_BITS = {
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+_POISON = {  # NaNs with a payload that no arithmetic makes
+    torch.float32: 0x7FEDCBA9,
+    torch.float16: 0x7EDC,
+    torch.bfloat16: 0x7FED,
+}
+
+
+@pytest.fixture
+def poisoned(device: torch.device) -> Callable[..., Guarded]:
+    """``poisoned(shape, dtype, fill=None)``: an output to be written, channels_last if 4-D.
+
+    ``fill`` starts it from that tensor's values instead of poison, for in-place operations.
+    """
+
+    def make(shape, dtype, fill: torch.Tensor | None = None) -> Guarded:
+        size = torch.Size(shape).numel()
+        buffer = torch.full((size + 2 * GUARD,), 77.0, dtype=dtype, device=device)
+        flat = buffer[GUARD : GUARD + size]
+        flat.view(_BITS[dtype]).fill_(_POISON[dtype])
+        if len(shape) == 4:
+            n, c, h, w = shape
+            out = flat.view(n, h, w, c).permute(0, 3, 1, 2)
+        else:
+            out = flat.view(shape)
+        if fill is not None:
+            out.copy_(fill)
+        return Guarded(out, buffer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rule_of_two() -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    """``rule_of_two(out, pt, ref)``: no more than twice the error of same-precision PyTorch.
+
+    ``ref`` is float64. The floor, four units in the last place of the largest output, covers
+    results where PyTorch happens to be exact.
+    """
+
+    def check(out: torch.Tensor, pt: torch.Tensor, ref: torch.Tensor) -> None:
+        assert out.shape == ref.shape
+        assert out.dtype == pt.dtype
+        floor = 4 * torch.finfo(out.dtype).eps * float(ref.abs().max())
+        error = float((out.double() - ref).abs().max())
+        allowed = 2 * float((pt.double() - ref).abs().max()) + floor
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+    return check
