@@ -1,3 +1,63 @@
-"""fastres: ResNets from PyTorch, folded, fused and checked."""
+"""fastres: ResNets from PyTorch, folded, fused and checked.
+
+``fastres.resnet50()`` takes the place of ``torchvision.models.resnet50()``;
+``fastres.optimize(model)`` makes a fused copy of any ResNet that torch.fx can trace.
+"""
+
+from .checkpoint import load_checkpoint
+from .errors import FastresError
+from .optimize import FastModel, optimize
+from .resnet import (
+    BasicBlock,
+    Bottleneck,
+    ResNet,
+    create_model,
+    list_models,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet34,
+    resnet44,
+    resnet50,
+    resnet56,
+    resnet101,
+    resnet110,
+    resnet152,
+    resnext50_32x4d,
+    resnext101_32x8d,
+    resnext101_64x4d,
+    wide_resnet50_2,
+    wide_resnet101_2,
+)
+from .verify import Verification, verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "FastModel",
+    "FastresError",
+    "ResNet",
+    "Verification",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "optimize",
+    "resnet18",
+    "resnet20",
+    "resnet32",
+    "resnet34",
+    "resnet44",
+    "resnet50",
+    "resnet56",
+    "resnet101",
+    "resnet110",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "verify",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]

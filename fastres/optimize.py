@@ -1,0 +1,332 @@
+"""Any traceable module to a frozen, fused, verified copy for inference."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, plan, trace
+from .cuda_graph import GraphRunner
+from .engine import (
+    Executor,
+    InputError,
+    InputTypeError,
+    Weights,
+    check_backend,
+    fold_step,
+    select_ops,
+)
+from .errors import VerificationError
+from .guards import Change, Watch
+from .ir import Call, Conv2d, Linear, attribute
+from .plan import Plan, Step, parameter_paths
+from .verify import Verification, verify, verify_steps
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class FastModel(nn.Module):
+    """A fused copy of a module, for inference only; made by :func:`optimize`.
+
+    The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
+    dtype is fixed: folding again from the source is more exact than casting what was folded.
+
+    Attributes:
+        verification: the measured comparison with the source; None until it has run.
+    """
+
+    def __init__(self, source: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) -> None:
+        super().__init__()
+        self.backend = backend
+        self.dtype = dtype
+        self.source_dtype = _weight_dtype(source, traced)
+        self.verification: Verification | None = None
+        self.signature = inspect.signature(source.forward)
+        self._plan = traced
+        self._pending: _Pending | None = None
+        self.folded = nn.Module()
+        for index, step in enumerate(traced.steps):
+            if isinstance(step.op, (Conv2d, Linear)):
+                self._add_weights(index, fold_step(step.op, lambda p: attribute(source, p), dtype))
+        self.kept = _keep(source, traced, dtype)
+        self._runners: dict[tuple[str, torch.device], GraphRunner] = {}
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's forward, without gradients.
+
+        Raises:
+            InputError, InputTypeError: an argument does not fit the model.
+            VerificationError: this is the first call and the outputs differ from the source's.
+        """
+        arguments = self._bind(args, kwargs)
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.check(self, arguments)
+        return self.run(arguments)
+
+    def run(self, arguments: Sequence[Any]) -> Any:
+        """Run the plan on positional arguments, one per parameter of the source's forward."""
+        runner = self._runner(self._device(arguments))
+        arguments = [self._cast(value) for value in arguments]
+        with torch.no_grad():
+            if len(arguments) == 1 and isinstance(arguments[0], Tensor):
+                return runner(arguments[0])
+            return runner.executor.run(arguments)
+
+    def plan(self) -> Plan:
+        """Each step, what computes it, and what was left to PyTorch and why; ``str()`` is a table."""
+        return self._runner(self._home()).executor.plan
+
+    def executor(self) -> Executor:
+        """The plan with its weights, for looking at single steps."""
+        return self._runner(self._home()).executor
+
+    def warmup(self, shapes: Sequence[Sequence[int]]) -> FastModel:
+        """Run each input shape often enough that compiling and graph capture are behind it."""
+        generator = torch.Generator().manual_seed(0)
+        for shape in shapes:
+            x = torch.randn(*shape, generator=generator).to(self._home(), self.dtype)
+            for _ in range(2):
+                self.run([x])
+        return self
+
+    def train(self, mode: bool = True) -> FastModel:
+        """Refuses training: the batch norms are gone.
+
+        Raises:
+            RuntimeError: for ``mode=True``.
+        """
+        if mode:
+            raise RuntimeError(
+                "a FastModel is for inference only; train the source and optimize it"
+            )
+        return super().train(False)
+
+    def _add_weights(self, index: int, weights: Weights) -> None:
+        weight, bias = weights
+        self.folded.register_buffer(f"weight{index}", weight)
+        self.folded.register_buffer(f"bias{index}", bias)
+
+    def _step_weights(self, step: Step) -> Weights:
+        index = self._index[step.name]
+        return getattr(self.folded, f"weight{index}"), getattr(self.folded, f"bias{index}")
+
+    @property
+    def _index(self) -> dict[str, int]:
+        return {step.name: index for index, step in enumerate(self._plan.steps)}
+
+    def _runner(self, device: torch.device) -> GraphRunner:
+        ops = select_ops(self.backend, device, self.dtype)
+        key = (ops.name, device)
+        if key not in self._runners:
+            executor = Executor(self._plan, self.kept, ops, self.dtype, self._step_weights)
+            self._runners[key] = GraphRunner(executor)
+        return self._runners[key]
+
+    def _home(self) -> torch.device:
+        return next((t.device for t in self.buffers()), torch.device("cpu"))
+
+    def _device(self, arguments: Sequence[Any]) -> torch.device:
+        home = self._home()
+        for parameter, value in zip(self._plan.parameters, arguments, strict=True):
+            if isinstance(value, Tensor) and value.device != home:
+                raise InputError(
+                    f"{parameter.name} must be on {home}, as the weights are; got {value.device}"
+                )
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise InputError(
+                    f"{parameter.name} requires grad, but a FastModel has no backward; "
+                    "use the source, or call it under torch.no_grad()"
+                )
+        return home
+
+    def _cast(self, value: Any) -> Any:
+        """Images in the source's dtype are taken as well as those in the model's own."""
+        if isinstance(value, Tensor) and value.dtype is self.source_dtype:
+            return value.to(self.dtype)
+        return value
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        names = [parameter.name for parameter in self._plan.parameters]
+        return [bound.arguments[name] for name in names]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastModel:
+        if fn(torch.empty(0, dtype=self.dtype, device=self._home())).dtype is not self.dtype:
+            raise InputTypeError(
+                f"the dtype of a FastModel is fixed ({self.dtype}); "
+                "call optimize(source, dtype=...) for another one"
+            )
+        self._runners.clear()
+        super()._apply(fn, recurse)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runners": {}, "_pending": None}
+
+
+class _Pending:
+    """The source, kept until the first call has shown that its copy gives the same answers."""
+
+    def __init__(self, source: nn.Module, traced: Plan) -> None:
+        self.source = source
+        paths = [path for step in traced.steps for path in parameter_paths(step.op)]
+        self.watch = Watch(source, paths)
+
+    def check(self, model: FastModel, arguments: Sequence[Any]) -> None:
+        if self.watch.change() is not Change.NONE:
+            raise VerificationError(
+                "the source changed before the first call could be checked against it; "
+                "optimize it again, or give example_input"
+            )
+        model.verification = check_against(self.source, model, arguments)
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    example_input: Tensor | Sequence[Any] | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+    verify: bool = True,
+) -> FastModel:
+    """Fold and fuse a module for inference; the module itself is left as it is.
+
+    Args:
+        model: any module in eval mode that torch.fx can trace.
+        example_input: a real input (or the positional arguments) to verify with; without one the
+            first call is verified.
+        dtype: compute in this dtype, folded from the source's weights; default the source's own.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        verify: compare with the source; the measurement is kept as ``verification``.
+
+    Raises:
+        TypeError, ValueError: an argument is not what it must be.
+        TraceError: the module's Python cannot be recorded.
+        FoldError: a batch norm's numbers cannot be folded; the message names the layer.
+        VerificationError: the fused copy's answers differ from the source's.
+    """
+    _check_source(model)
+    check_backend(backend)
+    if dtype is not None and dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
+    traced = plan.build(fold.fold(trace.trace(model)))
+    fast = FastModel(model, traced, dtype or _weight_dtype(model, traced), backend)
+    if verify:
+        fast._pending = _Pending(model, traced)
+        if example_input is not None:
+            single = isinstance(example_input, Tensor)
+            fast(*([example_input] if single else example_input))
+    return fast
+
+
+def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any]) -> Verification:
+    """Compare a fused copy with its source on (at most four images of) these arguments.
+
+    In half precision each step is judged on its own inputs too.
+
+    Raises:
+        VerificationError: the copy is wrong; the message gives the measured error.
+    """
+    arguments = _few(arguments)
+    reference = source
+    if model.dtype is not model.source_dtype:
+        reference = copy.deepcopy(source).to(model.dtype)
+    same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
+    found = verify(reference, lambda *args: model.run(args), same)
+    if not found.ok:
+        raise VerificationError(
+            f"{type(source).__name__} and its fused copy differ: {found.reason}"
+        )
+    if model.dtype in (torch.float16, torch.bfloat16):
+        wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
+        if wrong:
+            worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
+            raise VerificationError(
+                f"step {worst.step} ({worst.what}) is wrong: "
+                f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
+            )
+    if not found.finite or not _all_finite(model.run(same)):
+        warnings.warn(
+            f"the outputs are not all finite in {model.dtype}; try torch.bfloat16", stacklevel=4
+        )
+    return found
+
+
+def _check_source(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, FastModel):
+        raise TypeError("model is a FastModel already")
+    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    if training:
+        raise ValueError(f"model must be in eval mode; {training[0]} is in training mode")
+    if trace.has_hooks(model):
+        raise ValueError("model has forward hooks of its own, which a fused copy would not run")
+    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1:
+        raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
+
+
+def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
+    paths = (path for step in traced.steps for path in parameter_paths(step.op))
+    first = next(paths, None)
+    dtype: torch.dtype = (
+        torch.get_default_dtype() if first is None else attribute(source, first).dtype
+    )
+    return dtype
+
+
+def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype) -> nn.Module:
+    """Copies, under their own paths, of what the steps left to PyTorch still need."""
+    kept = nn.Module()
+    for step in traced.steps:
+        if isinstance(step.op, Call) and step.op.kind in ("call_module", "get_attr"):
+            _place(kept, str(step.op.target), source, dtype)
+        elif not isinstance(step.op, (Conv2d, Linear)):
+            for path in parameter_paths(step.op):
+                _place(kept, path, source, dtype)
+    return kept.eval()
+
+
+def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) -> None:
+    *parents, name = path.split(".")
+    holder = kept
+    for parent in parents:
+        if parent not in holder._modules:
+            holder.add_module(parent, nn.Module())
+        holder = holder._modules[parent]  # type: ignore[assignment]
+    if hasattr(holder, name):
+        return
+    value = copy.deepcopy(attribute(source, path))
+    if isinstance(value, nn.Module):
+        holder.add_module(name, value.requires_grad_(False).to(dtype))
+    elif isinstance(value, Tensor):
+        value = value.detach()
+        holder.register_buffer(name, value.to(dtype) if value.is_floating_point() else value)
+    else:
+        setattr(holder, name, value)
+
+
+def _few(arguments: Sequence[Any], images: int = 4) -> Sequence[Any]:
+    """Four images say as much as a full batch; other arguments are passed on whole."""
+    if len(arguments) == 1 and isinstance(arguments[0], Tensor) and arguments[0].dim() == 4:
+        return [arguments[0][:images]]
+    return arguments
+
+
+def _to(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.dtype is source else value
+
+
+def _all_finite(output: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return all(bool(torch.isfinite(t).all()) for t in leaves if isinstance(t, Tensor))

@@ -1,0 +1,244 @@
+"""Are two modules the same function? Judged against float64, not against a guessed tolerance.
+
+The rule of two (flash-attention's): a candidate may be at most twice as far from the float64 answer
+as the reference is in its own precision, plus a few units in the last place of the output's scale.
+The root mean square over all outputs is compared, because a maximum over a whole model is too noisy.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .engine import Executor
+from .errors import VerificationError
+from .ir import BatchNorm2d, Conv2d, Linear
+from .plan import Step, describe
+
+# Rounding the result itself costs up to half a unit; sums of a few roundings stay within four.
+FLOOR_ULPS = 4.0
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was measured when a candidate was compared with its reference.
+
+    Attributes:
+        ok: the candidate passed.
+        reason: why not, or what the judgement rests on.
+        max_abs: largest absolute difference between candidate and reference.
+        rms: root mean square of the candidate's error against float64 (against the reference where
+            float64 could not be run).
+        reference_rms: the reference's own error against float64; None where it could not be run.
+        scale: root mean square of the outputs.
+        agreement: share of rows with the same largest entry; None for outputs that are not (N, K).
+        finite: no output is infinite or NaN where the reference's is not.
+        shape: shape of the first input.
+        dtype: dtype of the outputs.
+    """
+
+    ok: bool
+    reason: str
+    max_abs: float
+    rms: float
+    reference_rms: float | None
+    scale: float
+    agreement: float | None
+    finite: bool
+    shape: tuple[int, ...]
+    dtype: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def verify(
+    a: Callable[..., Any], b: Callable[..., Any], inputs: Tensor | Sequence[Any]
+) -> Verification:
+    """Compare candidate ``b`` with reference ``a`` on real inputs.
+
+    Args:
+        a: the reference, a module in eval mode (or any function of the inputs).
+        b: the candidate.
+        inputs: one tensor, or the positional arguments of both.
+
+    Raises:
+        VerificationError: the two do not return the same structure of tensors.
+    """
+    arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    expected, actual = _tensors(a(*arguments)), _tensors(b(*arguments))
+    _check_structure(expected, actual)
+    exact = _float64_outputs(a, arguments)
+    shape = next((tuple(v.shape) for v in arguments if isinstance(v, Tensor)), ())
+    return judge(expected, actual, exact, shape)
+
+
+def judge(
+    expected: Sequence[Tensor],
+    actual: Sequence[Tensor],
+    exact: Sequence[Tensor] | None,
+    shape: tuple[int, ...] = (),
+) -> Verification:
+    """The verdict on outputs already computed; ``exact`` is the float64 answer if there is one."""
+    dtype = expected[0].dtype
+    reference, candidate = _flat(expected), _flat(actual)
+    same_holes = bool(torch.equal(torch.isfinite(reference), torch.isfinite(candidate)))
+    keep = torch.isfinite(reference) & torch.isfinite(candidate)
+    truth = reference if exact is None else _flat(exact)
+    keep &= torch.isfinite(truth)
+    reference, candidate, truth = reference[keep], candidate[keep], truth[keep]
+    scale = _rms(truth)
+    rms = _rms(candidate - truth)
+    own = None if exact is None else _rms(reference - truth)
+    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    # Without float64, two roundings of every one of ~100 layers are allowed to add up at random.
+    allowed = 20 * eps * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
+    ok = same_holes and rms <= allowed
+    against = "float64" if exact is not None else "the reference"
+    bound = f"error {rms:.3g} against {against}, allowed {allowed:.3g}"
+    return Verification(
+        ok=ok,
+        reason=bound if same_holes else "infinite or NaN outputs in different places",
+        max_abs=float((candidate - reference).abs().max()) if candidate.numel() else 0.0,
+        rms=rms,
+        reference_rms=own,
+        scale=scale,
+        agreement=_agreement(expected, actual),
+        finite=same_holes,
+        shape=shape,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+@dataclass(frozen=True)
+class StepError:
+    """One step's error on that step's own inputs, against float64 without folding."""
+
+    step: str
+    what: str
+    rms: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the step keeps the rule of two."""
+        return self.rms <= self.allowed
+
+
+def verify_steps(executor: Executor, source: nn.Module, inputs: Sequence[Any]) -> list[StepError]:
+    """Judge every convolution and linear step on its own inputs, batch norm unfolded in float64.
+
+    This is what half precision needs: a whole model's half-precision output hides a dropped bias or
+    a wrong eps below its rounding.
+
+    Args:
+        executor: the plan with the weights under test.
+        source: the module whose parameters the plan names.
+        inputs: the positional arguments of the model.
+    """
+    found: list[StepError] = []
+
+    def observe(step: Step, operands: list[Any], result: Any) -> None:
+        if isinstance(step.op, (Conv2d, Linear)):
+            found.append(_step_error(step, source, operands, result))
+
+    with torch.no_grad():
+        executor.run(inputs, observe)
+    return found
+
+
+def _step_error(step: Step, source: nn.Module, operands: list[Tensor], result: Tensor) -> StepError:
+    exact = _unfolded(step, source, [v.double() for v in operands], torch.float64)
+    plain = _unfolded(step, source, operands, result.dtype).double()
+    keep = torch.isfinite(exact) & torch.isfinite(plain)
+    rms = _rms((result.double() - exact)[keep])
+    eps = torch.finfo(result.dtype).eps
+    allowed = 2 * _rms((plain - exact)[keep]) + FLOOR_ULPS * eps * _rms(exact[keep])
+    return StepError(step.where or step.name, describe(step.op), rms, allowed)
+
+
+def _unfolded(step: Step, source: nn.Module, operands: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """A convolution or linear step as the source computes it, all parameters cast to ``dtype``."""
+    x, *residual = operands
+
+    def get(path: str | None) -> Tensor | None:
+        if path is None:
+            return None
+        value: Tensor = source.get_submodule(path.rpartition(".")[0]).__getattr__(
+            path.rpartition(".")[2]
+        )
+        return value.detach().to(dtype)
+
+    op = step.op
+    if isinstance(op, Linear):
+        y = F.linear(x, get(op.weight), get(op.bias))  # type: ignore[arg-type]
+        return y.relu() if op.relu else y
+    assert isinstance(op, Conv2d)
+    geometry = (op.stride, op.padding, op.dilation, op.groups)
+    y = F.conv2d(x, get(op.weight), get(op.bias), *geometry)  # type: ignore[arg-type]
+    norm = op.norm
+    if isinstance(norm, BatchNorm2d):
+        statistics = (get(norm.mean), get(norm.var), get(norm.weight), get(norm.bias))
+        y = F.batch_norm(y, *statistics, False, 0.0, norm.eps)
+    for other in residual:
+        y = y + other
+    return y.relu() if op.relu else y
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    leaves = [leaf for leaf in tree_flatten(_as_tree(output))[0] if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise VerificationError(f"the output holds no tensor; got {type(output).__name__}")
+    return leaves
+
+
+def _as_tree(output: Any) -> Any:
+    """Dictionary-like outputs (Hugging Face's ModelOutput) as plain dictionaries."""
+    return dict(output) if isinstance(output, dict) else output
+
+
+def _check_structure(expected: list[Tensor], actual: list[Tensor]) -> None:
+    wanted = [(tuple(t.shape), t.dtype) for t in expected]
+    got = [(tuple(t.shape), t.dtype) for t in actual]
+    if wanted != got:
+        raise VerificationError(f"the outputs differ in form: expected {wanted}, got {got}")
+
+
+def _float64_outputs(module: Any, arguments: tuple[Any, ...]) -> list[Tensor] | None:
+    """The reference in float64, or None where it is no module or insists on its dtype."""
+    if not isinstance(module, nn.Module):
+        return None
+    try:
+        exact = copy.deepcopy(module).double()
+        return _tensors(exact(*tree_map(_to_float64, arguments)))
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):
+        return None
+
+
+def _to_float64(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.detach().double().flatten() for t in tensors])
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+
+
+def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:
+    logits = expected[0]
+    if len(expected) != 1 or logits.dim() != 2 or 0 in logits.shape or logits.shape[1] < 2:
+        return None
+    return float((logits.argmax(1) == actual[0].argmax(1)).double().mean())
