@@ -1,7 +1,7 @@
 """Runs a plan. One class per way of computing a step; one executor that walks the steps.
 
-Activations are ordinary torch tensors in channels_last memory, dropped at their last use, so torch's
-allocator reuses their buffers, inside a CUDA graph's private pool as well.
+Activations are ordinary torch tensors in channels_last memory, dropped at their last use, so that
+torch's allocator reuses their buffers, inside a CUDA graph's private pool as well.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class InputTypeError(FastresError, TypeError, RuntimeError):
 
 
 class AtenOps:
-    """Every step by plain PyTorch operators: any device, any dtype, the reference for the others."""
+    """Every step by plain PyTorch operators: any device, any dtype."""
 
     name: ClassVar[str] = "torch"
 
@@ -70,7 +70,8 @@ class AtenOps:
     def conv(
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
-        y = F.conv2d(x, *prepared, op.stride, op.padding, op.dilation, op.groups)
+        weight, bias = prepared
+        y = F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
         if residual is not None:
             y = residual.add_(y) if in_place else y.add_(residual)
         return y.relu_() if op.relu else y
@@ -118,7 +119,7 @@ class OneDNNOps(AtenOps):
         if isinstance(op, Linear):
             return weight, bias
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), op.padding, op.stride, op.dilation, op.groups
+            weight.to_mkldnn(), list(op.padding), list(op.stride), list(op.dilation), op.groups
         )
         return packed, bias
 
@@ -134,7 +135,7 @@ class OneDNNOps(AtenOps):
         mkldnn = torch.ops.mkldnn
         if residual is None:
             return mkldnn._convolution_pointwise(x, weight, bias, *geometry, unary, [], "")
-        epilogue = ("add", 1.0, "relu" if op.relu else None, [], None)
+        epilogue: Any = ("add", 1.0, "relu" if op.relu else None, [], None)
         if in_place:
             call = mkldnn._convolution_pointwise_.binary
             return call(residual, x, weight, bias, *geometry, *epilogue)

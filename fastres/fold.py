@@ -111,7 +111,8 @@ def _refuse_variance(norm: BatchNorm2d, var: Tensor) -> None:
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         raise FoldError(
-            f"{norm.var}[{index}] is {float(var[index]):g}; a variance must be finite and not negative"
+            f"{norm.var}[{index}] is {float(var[index]):g}; "
+            "a variance must be finite and not negative"
         )
 
 

@@ -1,4 +1,4 @@
-"""May this call be fused, and is the plan still what the module says? One place for both answers."""
+"""May this call be fused, and does the plan still hold? One place for both answers."""
 
 from __future__ import annotations
 
@@ -83,8 +83,8 @@ class Change(Enum):
 class Watch:
     """What a plan was built from, for telling whether it still holds.
 
-    Strong references are held to the watched tensors and to their storage, so that neither an id nor
-    an address can be reused by something else.
+    Strong references are held to the watched tensors and to their storage, so that neither an id
+    nor an address can be reused by something else.
 
     Args:
         module: the root that the plan was traced from.

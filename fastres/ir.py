@@ -121,8 +121,8 @@ class Ref:
 class Call:
     """Anything not understood: run by PyTorch exactly as the source would.
 
-    ``kind`` is torch.fx's opcode; ``reason`` says why it was left to PyTorch, ``mutates`` that it may
-    write into its operands, ``any_layout`` that its result does not depend on memory format.
+    ``kind`` is torch.fx's opcode; ``reason`` says why it was left to PyTorch, ``mutates`` that it
+    may write into its operands, ``any_layout`` that its result is the same in any memory format.
     """
 
     kind: str

@@ -81,7 +81,7 @@ class FastModel(nn.Module):
             return runner.executor.run(arguments)
 
     def plan(self) -> Plan:
-        """Each step, what computes it, and what was left to PyTorch and why; ``str()`` is a table."""
+        """Each step, what computes it, what was left to PyTorch and why; ``str()`` is a table."""
         return self._runner(self._home()).executor.plan
 
     def executor(self) -> Executor:

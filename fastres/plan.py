@@ -195,14 +195,14 @@ def _relu_epilogue(
 
 
 def _mutation_since(name: str, before: dict[str, Node]) -> bool:
-    """Whether a step after ``name`` may write into memory that delaying ``name`` would then read."""
+    """Whether a step after ``name`` may write into memory that ``name``, delayed, would read."""
     later = list(before).index(name) + 1
     return any(isinstance(n.op, Call) and n.op.mutates for n in list(before.values())[later:])
 
 
 def _exclusive_values(graph: Graph) -> set[str]:
     """Values whose memory no other value, input or module can share."""
-    shared = {name for name in refs(graph.output)}
+    shared = set(refs(graph.output))
     for node in graph.nodes:
         if isinstance(node.op, (Call, Flatten)):
             shared.update((node.name, *node.inputs))
@@ -303,7 +303,7 @@ def window_output(size: int, kernel: int, stride: int, padding: int, dilation: i
 def pool_output(
     size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
 ) -> int:
-    """As :func:`window_output`; with ``ceil_mode`` rounded up unless the last window starts outside."""
+    """As :func:`window_output`; ``ceil_mode`` rounds up unless the last window starts outside."""
     if not ceil_mode:
         return window_output(size, kernel, stride, padding, dilation)
     out = -((size + 2 * padding - dilation * (kernel - 1) - 1) // -stride) + 1

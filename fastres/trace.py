@@ -505,9 +505,7 @@ def _from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | N
         op = ReLU()
     elif target in _ADDS and _adds_two_tensors(args, kwargs):
         op = Add()
-    elif target in (torch.flatten, "flatten") and _flattens_all(args, kwargs):
-        op = Flatten()
-    elif target in ("view", "reshape", torch.reshape) and _views_as_rows(args):
+    elif _flattens(target, args, kwargs):
         op = Flatten()
     elif target in (F.max_pool2d, torch.max_pool2d):
         op = _bound(_max_pool_function, args, kwargs)
@@ -526,6 +524,8 @@ def _from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | N
 
 
 _RELUS = (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_")
+_FLATTENS = (torch.flatten, "flatten")
+_VIEWS = (torch.reshape, "reshape", "view")
 _ADDS = (operator.add, operator.iadd, torch.add, "add", "add_", "__add__", "__iadd__")
 
 
@@ -540,6 +540,12 @@ def _adds_two_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     operands = [*args, *([kwargs["other"]] if "other" in kwargs else [])]
     only = set(kwargs) <= {"other"}
     return only and len(operands) == 2 and all(isinstance(a, fx.Node) for a in operands)
+
+
+def _flattens(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if target in _VIEWS:
+        return _views_as_rows(args)
+    return target in _FLATTENS and _flattens_all(args, kwargs)
 
 
 def _flattens_all(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -1,8 +1,8 @@
 """Are two modules the same function? Judged against float64, not against a guessed tolerance.
 
-The rule of two (flash-attention's): a candidate may be at most twice as far from the float64 answer
-as the reference is in its own precision, plus a few units in the last place of the output's scale.
-The root mean square over all outputs is compared, because a maximum over a whole model is too noisy.
+The rule of two (flash-attention's): a candidate may be at most twice as far from the float64
+answer as the reference is in its own precision, plus a few units in the last place of the output's
+scale. The root mean square over all outputs is compared: a maximum over a whole model is noisy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .engine import Executor
 from .errors import VerificationError
-from .ir import BatchNorm2d, Conv2d, Linear
+from .ir import BatchNorm2d, Conv2d, Linear, attribute
 from .plan import Step, describe
 
 # Rounding the result itself costs up to half a unit; sums of a few roundings stay within four.
@@ -173,9 +173,7 @@ def _unfolded(step: Step, source: nn.Module, operands: list[Tensor], dtype: torc
     def get(path: str | None) -> Tensor | None:
         if path is None:
             return None
-        value: Tensor = source.get_submodule(path.rpartition(".")[0]).__getattr__(
-            path.rpartition(".")[2]
-        )
+        value: Tensor = attribute(source, path)
         return value.detach().to(dtype)
 
     op = step.op
