@@ -129,13 +129,13 @@ class _Watched:
         holder = attribute(module, parent) if parent else module
         in_parameters = self.name in holder._parameters
         self.owner: dict[str, Any] = holder._parameters if in_parameters else holder._buffers
-        self.tensor: Tensor = self.owner[self.name]
+        self.tensor: Any = self.owner[self.name]
         self.version = self.tensor._version
         self.pointer = self.tensor.data_ptr()
         self.alias = self.tensor.detach()
 
     def changed(self) -> bool:
-        tensor = self.owner.get(self.name)
+        tensor: Any = self.owner.get(self.name)
         return (
             tensor is not self.tensor
             or tensor._version != self.version

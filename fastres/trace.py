@@ -258,9 +258,11 @@ class _Normalizer:
 
     def _plain(self, value: Any) -> Any:
         """fx arguments as plain containers with :class:`Ref` in place of nodes."""
-        return fx.node.map_aggregate(
-            value, lambda v: Ref(self.value[v]) if isinstance(v, fx.Node) else v
-        )
+
+        def reference(item: Any) -> Any:
+            return Ref(self.value[item]) if isinstance(item, fx.Node) else item
+
+        return fx.node.map_aggregate(value, reference)
 
     def _constant(self, value: Any) -> Constant | None:
         """Path and shape of a parameter that reaches a function as an argument."""
@@ -441,7 +443,7 @@ def _max_pool_op(
     pairs = [_pair(v) for v in (kernel, stride or kernel, padding, dilation)]
     if any(p is None for p in pairs) or not isinstance(ceil_mode, bool):
         return None
-    return MaxPool2d(*pairs, ceil_mode)  # type: ignore[arg-type]
+    return MaxPool2d(*pairs, ceil_mode)  # type: ignore[arg-type,call-arg]
 
 
 def _avg_pool(m: Any, path: str) -> Operation | None:
@@ -462,7 +464,7 @@ def _avg_pool_op(
     flags = isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool)
     if any(p is None for p in pairs) or not flags or isinstance(divisor_override, fx.Node):
         return None
-    return AvgPool2d(*pairs, ceil_mode, count_include_pad, divisor_override)  # type: ignore[arg-type]
+    return AvgPool2d(*pairs, ceil_mode, count_include_pad, divisor_override)  # type: ignore[arg-type,call-arg]
 
 
 def _adaptive_pool(m: Any, path: str) -> Operation | None:
@@ -607,7 +609,7 @@ def _conv_function(
         return None
     k, c, *kernel = w[1]
     bias_path = b[0] if b else None
-    return Conv2d(w[0], bias_path, c * groups, k, tuple(kernel), *pairs, groups)  # type: ignore[arg-type]
+    return Conv2d(w[0], bias_path, c * groups, k, tuple(kernel), *pairs, groups)  # type: ignore[arg-type,call-arg]
 
 
 def _linear_function(constant: FindConstant, weight: Any, bias: Any = None) -> Operation | None:
