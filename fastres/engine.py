@@ -109,19 +109,45 @@ class AtenOps:
         return {Conv2d: "aten conv2d", Linear: "aten linear"}.get(type(op), "aten")
 
 
+class _Packed:
+    """A convolution's weights, put into oneDNN's own order for the first input size they meet.
+
+    Other sizes stay right: oneDNN reorders once more inside the call where it wants another order.
+    """
+
+    __slots__ = ("bias", "dense", "packed")
+
+    def __init__(self, dense: Tensor, bias: Tensor | None) -> None:
+        self.dense: Tensor | None = dense
+        self.bias = bias
+        self.packed: Tensor | None = None
+
+    def weight(self, op: Conv2d, x: Tensor) -> Tensor:
+        dense = self.dense
+        if self.packed is None and dense is not None:
+            geometry = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
+            with torch.inference_mode(False):
+                reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+                self.packed = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
+            self.dense = None
+        assert self.packed is not None
+        return self.packed
+
+
 class OneDNNOps(AtenOps):
     """The CPU: convolution, bias, residual and ReLU in one oneDNN primitive, weights pre-packed."""
 
     name = "onednn"
 
+    def __init__(self) -> None:
+        mkldnn = torch.ops.mkldnn
+        self._plain = mkldnn._convolution_pointwise.default
+        self._add = mkldnn._convolution_pointwise.binary
+        self._add_in_place = mkldnn._convolution_pointwise_.binary
+
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         weight, bias = super().prepare(op, weights)
-        if isinstance(op, Linear):
-            return weight, bias
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(
-            weight.to_mkldnn(), list(op.padding), list(op.stride), list(op.dilation), op.groups
-        )
-        return packed, bias
+        return _Packed(weight, bias) if isinstance(op, Conv2d) else (weight, bias)
 
     def update(self, op: Conv2d | Linear, prepared: Any, weights: Weights) -> Any:
         return self.prepare(op, weights)
@@ -129,18 +155,22 @@ class OneDNNOps(AtenOps):
     def conv(
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
-        weight, bias = prepared
+        if x.shape[0] == 0:
+            return super().conv(op, self._unpacked(prepared, op, x), x, residual, in_place)
+        weight, bias = prepared.weight(op, x), prepared.bias
         geometry = (op.padding, op.stride, op.dilation, op.groups)
-        unary = "relu" if op.relu else "none"
-        mkldnn = torch.ops.mkldnn
         if residual is None:
-            return mkldnn._convolution_pointwise(x, weight, bias, *geometry, unary, [], "")
-        epilogue: Any = ("add", 1.0, "relu" if op.relu else None, [], None)
+            unary = "relu" if op.relu else "none"
+            return self._plain(x, weight, bias, *geometry, unary, [], "")
+        epilogue = ("add", 1.0, "relu" if op.relu else None, [], None)
         if in_place:
-            call = mkldnn._convolution_pointwise_.binary
-            return call(residual, x, weight, bias, *geometry, *epilogue)
-        call = mkldnn._convolution_pointwise.binary
-        return call(x, residual, weight, bias, *geometry, *epilogue)
+            return self._add_in_place(residual, x, weight, bias, *geometry, *epilogue)
+        return self._add(x, residual, weight, bias, *geometry, *epilogue)
+
+    def _unpacked(self, prepared: _Packed, op: Conv2d, x: Tensor) -> Weights:
+        """Any weights of the right shape: an empty batch never reads them."""
+        shape = (op.out_channels, op.in_channels // op.groups, *op.kernel)
+        return x.new_zeros(shape), prepared.bias
 
     def serves(self, op: Operation) -> str:
         return "oneDNN conv" if isinstance(op, Conv2d) else super().serves(op)
