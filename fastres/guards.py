@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from enum import Enum
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,16 +128,18 @@ class _Watched:
         parent, _, self.name = path.rpartition(".")
         holder = attribute(module, parent) if parent else module
         in_parameters = self.name in holder._parameters
-        self.owner: dict[str, Any] = holder._parameters if in_parameters else holder._buffers
-        self.tensor: Any = self.owner[self.name]
+        owner = holder._parameters if in_parameters else holder._buffers
+        self.owner = cast("dict[str, Tensor]", owner)
+        self.tensor = self.owner[self.name]
         self.version = self.tensor._version
         self.pointer = self.tensor.data_ptr()
         self.alias = self.tensor.detach()
 
     def changed(self) -> bool:
-        tensor: Any = self.owner.get(self.name)
+        tensor = self.owner.get(self.name)
         return (
-            tensor is not self.tensor
+            tensor is None
+            or tensor is not self.tensor
             or tensor._version != self.version
             or tensor.data_ptr() != self.pointer
         )
