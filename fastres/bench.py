@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from .errors import FastresError
 from .optimize import optimize
 from .report import Report
-from .resnet import create_model
+from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-BASELINE = "eager float32"
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+BASELINE = "eager fp32"
 RULE_OF_TWO = 2.0
 FLOOR_ULPS = 4.0
 SANE_ERROR = 0.25
+DAMPED = 0.25
 REFERENCE_CHUNK = 32
 
 Model = Callable[[Tensor], Tensor]
@@ -118,7 +120,7 @@ def compare(
 
 def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dict[str, Model]:
     """Eager channels_last and fastres in one dtype; on CUDA with Triton alone and with cuDNN."""
-    kind = short(dtype)
+    kind = SHORT[dtype]
     found = {f"eager {kind} channels_last": eager(model, dtype, torch.channels_last)}
     backends = ("triton", "auto") if example.is_cuda else ("auto",)
     for backend in backends:
@@ -127,12 +129,22 @@ def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dic
     return found
 
 
+class Plain(nn.Module):
+    """A model as PyTorch runs it: a ResNet of fastres would dispatch to its engine in eval mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = getattr(self.model, "_forward_impl", self.model)(x)
+        return output
+
+
 def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
     """PyTorch as it comes, from a copy of the model."""
-    twin = copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
-    # A fastres ResNet would dispatch to its engine in eval mode; its plain forward never does.
-    forward = getattr(twin, "_forward_impl", twin)
-    return lambda x: forward(x.to(dtype=dtype, memory_format=memory_format))
+    twin = Plain(copy.deepcopy(model)).to(dtype=dtype, memory_format=memory_format)
+    return lambda x: twin(x.to(dtype=dtype, memory_format=memory_format))
 
 
 def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) -> Model:
@@ -213,24 +225,28 @@ class Judge:
         return min(allowed, SANE_ERROR * scale)
 
 
-def calibrate_(model: nn.Module, images: Tensor, seed: int = 0) -> None:
-    """Give a freshly built model weights that can show a bug, and activations that stay in range.
+def calibrate_(model: ResNet, images: Tensor, seed: int = 0) -> None:
+    """Give a freshly built network weights that can show a bug, and activations that stay in range.
 
     With initial weights a dropped mean, beta or gamma changes nothing, and deep networks overflow
     float16. Here gamma and beta are random, some gammas negative, and the running statistics are
-    those of ``images``.
+    those of ``images``. The last norm of each block is damped: full-sized random branches amplify
+    rounding from block to block, in ResNet-152 beyond any use of bfloat16.
     """
     generator = torch.Generator().manual_seed(seed)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
+    blocks = [m for m in model.modules() if isinstance(m, (BasicBlock, Bottleneck))]
+    last = {id(block.bn3 if isinstance(block, Bottleneck) else block.bn2) for block in blocks}
     with torch.no_grad():
         for norm in norms:
+            size = DAMPED if id(norm) in last else 1.0
             sign = torch.where(torch.rand(norm.num_features, generator=generator) < 0.1, -1.0, 1.0)
             gamma = 0.5 + torch.rand(norm.num_features, generator=generator)
-            norm.weight.copy_(sign * gamma)
-            norm.bias.copy_(0.5 * torch.randn(norm.num_features, generator=generator))
+            norm.weight.copy_(size * sign * gamma)
+            norm.bias.copy_(size * 0.5 * torch.randn(norm.num_features, generator=generator))
             norm.reset_running_stats()
-            norm.momentum = None
+            norm.momentum = None  # a plain average: after one pass, that pass's statistics
         training = model.training
         model.train()(images)
         model.train(training)
@@ -271,11 +287,6 @@ def parse_device(name: torch.device | str) -> torch.device:
             f"device {name!s} is not here: torch sees {torch.cuda.device_count()} CUDA devices"
         )
     return device
-
-
-def short(dtype: torch.dtype) -> str:
-    """``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
 
 
 def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,14 @@ from typing import Any
 
 from .timing import Comparison, Samples, Timing
 
-COLUMNS = ("contender", "ms per batch", "images/s", "speed-up", "RMS error / RMS", "top-1 agreement")
+COLUMNS = (
+    "contender",
+    "ms per batch",
+    "images/s",
+    "speed-up",
+    "relative RMS error",
+    "top-1 agreement",
+)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def case_rows(case: Case) -> list[tuple[str, ...]]:
 def footnote(case: Case) -> str:
     """How to read a case's table: the baseline, the spread, the noise and the warm-up."""
     comparison = case.comparison
-    noise = spread(comparison.noise, "{:.3f}x")
+    noise = spread(comparison.noise, "{:.3f}", "x")
     warmup = sum(timing.warmup for timing in comparison.timings)
     return (
         f"{comparison.rounds} interleaved rounds in random order on {comparison.device}, "
@@ -108,13 +115,13 @@ def is_ours(contender: str) -> bool:
     return contender.startswith("fastres")
 
 
-def spread(samples: Samples, form: str, scale: float = 1.0) -> str:
-    """``median (p20 to p80)``, or a dash where nothing was measured."""
+def spread(samples: Samples, form: str, unit: str = "", scale: float = 1.0) -> str:
+    """``median (p20-p80)``, the unit behind the median, or a dash where nothing was measured."""
     if not samples:
         return "-"
     quantiles = (samples.p20, samples.median, samples.p80)
     low, middle, high = (form.format(value * scale) for value in quantiles)
-    return f"{middle} ({low} to {high})"
+    return f"{middle}{unit} ({low}-{high})"
 
 
 def _row(case: Case, timing: Timing) -> tuple[str, ...]:
@@ -124,9 +131,9 @@ def _row(case: Case, timing: Timing) -> tuple[str, ...]:
         return (timing.name, f"no time: {timing.failure}", "-", "-", *wrong)
     return (
         timing.name,
-        spread(timing.seconds, "{:.3g}", 1e3),
+        spread(timing.seconds, "{:.3g}", scale=1e3),
         f"{case.images_per_second(timing).median:,.1f}",
-        spread(case.comparison.speedup(timing.name), "{:.2f}x"),
+        spread(case.comparison.speedup(timing.name), "{:.2f}", "x"),
         *wrong,
     )
 

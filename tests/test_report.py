@@ -14,9 +14,9 @@ from fastres.results import Case, Check, OutputError, Picture
 from fastres.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
-EAGER = Timing("eager float32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)
-FAST = Timing("fastres float32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0)
-BROKEN = Timing("fastres bfloat16", failure="wrong output: RMS error 1.2e+00")
+EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)
+FAST = Timing("fastres fp32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0)
+BROKEN = Timing("fastres bf16", failure="wrong output: RMS error 1.2e+00")
 ERROR = OutputError(1e-6, 5e-6, 1.0, 3e-6, 1.0)
 
 
@@ -98,9 +98,11 @@ def test_json_has_no_numbers_that_json_lacks():
 
 
 def test_markdown_gives_median_spread_ratio_and_error_in_one_row():
-    rows = [line for line in report(EAGER, FAST).to_markdown().splitlines() if "fastres f" in line]
+    rows = [
+        line for line in report(EAGER, FAST).to_markdown().splitlines() if "fastres fp32" in line
+    ]
     assert rows == [
-        "| fastres float32 | 250 (220 to 280) | 32.0 | 2.00x (2.00x to 2.00x) | 1.0e-06 | 100.0% |"
+        "| fastres fp32 | 250 (220-280) | 32.0 | 2.00x (2.00-2.00) | 1.0e-06 | 100.0% |"
     ]
 
 
@@ -109,14 +111,14 @@ def test_a_wrong_contender_shows_its_reason_and_no_speed(form):
     full = report(EAGER, BROKEN)
     assert not full.ok
     text = getattr(full, form)()
-    row = next(part for part in re.split(r"\n|<tr", text) if "fastres bfloat16" in part)
+    row = next(part for part in re.split(r"\n|<tr", text) if "fastres bf16" in part)
     assert "wrong output: RMS error 1.2e+00" in row
     assert "images/s" not in row
     assert not re.search(r"\d+\.\d+x", row)
 
 
 def test_a_failing_baseline_is_no_fault_of_ours():
-    full = report(EAGER, FAST, dataclasses.replace(BROKEN, name="eager float16"))
+    full = report(EAGER, FAST, dataclasses.replace(BROKEN, name="eager fp16"))
     assert full.ok
 
 
@@ -155,9 +157,9 @@ def test_the_chart_names_every_bar_and_stays_inside_its_frame():
     html = report(EAGER, FAST).to_html()
     labels = re.findall(r'<text x="([\d.]+)"[^>]*?(text-anchor="end")?>([^<]+)</text>', html)
     assert [text for _, _, text in labels] == [
-        "eager float32",
+        "eager fp32",
         "16.0 images/s",
-        "fastres float32",
+        "fastres fp32",
         "32.0 images/s",
     ]
     for x, end, text in labels:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -37,11 +39,13 @@ def verify(
 ) -> int:
     """Measure how far the optimised network's logits are from PyTorch's; exit code 1 if too far.
 
-    Without weights or a checkpoint the parameters are random, with batch norms that matter.
+    Each convolution and linear step is judged on its own inputs as well. Without weights or a
+    checkpoint the parameters are random, with batch norms that matter.
     """
-    from ..bench import calibrate_, parse_device, parse_dtype, random_images
+    from ..bench import Plain, calibrate_, parse_device, parse_dtype, random_images
     from ..optimize import optimize
     from ..verify import verify as compare
+    from ..verify import verify_steps
 
     where, kind = parse_device(device), parse_dtype(dtype)
     network = _network(model, weights, checkpoint)
@@ -49,15 +53,18 @@ def verify(
     if weights is None and checkpoint is None:
         calibrate_(network, images)
     network, images = network.to(where), images.to(where)
-    fast = optimize(network, example_input=images, dtype=kind, backend=backend, verify=False)
-    verdict = compare(network, fast, images)
+    fast = optimize(network, dtype=kind, backend=backend, verify=False)
+    rounded = Plain(copy.deepcopy(network)).to(kind)
+    verdict = compare(rounded, fast, images.to(kind))
+    wrong = [s for s in verify_steps(fast.executor(), network, [images.to(kind)]) if not s.ok]
+    ok = verdict.ok and not wrong
+    found = verdict.to_dict() | {"ok": ok, "wrong_steps": [asdict(step) for step in wrong]}
     if as_json:
-        print_json({"model": model, "dtype": dtype, "device": str(where), **verdict.to_dict()})
-        return 0 if verdict.ok else 1
-    OUT.print("[green]right[/]" if verdict.ok else f"[red]WRONG[/]: {verdict.reason}")
-    rows = [(name, _text(value)) for name, value in verdict.to_dict().items()]
-    OUT.print(table(("", ""), rows))
-    return 0 if verdict.ok else 1
+        print_json({"model": model, "device": str(where), **found})
+        return 0 if ok else 1
+    OUT.print("[green]right[/]" if ok else "[red]WRONG[/]")
+    OUT.print(table(("", ""), [(key, _text(value)) for key, value in found.items()], "left"))
+    return 0 if ok else 1
 
 
 def summary(

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from ..report import Report
     from ..results import Picture
 
-SHADES = " ░▒▓█"
+SHADES = " ░▒▓█" if OUT.encoding.startswith("utf") else " .:*#"
+NARROW = ("contender", "ms", "images/s", "speed-up", "error", "top-1")
 
 
 def demo(
@@ -127,7 +128,7 @@ def classify(
 
 def show(report: Report, as_json: bool, paths: list[Path]) -> None:
     """A report on the terminal."""
-    from ..results import COLUMNS, case_rows, footnote
+    from ..results import case_rows, footnote
 
     if as_json:
         OUT.out(report.to_json(), end="")
@@ -139,12 +140,21 @@ def show(report: Report, as_json: bool, paths: list[Path]) -> None:
         OUT.print(gallery(report.pictures, OUT.width), markup=False)
     for case in report.cases:
         OUT.print(f"\n[bold]{case.title}[/]")
-        OUT.print(table(COLUMNS, case_rows(case)))
+        OUT.print(table(NARROW, [narrow(row) for row in case_rows(case)]))
+        for name, failure in case.comparison.failures.items():
+            OUT.print(f"{name} has no time: {failure}", style="red", markup=False)
         OUT.print(footnote(case), style="dim", markup=False)
     for note in report.notes:
         OUT.print(note, markup=False)
     for path in paths:
         OUT.print(f"wrote {path}", markup=False)
+
+
+def narrow(cells: tuple[str, ...]) -> tuple[str, ...]:
+    """A row of a case's table in 80 columns: the time's spread and a failure's reason left out."""
+    name, milliseconds, *others = cells
+    median = "-" if milliseconds.startswith("no time") else milliseconds.partition(" ")[0]
+    return (name, median, *others)
 
 
 def gallery(pictures: tuple[Picture, ...], width: int) -> str:
