@@ -125,7 +125,7 @@ class _Packed:
     def weight(self, op: Conv2d, x: Tensor) -> Tensor:
         dense = self.dense
         if self.packed is None and dense is not None:
-            geometry = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
+            geometry: Any = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
             with torch.inference_mode(False):
                 reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
                 self.packed = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
@@ -162,7 +162,7 @@ class OneDNNOps(AtenOps):
         if residual is None:
             unary = "relu" if op.relu else "none"
             return self._plain(x, weight, bias, *geometry, unary, [], "")
-        epilogue = ("add", 1.0, "relu" if op.relu else None, [], None)
+        epilogue: Any = ("add", 1.0, "relu" if op.relu else None, [], None)
         if in_place:
             return self._add_in_place(residual, x, weight, bias, *geometry, *epilogue)
         return self._add(x, residual, weight, bias, *geometry, *epilogue)
