@@ -101,13 +101,13 @@ def check_tensor(name: str, t: Tensor, ndim: int | None = None) -> None:
 def check_like(name: str, t: Tensor, x: Tensor) -> None:
     """``t`` has the dtype and the device of the input ``x``."""
     if t.dtype != x.dtype:
-        raise TypeError(f"{name} must be {x.dtype} as x is, got {t.dtype}")
+        raise TypeError(f"{name} must be {x.dtype} as the input is, got {t.dtype}")
     check_same_device(name, t, x)
 
 
 def check_same_device(name: str, t: Tensor, x: Tensor) -> None:
     if t.device != x.device:
-        raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+        raise ValueError(f"{name} must be on {x.device} as the input is, got {t.device}")
 
 
 def check_shape(name: str, t: Tensor, shape: Sequence[int]) -> None:
@@ -136,7 +136,7 @@ def check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
     """A dense vector, float32 or of the dtype of the input ``x``."""
     check_tensor(name, t, 1)
     if t.dtype not in (torch.float32, x.dtype):
-        raise TypeError(f"{name} must be float32 or {x.dtype} as x is, got {t.dtype}")
+        raise TypeError(f"{name} must be float32 or {x.dtype} as the input is, got {t.dtype}")
     check_same_device(name, t, x)
     check_shape(name, t, (size,))
     if not t.is_contiguous():

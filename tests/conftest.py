@@ -38,6 +38,21 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def integers(device: torch.device) -> Callable[..., torch.Tensor]:
+    """``integers(*shape, dtype=...)``: whole numbers from -3 to 3, channels_last if 4-D.
+
+    Their products and sums are exact in float32 in any order, so results compare with
+    ``torch.equal`` against a float64 reference rounded once.
+    """
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        t = torch.randint(-3, 4, shape).to(device, dtype)
+        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+    return make
+
+
 @dataclass(frozen=True)
 class Guarded:
     """A tensor full of NaN inside a larger buffer full of a known pattern."""
