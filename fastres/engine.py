@@ -127,7 +127,7 @@ class _Packed:
         if self.packed is None and dense is not None:
             geometry: Any = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
             with torch.inference_mode(False):
-                reorder = torch._C._nn.mkldnn_reorder_conv2d_weight
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
                 self.packed = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
             self.dense = None
         assert self.packed is not None
