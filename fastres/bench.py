@@ -29,6 +29,7 @@ RULE_OF_TWO = 2.0
 FLOOR_ULPS = 4.0
 SANE_ERROR = 0.25
 DAMPED = 0.25
+CALIBRATION_BATCH, CALIBRATION_SIZE = 8, 128
 REFERENCE_CHUNK = 32
 
 Model = Callable[[Tensor], Tensor]
@@ -73,7 +74,7 @@ def benchmark(
         model = create_model(name, weights=weights, **kwargs).eval()
         channels = model.conv1.in_channels
         if weights is None:
-            calibrate_(model, random_images(8, channels, size)[0])
+            calibrate_(model)
         model.to(device)
         source = weights or "random, with batch norms calibrated on random images"
         for batch in batches:
@@ -225,14 +226,16 @@ class Judge:
         return min(allowed, SANE_ERROR * scale)
 
 
-def calibrate_(model: ResNet, images: Tensor, seed: int = 0) -> None:
+def calibrate_(model: ResNet, images: Tensor | None = None, seed: int = 0) -> None:
     """Give a freshly built network weights that can show a bug, and activations that stay in range.
 
     With initial weights a dropped mean, beta or gamma changes nothing, and deep networks overflow
     float16. Here gamma and beta are random, some gammas negative, and the running statistics are
-    those of ``images``. The last norm of each block is damped: full-sized random branches amplify
-    rounding from block to block, in ResNet-152 beyond any use of bfloat16.
+    those of ``images``, by default of noise. The last norm of each block is damped: full-sized
+    random branches amplify rounding from block to block, in ResNet-152 beyond any use of bfloat16.
     """
+    if images is None:
+        images = random_images(CALIBRATION_BATCH, model.conv1.in_channels, CALIBRATION_SIZE)[0]
     generator = torch.Generator().manual_seed(seed)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]

@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..errors import FastresError
+from ..errors import FastresError, WeightsError
 from . import models, runs
 from .console import ERR
 
@@ -69,7 +69,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         usage = getattr(error, "format_message", None)
         if os.environ.get("FASTRES_TRACEBACK") or not (usage or isinstance(error, USER_ERRORS)):
             raise
-        ERR.print(f"error: {one_line(usage() if usage else str(error))}", markup=False)
+        message = one_line(usage() if usage else str(error))
+        if isinstance(error, WeightsError):
+            message += " (here: with --checkpoint FILE)"
+        ERR.print(f"error: {message}", markup=False)
         return 2
     return int(code or 0)
 

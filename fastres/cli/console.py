@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TimeElapsedColumn
 from rich.table import Table
 
 OUT = Console(highlight=False)
@@ -20,6 +20,8 @@ ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A network, e.g. resnet50.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+Backend = Annotated[str, typer.Option("--backend", help="auto, triton or torch.")]
 Size = Annotated[int, typer.Option("--size", min=1, help="Height and width of the images.")]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Pretrained weights to download, e.g. DEFAULT.")
@@ -39,7 +41,7 @@ def following() -> Iterator[Follow]:
     called with (done, wanted).
     """
     columns = (*Progress.get_default_columns()[:2], TimeElapsedColumn())
-    with Progress(*columns, TextColumn(""), console=ERR, transient=True) as bar:
+    with Progress(*columns, console=ERR, transient=True, disable=not ERR.is_terminal) as bar:
 
         def follow(title: str) -> Callable[[int, int], None]:
             task = bar.add_task(title, total=None)

@@ -11,8 +11,10 @@ import typer
 from .console import (
     OUT,
     AsJson,
+    Backend,
     Checkpoint,
     DeviceName,
+    Dtype,
     ModelName,
     Size,
     Weights,
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
 
 def verify(
     model: ModelName,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Dtype = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 8,
     size: Size = 224,
     device: DeviceName = "auto",
-    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    backend: Backend = "auto",
     weights: Weights = None,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
@@ -51,7 +53,7 @@ def verify(
     network = _network(model, weights, checkpoint)
     images = random_images(batch, network.conv1.in_channels, size)[0]
     if weights is None and checkpoint is None:
-        calibrate_(network, images)
+        calibrate_(network)
     network, images = network.to(where), images.to(where)
     fast = optimize(network, dtype=kind, backend=backend, verify=False)
     rounded = Plain(copy.deepcopy(network)).to(kind)
@@ -86,9 +88,20 @@ def summary(
     typer.echo(f"{found.flop / 1e9:.2f} GFLOP, a multiply-add counted as two")
 
 
-def plan(model: ModelName, checkpoint: Checkpoint = None, as_json: AsJson = False) -> None:
+def plan(
+    model: ModelName,
+    dtype: Dtype = "float32",
+    device: DeviceName = "auto",
+    backend: Backend = "auto",
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> None:
     """The steps that inference runs: what is fused, what is left to PyTorch and why."""
-    found = _network(model, None, checkpoint).plan()
+    from ..bench import parse_device, parse_dtype
+    from ..optimize import optimize
+
+    network = _network(model, None, checkpoint).to(parse_device(device))
+    found = optimize(network, dtype=parse_dtype(dtype), backend=backend, verify=False).plan()
     if as_json:
         print_json({"model": model, **found.to_dict()})
     else:

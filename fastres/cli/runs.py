@@ -44,9 +44,7 @@ def demo(
     check_output(report)
     with following() as follow:
         result = run_demo(device=device, follow=follow)
-    result.write(report)
-    show(result, as_json, [report])
-    return 0 if result.ok else 1
+    return deliver(result, as_json, [report])
 
 
 def bench(
@@ -87,10 +85,7 @@ def bench(
             weights=weights,
             progress=follow,
         )
-    for path in paths:
-        result.write(path)
-    show(result, as_json, paths)
-    return 0 if result.ok else 1
+    return deliver(result, as_json, paths)
 
 
 def classify(
@@ -126,28 +121,35 @@ def classify(
     return 0
 
 
-def show(report: Report, as_json: bool, paths: list[Path]) -> None:
+def deliver(report: Report, as_json: bool, paths: list[Path]) -> int:
+    """Print a report and write it to files; the exit code says whether all answers are right."""
+    if as_json:
+        OUT.out(report.to_json(), end="")
+    else:
+        show(report)
+    for path in paths:
+        report.write(path)
+        ERR.print(f"wrote {path}", markup=False)
+    return 0 if report.ok else 1
+
+
+def show(report: Report) -> None:
     """A report on the terminal."""
     from ..results import case_rows, footnote
 
-    if as_json:
-        OUT.out(report.to_json(), end="")
-        return
     for check in report.checks:
         mark = "[green]ok   [/]" if check.ok else "[red]WRONG[/]"
         OUT.print(f"{mark} {escape(check.name)}: {escape(check.detail)}")
     if report.pictures:
         OUT.print(gallery(report.pictures, OUT.width), markup=False)
     for case in report.cases:
-        OUT.print(f"\n[bold]{case.title}[/]")
+        OUT.print(f"\n[bold]{escape(case.title)}[/]")
         OUT.print(table(NARROW, [narrow(row) for row in case_rows(case)]))
         for name, failure in case.comparison.failures.items():
             OUT.print(f"{name} has no time: {failure}", style="red", markup=False)
         OUT.print(footnote(case), style="dim", markup=False)
     for note in report.notes:
         OUT.print(note, markup=False)
-    for path in paths:
-        OUT.print(f"wrote {path}", markup=False)
 
 
 def narrow(cells: tuple[str, ...]) -> tuple[str, ...]:
