@@ -80,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def one_line(message: str) -> str:
     """A message with its lines joined."""
     lines = [line.strip() for line in message.strip().splitlines()]
-    return " ".join(line for line in lines if line) or "no further message"
+    return "; ".join(line for line in lines if line) or "no further message"
 
 
 def main() -> NoReturn:

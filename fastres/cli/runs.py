@@ -162,7 +162,7 @@ def narrow(cells: tuple[str, ...]) -> tuple[str, ...]:
 def gallery(pictures: tuple[Picture, ...], width: int) -> str:
     """Grey images as shaded text, side by side, each with its prediction."""
     drawn = [_draw(picture) for picture in pictures]
-    columns = max(1, width // (len(drawn[0][0]) + 2))
+    columns = max(1, (width + 2) // (max(len(lines[0]) for lines in drawn) + 2))
     rows = []
     for start in range(0, len(drawn), columns):
         lines = zip(*drawn[start : start + columns], strict=True)
@@ -171,13 +171,12 @@ def gallery(pictures: tuple[Picture, ...], width: int) -> str:
 
 
 def _draw(picture: Picture) -> list[str]:
-    """The lines of one picture, two characters to a pixel, and a caption of the same width."""
-    lines = ["".join(2 * _shade(value) for value in row) for row in picture.pixels]
+    """The lines of one picture, two characters to a pixel, above its caption; all of one width."""
     verdict = "" if picture.correct else f", is {picture.label}"
-    return [
-        *lines,
-        f"{picture.predicted} ({picture.probability:.0%}){verdict}".ljust(len(lines[0])),
-    ]
+    caption = f"{picture.predicted} ({picture.probability:.0%}){verdict}"
+    lines = ["".join(2 * _shade(value) for value in row) for row in picture.pixels]
+    width = max(len(caption), len(lines[0]))
+    return [line.ljust(width) for line in (*lines, caption)]
 
 
 def _shade(value: float) -> str:

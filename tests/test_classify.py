@@ -1,0 +1,131 @@
+"""Photographs to labels, against torchvision's own pipeline with the same parameters."""
+
+import json
+from urllib.error import URLError
+
+import pytest
+import torch
+from helpers import hostile_
+
+from fastres import cli
+from fastres.classify import classify
+from fastres.pretrained import load_network
+from fastres.resnet import create_model
+
+torchvision = pytest.importorskip("torchvision")
+Image = pytest.importorskip("PIL.Image")
+datasets = pytest.importorskip("sklearn.datasets")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """scikit-learn's two photographs: a JPEG, and a grey PNG that must become RGB."""
+    folder = tmp_path_factory.mktemp("photos")
+    temple, flower = (Image.fromarray(pixels) for pixels in datasets.load_sample_images().images)
+    temple.save(folder / "temple.jpg")
+    flower.convert("L").save(folder / "flower.png")
+    return [folder / "temple.jpg", folder / "flower.png"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A ResNet-18 whose 1000 logits are far from equal."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(hostile_(create_model("resnet18")).state_dict(), path)
+    return path
+
+
+def test_the_answers_are_torchvisions(photos, checkpoint):
+    weights = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    theirs = torchvision.models.resnet18()
+    theirs.load_state_dict(torch.load(checkpoint, weights_only=True))
+    images = [weights.transforms()(Image.open(path).convert("RGB")) for path in photos]
+    with torch.no_grad():
+        expected = theirs.eval()(torch.stack(images)).softmax(1).topk(5)
+
+    found = classify(photos, model="resnet18", checkpoint=checkpoint)
+    assert [photo.path for photo in found] == [str(path) for path in photos]
+    for photo, indices, values in zip(found, expected.indices, expected.values, strict=True):
+        labels, probabilities = zip(*photo.top, strict=True)
+        assert list(labels) == [weights.meta["categories"][i] for i in indices]
+        # Folding rounds the weights once more: a few units in the last place of 20 layers.
+        assert list(probabilities) == pytest.approx(values.tolist(), rel=1e-4)
+    assert found[0].top[0] != found[1].top[0]
+
+
+def test_other_classes_are_numbered_and_read_off_the_file(photos, tmp_path):
+    path = tmp_path / "three.pth"
+    model = hostile_(create_model("resnet18", num_classes=3, stem="cifar"))
+    torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, path)
+    (found,) = classify(photos[:1], model="resnet18", checkpoint=path, top=5)
+    assert {label for label, _ in found.top} == {"class 0", "class 1", "class 2"}
+    assert sum(probability for _, probability in found.top) == pytest.approx(1)
+    assert load_network("resnet18", checkpoint=path).conv1.kernel_size == (3, 3)
+
+
+def test_the_command_prints_labels_or_json(photos, checkpoint, capsys):
+    arguments = ["classify", *map(str, photos), "--model", "resnet18", "--device", "cpu"]
+    arguments += ["--checkpoint", str(checkpoint), "--top", "2"]
+    assert cli.run([*arguments, "--json"]) == 0
+    read = json.loads(capsys.readouterr().out)
+    assert [len(photo["top"]) for photo in read] == [2, 2]
+    assert cli.run(arguments) == 0
+    assert read[1]["top"][0]["label"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "there is no such file"),
+        (b"not an image", "cannot identify image file"),
+        (b"", "cannot identify image file"),
+        ("truncated", "image file is truncated"),
+    ],
+)
+def test_an_unreadable_image_is_one_line_before_anything_is_fetched(
+    content, reason, photos, tmp_path, monkeypatch, capsys
+):
+    def fetched(*args, **kwargs):
+        raise AssertionError("weights were fetched")
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fetched)
+    path = tmp_path / "photo.jpg"
+    if content == "truncated":
+        path.write_bytes(photos[0].read_bytes()[:4000])
+    elif content is not None:
+        path.write_bytes(content)
+    assert cli.run(["classify", str(photos[1]), str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"error: cannot read image {str(path)!r}: ")
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (URLError("Name or service not known"), "cannot get weights from https://"),
+        (RuntimeError('invalid hash value (expected "f37072fd", got "0")'), "invalid hash value"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_one_line_with_advice(
+    error, reason, photos, monkeypatch, capsys
+):
+    def fails(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fails)
+    assert cli.run(["classify", str(photos[0]), "--model", "resnet18"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert reason in err
+    assert "--checkpoint FILE" in err
+    assert err.count("\n") == 1
+
+
+def test_mistakes_are_named(photos):
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        classify(photos, top=0)
+    with pytest.raises(ValueError, match="No weights available for model resnet20"):
+        classify(photos, model="resnet20")
