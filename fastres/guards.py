@@ -89,13 +89,16 @@ class Watch:
     Args:
         module: the root that the plan was traced from.
         paths: dotted paths of the tensors that were folded.
+        method: name of the root's method that was traced.
     """
 
-    def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, paths: Iterable[str], method: str = "forward") -> None:
         OPTIMIZER_STEPS.watch()
         self._steps = OPTIMIZER_STEPS.count
+        self._root, self._method = module, method
+        self._traced = getattr(module, method)
         self._modules = [
-            (m, m._modules, tuple(m._modules.values()), _settings(m), _settings(m)(m))
+            (m, m._modules, tuple(m._modules.values()), m.forward, _settings(m), _settings(m)(m))
             for m in module.modules()
         ]
         self._tensors = [_Watched(module, path) for path in dict.fromkeys(paths)]
@@ -106,11 +109,16 @@ class Watch:
 
     def change(self) -> Change:
         """Compare the module with what was recorded (about 50 us for a ResNet-50)."""
-        for m, children, recorded, settings, values in self._modules:
-            if m._modules is not children or tuple(children.values()) != recorded:
-                return Change.STRUCTURE
-            if settings(m) != values or "forward" in m.__dict__:
-                return Change.STRUCTURE
+        if getattr(self._root, self._method) != self._traced:
+            return Change.STRUCTURE
+        try:
+            for m, children, recorded, forward, settings, values in self._modules:
+                if m._modules is not children or tuple(children.values()) != recorded:
+                    return Change.STRUCTURE
+                if m.forward != forward or settings(m) != values:
+                    return Change.STRUCTURE
+        except AttributeError:  # a setting was deleted
+            return Change.STRUCTURE
         if self._steps != OPTIMIZER_STEPS.count:
             return Change.WEIGHTS
         for watched in self._tensors:
@@ -148,15 +156,25 @@ class _Watched:
 _SETTINGS: dict[type, Any] = {
     nn.Conv2d: attrgetter("stride", "padding", "dilation", "groups", "padding_mode"),
     nn.BatchNorm2d: attrgetter("eps", "track_running_stats"),
-    nn.MaxPool2d: attrgetter("kernel_size", "stride", "padding", "dilation", "ceil_mode"),
-    nn.AvgPool2d: attrgetter("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
-    nn.AdaptiveAvgPool2d: attrgetter("output_size"),
 }
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _settings(module: nn.Module) -> Any:
-    """A getter of the settings that a traced plan has baked in."""
-    return _SETTINGS.get(type(module), _nothing)
+    """A getter of the settings that a trace bakes in: for a type not listed, all plain attributes.
+
+    Whether a module is training is no setting: it decides about the call, not about the plan.
+    """
+    if type(module) in _SETTINGS:
+        return _SETTINGS[type(module)]
+    names = [n for n, value in vars(module).items() if n != "training" and _is_plain(value)]
+    return attrgetter(*names) if names else _nothing
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(isinstance(item, _PLAIN) for item in value)
+    return isinstance(value, _PLAIN)
 
 
 def _nothing(module: nn.Module) -> tuple[()]:
@@ -173,10 +191,12 @@ def busy_reason(modules: Iterable[nn.Module]) -> str | None:
     return None
 
 
-def pytorch_reason(module: nn.Module) -> str | None:
-    """Why a module must run as ordinary PyTorch: busy, or with weights that cannot be watched."""
+def pytorch_reason(module: nn.Module, method: str = "forward") -> str | None:
+    """Why a module must run as ordinary PyTorch: busy, or not what tracing and watching can see."""
     if getattr(module, "_is_replica", False):
         return "a DataParallel replica"
+    if method in vars(module):
+        return f"its {method} was replaced on the instance"
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"{name} is a {type(tensor).__name__}"

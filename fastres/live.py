@@ -18,13 +18,14 @@ from .ir import attribute
 from .plan import Plan
 
 ExecutorKey = tuple[str, torch.device, torch.dtype]
+METHOD = "_forward_impl"
 
 
 class Live:
     """Plan, folded weights and graphs of one module; rebuilt or refolded when the module changed.
 
     Args:
-        module: an ``nn.Module`` whose forward takes one image tensor.
+        module: an ``nn.Module`` whose ``_forward_impl`` takes one image tensor.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
     """
 
@@ -58,7 +59,7 @@ class Live:
         with self._lock:
             self._refresh()
             if self._plan is None:
-                reason = self._refused or pytorch_reason(self.module)
+                reason = self._refused or pytorch_reason(self.module, METHOD)
                 raise RuntimeError(f"there is no fused plan: {reason}")
             runners = list(self._runners.values())
             return runners[-1].executor.plan if runners else self._plan
@@ -120,12 +121,12 @@ class Live:
                 self._watch = self._new_watch()
                 return
             self.free()
-        if pytorch_reason(self.module) is None:
+        if pytorch_reason(self.module, METHOD) is None:
             self._build()
 
     def _build(self) -> None:
         try:
-            self._plan = plan.build(fold.fold(trace.trace(self.module)))
+            self._plan = plan.build(fold.fold(trace.trace(self.module, METHOD)))
         except trace.TraceError as error:
             self._refuse(str(error))
         self._home = self._weights_home()
@@ -135,7 +136,8 @@ class Live:
 
     def _new_watch(self) -> Watch:
         steps = self._plan.steps if self._plan else ()
-        return Watch(self.module, [p for step in steps for p in plan.parameter_paths(step.op)])
+        paths = [path for step in steps for path in plan.parameter_paths(step.op)]
+        return Watch(self.module, paths, METHOD)
 
     def _weights_home(self) -> tuple[torch.device, torch.dtype] | None:
         """Device and dtype of the first weight: executors are built for one of each."""

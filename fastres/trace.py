@@ -90,16 +90,18 @@ class _Tracer(fx.Tracer):
         )
 
 
-def trace(module: nn.Module) -> Graph:
-    """Record ``module.forward`` as a :class:`~fastres.ir.Graph`; the module is not changed.
+def trace(module: nn.Module, method: str = "forward") -> Graph:
+    """Record what a module computes as a :class:`~fastres.ir.Graph`; the module is not changed.
 
     Args:
         module: any module that torch.fx can trace, in eval mode.
+        method: name of the method to record, as its class defines it.
 
     Raises:
         TraceError: control flow depends on data, or torch.fx fails otherwise.
     """
     tracer = _Tracer()
+    tracer.traced_func_name = method
     try:
         recorded = tracer.trace(module)
     except Exception as error:
