@@ -127,12 +127,13 @@ class Live:
     def _build(self) -> None:
         try:
             self._plan = plan.build(fold.fold(trace.trace(self.module, METHOD)))
+            self._home = self._weights_home()
+            if self._home is None:
+                self._refuse("it has no convolution or linear layer")
         except trace.TraceError as error:
+            self._home = None
             self._refuse(str(error))
-        self._home = self._weights_home()
         self._watch = self._new_watch()
-        if self._home is None:
-            self._refuse("it has no convolution or linear layer")
 
     def _new_watch(self) -> Watch:
         steps = self._plan.steps if self._plan else ()
