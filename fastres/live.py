@@ -218,9 +218,9 @@ class LiveModule(nn.Module):
     @torch.jit.unused
     def _live(self) -> Live:
         with _CREATION:
-            if "_engine" not in self.__dict__:
-                self.__dict__["_engine"] = Live(self, self.backend)
-            live: Live = self.__dict__["_engine"]
+            live: Live | None = self.__dict__.get("_engine")
+            if live is None or live.module is not self:  # a replica shares the original's dictionary
+                live = self.__dict__["_engine"] = Live(self, self.backend)
         return live
 
     @torch.jit.unused
