@@ -39,6 +39,7 @@ class Live:
         self._home: tuple[torch.device, torch.dtype] | None = None
         self._runners: dict[ExecutorKey, GraphRunner] = {}
         self._stale: set[ExecutorKey] = set()
+        self._unfoldable: set[ExecutorKey] = set()
 
     def run(self, x: Tensor) -> tuple[bool, Any]:
         """``(True, output)``, or ``(False, None)`` where ordinary PyTorch must run.
@@ -69,12 +70,19 @@ class Live:
         with self._lock:
             self._stale.update(self._runners)
 
+    def refresh(self) -> None:
+        """As :meth:`invalidate`; numbers that could not be folded are tried again too."""
+        with self._lock:
+            self.invalidate()
+            self._unfoldable.clear()
+
     def free(self) -> None:
         """Drop the plan, folded weights, graphs and workspaces."""
         with self._lock:
             self._runners.clear()
             self._stale.clear()
-            self._plan = self._watch = None
+            self._unfoldable.clear()
+            self._plan = self._watch = self._refused = None
 
     def _runner_for(self, x: Tensor) -> GraphRunner | None:
         self._refresh()
@@ -97,6 +105,8 @@ class Live:
         assert self._plan is not None
         ops = select_ops(self.backend, x.device, dtype)
         key = (ops.name, x.device, dtype)
+        if key in self._unfoldable:
+            return None
         try:
             if key not in self._runners:
                 self._runners[key] = GraphRunner(Executor(self._plan, self.module, ops, dtype))
@@ -105,7 +115,9 @@ class Live:
                 self._runners[key].executor.refold()
             self._stale.discard(key)
         except FoldError as error:
-            self._refuse(str(error))
+            self._runners.pop(key, None)
+            self._unfoldable.add(key)
+            self._warn(str(error))
             return None
         return self._runners[key]
 
@@ -115,14 +127,20 @@ class Live:
             change = self._watch.change()
             if change is Change.NONE:
                 return
-            self._refused = None
-            if change is Change.WEIGHTS and self._home == self._weights_home():
+            if change is Change.WEIGHTS and self._may_refold():
                 self._stale.update(self._runners)
+                self._unfoldable.clear()
                 self._watch = self._new_watch()
                 return
             self.free()
         if pytorch_reason(self.module, METHOD) is None:
             self._build()
+
+    def _may_refold(self) -> bool:
+        """Whether the plan still holds for the new weights: of the same kind, dtype and device."""
+        if pytorch_reason(self.module, METHOD) is not None:
+            return False
+        return self._home == self._weights_home()
 
     def _build(self) -> None:
         try:
@@ -159,8 +177,10 @@ class Live:
 
     def _refuse(self, reason: str) -> None:
         self._refused = reason
-        self._runners.clear()
-        warnings.warn(f"fastres runs this model as ordinary PyTorch: {reason}", stacklevel=6)
+        self._warn(reason)
+
+    def _warn(self, reason: str) -> None:
+        warnings.warn(f"fastres runs this model as ordinary PyTorch: {reason}", stacklevel=7)
 
 
 class LiveModule(nn.Module):
@@ -196,7 +216,7 @@ class LiveModule(nn.Module):
                 return output
         elif reason == GRADIENT:
             say_how_to_get_the_fast_path()
-        self.refresh()
+        self._invalidate()
         return self._forward_impl(x)
 
     @torch.jit.unused
@@ -211,6 +231,12 @@ class LiveModule(nn.Module):
         Needed only after changes that PyTorch cannot see: through ``.data``, numpy views or raw
         collectives.
         """
+        live: Live | None = self.__dict__.get("_engine")
+        if live is not None:
+            live.refresh()
+
+    @torch.jit.unused
+    def _invalidate(self) -> None:
         live: Live | None = self.__dict__.get("_engine")
         if live is not None:
             live.invalidate()
@@ -228,7 +254,7 @@ class LiveModule(nn.Module):
         """As ``nn.Module.train``; entering training frees the fused engine's memory."""
         live: Live | None = self.__dict__.get("_engine")
         if live is not None:
-            live.free() if mode else live.invalidate()
+            live.free() if mode else live.refresh()
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
