@@ -96,7 +96,7 @@ class Live:
         weight = self._first_weight()
         if weight.device != x.device:
             raise InputError(f"x must be on {weight.device}, as the weights are; got {x.device}")
-        if not weight.is_floating_point() or (_autocasts(x) and x.dtype is torch.float64):
+        if not weight.is_floating_point() or (_autocasts(x) and weight.dtype is torch.float64):
             return None
         dtype = torch.get_autocast_dtype(x.device.type) if _autocasts(x) else weight.dtype
         return self._fresh_runner(x, dtype)
@@ -265,7 +265,9 @@ _CREATION = Lock()
 
 
 def _autocasts(x: Tensor) -> bool:
-    return torch.is_autocast_enabled(x.device.type)
+    """Whether autocast would cast this input: neither integers nor float64."""
+    eligible = x.is_floating_point() and x.dtype is not torch.float64
+    return eligible and torch.is_autocast_enabled(x.device.type)
 
 
 def _refuse_during_capture(x: Tensor) -> None:
