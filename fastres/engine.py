@@ -241,7 +241,7 @@ class TritonOps(AtenOps):
     def add(self, x: Tensor, y: Tensor, relu: bool, in_place: bool) -> Tensor:
         alike = x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
         if not alike or not _is_dense(x):
-            return super().add(x, y, relu, in_place and x.shape == (x + y).shape)
+            return super().add(x, y, relu, in_place)
         return self.kernels.add_relu(x, y, relu=relu, out=x if in_place else None)
 
     def relu(self, x: Tensor, in_place: bool) -> Tensor:
@@ -464,7 +464,7 @@ class Executor:
 
     def _conv(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
         op: Any = step.op
-        x = values[step.inputs[0]]
+        x = self._autocast(values[step.inputs[0]])
         prepared = self._prepared[step.name]
         if not op.residual:
             return self.ops.conv(op, prepared, x, None, False)
@@ -472,11 +472,18 @@ class Executor:
         if _fits(op, x, residual):
             return self.ops.conv(op, prepared, x, residual, step.in_place)
         bare = self.ops.conv(replace(op, relu=False, residual=False), prepared, x, None, False)
-        return self.ops.add(bare, residual, op.relu, False)
+        return self._sum(bare, residual, op.relu, False)
 
     def _linear(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
         op: Any = step.op
-        return self.ops.linear(op, self._prepared[step.name], values[step.inputs[0]])
+        x = self._autocast(values[step.inputs[0]])
+        return self.ops.linear(op, self._prepared[step.name], x)
+
+    def _autocast(self, x: Tensor) -> Tensor:
+        """Under autocast a PyTorch step may have widened ``x``; weights come in the plan's dtype."""
+        if x.dtype is self.dtype or not torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.dtype)
 
     def _batch_norm(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
         op: Any = step.op
@@ -489,11 +496,13 @@ class Executor:
 
     def _add(self, step: Step, values: dict[str, Any], restore: Restore) -> Any:
         op: Any = step.op
-        x, y = values[step.inputs[0]], values[step.inputs[-1]]
+        return self._sum(values[step.inputs[0]], values[step.inputs[-1]], op.relu, step.in_place)
+
+    def _sum(self, x: Any, y: Any, relu: bool, in_place: bool) -> Any:
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
-            return (x + y).relu() if op.relu else x + y
-        in_place = step.in_place and x.shape == y.shape and x.dtype == y.dtype
-        return self.ops.add(x, y, op.relu, in_place)
+            return (x + y).relu() if relu else x + y
+        alike = x.shape == y.shape and x.dtype == y.dtype
+        return self.ops.add(x, y, relu, in_place and alike)
 
     def _max_pool(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
         op: Any = step.op
