@@ -144,7 +144,8 @@ class Plain(nn.Module):
 
 def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
     """PyTorch as it comes, from a copy of the model."""
-    twin = Plain(copy.deepcopy(model)).to(dtype=dtype, memory_format=memory_format)
+    twin: Any = Plain(copy.deepcopy(model))
+    twin.to(dtype=dtype, memory_format=memory_format)
     return lambda x: twin(x.to(dtype=dtype, memory_format=memory_format))
 
 

@@ -158,12 +158,13 @@ def gpu_state(device: str | int = 0) -> dict[str, str]:
 
 def flags() -> dict[str, Any]:
     """torch's switches that change numbers or speed; TF32 among them."""
+    cudnn: Any = torch.backends.cudnn
     return {
         "matmul_precision": torch.backends.cuda.matmul.fp32_precision,
-        "conv_precision": torch.backends.cudnn.conv.fp32_precision,
-        "cudnn_version": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-        "cudnn_benchmark": torch.backends.cudnn.benchmark,
-        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "conv_precision": cudnn.conv.fp32_precision,
+        "cudnn_version": cudnn.version() if torch.cuda.is_available() else None,
+        "cudnn_benchmark": cudnn.benchmark,
+        "cudnn_deterministic": cudnn.deterministic,
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cuda": torch.version.cuda,

@@ -61,7 +61,7 @@ DEFAULT_METHOD = Method()
 
 @dataclass(frozen=True)
 class Samples:
-    """Measured values, one per round, in order; when there are none, falsy and without quantiles."""
+    """Measured values, one per round, in order; falsy and without quantiles if there are none."""
 
     values: tuple[float, ...] = ()
 

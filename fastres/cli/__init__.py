@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -44,7 +44,7 @@ def top(
         typer.echo(context.get_help())
 
 
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "demo": (runs.demo, "fastres demo --report report.html"),
     "bench": (runs.bench, "fastres bench resnet18 resnet50 --batch 1,8 --dtype float32,bfloat16"),
     "verify": (models.verify, "fastres verify resnet50 --dtype bfloat16 --batch 4"),
