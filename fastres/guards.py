@@ -101,7 +101,8 @@ class Watch:
             (m, m._modules, tuple(m._modules.values()), m.forward, _settings(m), _settings(m)(m))
             for m in module.modules()
         ]
-        self._tensors = [_Watched(module, path) for path in dict.fromkeys(paths)]
+        watched = dict.fromkeys([*paths, *_counters(module)])
+        self._tensors = [_Watched(module, path) for path in watched]
 
     def reason(self) -> str | None:
         """As :func:`busy_reason`, for the watched modules."""
@@ -125,6 +126,11 @@ class Watch:
             if watched.changed():
                 return Change.WEIGHTS
         return Change.NONE
+
+
+def _counters(module: nn.Module) -> list[str]:
+    """Batch norms in training leave their statistics' versions alone, but not their counter's."""
+    return [path for path, _ in module.named_buffers() if path.endswith("num_batches_tracked")]
 
 
 class _Watched:
