@@ -1,0 +1,78 @@
+"""What the engine's tests share: a small hostile network; did the engine run, and was it right?"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from helpers import hostile_, real_images
+from torch import Tensor, nn
+
+from fastres import BasicBlock, ResNet
+from fastres.engine import Executor
+from fastres.plan import Plan
+
+
+def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:
+    """(N, 3, H, W) -> (N, 5): two stages of one block, one with a downsample; hostile weights."""
+    arguments = {"num_classes": 5, "stem": "cifar", "planes": 8, **kwargs}
+    return hostile_(cls(BasicBlock, [1, 1], **arguments), seed)
+
+
+def images(n: int = 2, size: int = 16) -> Tensor:
+    return real_images(n, size)
+
+
+@contextmanager
+def executions() -> Iterator[list[Plan]]:
+    """The plans that executors ran meanwhile, one entry for each run."""
+    ran: list[Plan] = []
+    run = Executor.run
+
+    def recording(self: Executor, *args, **kwargs):
+        ran.append(self.plan)
+        return run(self, *args, **kwargs)
+
+    with mock.patch.object(Executor, "run", recording):
+        yield ran
+
+
+@torch.no_grad()
+def plain(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's answer by ordinary PyTorch."""
+    return getattr(model, "_forward_impl", model)(x)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def assert_close(out: Tensor, model: nn.Module, x: Tensor) -> None:
+    """No more than twice the error of ordinary PyTorch in the same dtype, against float64.
+
+    The floor of four units in the last place covers outputs that PyTorch happens to round well.
+    """
+    expected = plain(model, x)
+    exact = plain(copy.deepcopy(model).double(), x.double())
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
+    assert out.stride() == expected.stride()
+    allowed = 2 * rms(expected - exact) + 4 * torch.finfo(out.dtype).eps * rms(exact)
+    assert rms(out - exact) <= allowed
+
+
+def assert_fused(model: nn.Module, x: Tensor) -> None:
+    """The engine runs, once, and is right."""
+    with executions() as ran, torch.no_grad():
+        out = model(x)
+    assert len(ran) == 1, "the engine did not run"
+    assert_close(out, model, x)
+
+
+def assert_plain(model: nn.Module, x: Tensor) -> None:
+    """Ordinary PyTorch runs: the same bits and no engine."""
+    with executions() as ran, torch.no_grad():
+        out = model(x)
+    assert not ran, "the engine ran"
+    assert torch.equal(out, plain(model, x))
