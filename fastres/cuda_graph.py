@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .engine import CHANNELS_LAST, Executor, conv_precision, matmul_precision
+from .backends import CHANNELS_LAST, conv_precision, matmul_precision
+from .engine import Executor
 
 Key: TypeAlias = tuple[Any, ...]
 

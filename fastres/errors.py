@@ -31,3 +31,11 @@ class BackendError(FastresError, RuntimeError):
 
 class MissingDependencyError(FastresError, ImportError):
     """An optional package that a feature needs and that is not installed."""
+
+
+class InputError(FastresError, ValueError, RuntimeError):
+    """An input that the model cannot take: rank, channels, size or device."""
+
+
+class InputTypeError(FastresError, TypeError, RuntimeError):
+    """An input of the wrong type or dtype."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .errors import FoldError
-from .ir import BatchNorm2d, Call, Conv2d, Graph, Linear, Node, Ref, substitute
+from .ir import BatchNorm2d, Call, Conv2d, Graph, Linear, Node, Operation, Ref, substitute
 
 Lookup = Callable[[str], Tensor]
+Weights = tuple[Tensor, Tensor | None]
 
 
 def fold(graph: Graph) -> Graph:
@@ -124,3 +125,11 @@ def _refuse_overflow(path: str, exact: Tensor, cast: Tensor) -> None:
             f"{path}: a folded weight of {largest:g} does not fit {cast.dtype}; "
             "use torch.bfloat16 or torch.float32"
         )
+
+
+def fold_step(op: Operation, lookup: Callable[[str], Tensor], dtype: torch.dtype) -> Weights:
+    """Folded weight and bias of a convolution or linear step."""
+    if isinstance(op, Conv2d):
+        return folded_conv(op, lookup, dtype)
+    assert isinstance(op, Linear)
+    return folded_linear(op, lookup, dtype)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import fold, plan, trace
+from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner
-from .engine import Executor, InputError, check_backend, select_ops
-from .errors import FoldError
+from .engine import Executor
+from .errors import FoldError, InputError
 from .guards import GRADIENT, Change, Watch, ambient_reason, pytorch_reason
 from .ir import attribute
 from .plan import Plan
@@ -245,7 +246,8 @@ class LiveModule(nn.Module):
     def _live(self) -> Live:
         with _CREATION:
             live: Live | None = self.__dict__.get("_engine")
-            if live is None or live.module is not self:  # a replica shares the original's dictionary
+            # A DataParallel replica starts with a copy of the original's dictionary.
+            if live is None or live.module is not self:
                 live = self.__dict__["_engine"] = Live(self, self.backend)
         return live
 

@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it and none behind it: data only ever moves to the right.
 ORDER = (
     *("errors", "ir", "trace", "fold", "plan"),
-    *("engine", "cuda_graph", "guards", "live"),
-    *("verify", "optimize"),
+    *("backends", "engine", "cuda_graph", "guards", "live"),
+    *("verify", "shell", "optimize"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
     *("environment", "timing", "results", "report_html", "report"),
     *("bench", "demo", "classify"),
     *("cli", "__main__"),
 )
-KNOW_THE_KERNELS = {"tuning", "engine"}
+KNOW_THE_KERNELS = {"tuning", "backends"}
 OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo")
 
 
