@@ -12,17 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import fold, plan, trace
+from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner
-from .engine import (
-    Executor,
-    InputError,
-    InputTypeError,
-    Weights,
-    check_backend,
-    fold_step,
-    select_ops,
-)
-from .errors import VerificationError
+from .engine import Executor
+from .errors import InputError, InputTypeError, VerificationError
+from .fold import Weights, fold_step
 from .guards import Change, Watch
 from .ir import Call, Conv2d, Linear, attribute
 from .plan import Plan, Step, parameter_paths
