@@ -104,11 +104,11 @@ class Executor:
         names = [parameter.name for parameter in self.plan.parameters]
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
         self._check(values)
-        contiguous = not any(_is_channels_last(v) for v in arguments)
+        contiguous = not any(is_channels_last(v) for v in arguments)
         for name, value in values.items():
             if isinstance(value, Tensor) and value.dim() == 4:
                 values[name] = value.contiguous(memory_format=CHANNELS_LAST)
-        restore = _to_contiguous if contiguous else _unchanged
+        restore = to_contiguous if contiguous else _unchanged
         for step in self.plan.steps:
             if observe is not None:
                 step = replace(step, in_place=False)
@@ -274,7 +274,7 @@ def _server(ops: AtenOps, op: Operation) -> str:
     return "" if isinstance(op, (Call, BatchNorm2d)) else ops.serves(op)
 
 
-def _is_channels_last(value: Any) -> bool:
+def is_channels_last(value: Any) -> bool:
     """A 4-D tensor in NHWC memory that is not NCHW contiguous as well."""
     return (
         isinstance(value, Tensor)
@@ -284,8 +284,8 @@ def _is_channels_last(value: Any) -> bool:
     )
 
 
-def _to_contiguous(value: Any) -> Any:
-    return value.contiguous() if _is_channels_last(value) else value
+def to_contiguous(value: Any) -> Any:
+    return value.contiguous() if is_channels_last(value) else value
 
 
 def _unchanged(value: Any) -> Any:
