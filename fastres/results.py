@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ COLUMNS = (
     "relative RMS error",
     "top-1 agreement",
 )
+NOISY = 1.1
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,18 @@ def case_rows(case: Case) -> list[tuple[str, ...]]:
 def footnote(case: Case) -> str:
     """How to read a case's table: the baseline, the spread, the noise and the warm-up."""
     comparison = case.comparison
-    noise = spread(comparison.noise, "{:.3f}", "x")
+    noise = comparison.noise
     warmup = sum(timing.warmup for timing in comparison.timings)
-    return (
+    text = (
         f"{comparison.rounds} interleaved rounds in random order on {comparison.device}, "
         f"{comparison.clock}; medians, and in brackets the 20th to 80th percentile; speed-up over "
-        f"{comparison.baseline}, by round; {comparison.baseline} against itself: {noise}; warm-up "
-        f"of {warmup:.1f} s not counted; weights: {case.weights}; errors against float64."
+        f"{comparison.baseline}, by round; {comparison.baseline} against itself: "
+        f"{spread(noise, '{:.3f}x'.format)}; warm-up of {warmup:.1f} s not counted; "
+        f"weights: {case.weights}; errors against float64."
     )
+    if noise and noise.p80 > NOISY * noise.p20:
+        text += " The machine was busy: the noise is too large for fine differences."
+    return text
 
 
 def is_ours(contender: str) -> bool:
@@ -115,13 +121,17 @@ def is_ours(contender: str) -> bool:
     return contender.startswith("fastres")
 
 
-def spread(samples: Samples, form: str, unit: str = "", scale: float = 1.0) -> str:
-    """``median (p20-p80)``, the unit behind the median, or a dash where nothing was measured."""
+def spread(samples: Samples, form: Callable[[float], str]) -> str:
+    """``median (p20-p80)``, or a dash where nothing was measured."""
     if not samples:
         return "-"
-    quantiles = (samples.p20, samples.median, samples.p80)
-    low, middle, high = (form.format(value * scale) for value in quantiles)
-    return f"{middle}{unit} ({low}-{high})"
+    return f"{form(samples.median)} ({form(samples.p20)}-{form(samples.p80)})"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits of a duration, without an exponent."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _row(case: Case, timing: Timing) -> tuple[str, ...]:
@@ -131,9 +141,9 @@ def _row(case: Case, timing: Timing) -> tuple[str, ...]:
         return (timing.name, f"no time: {timing.failure}", "-", "-", *wrong)
     return (
         timing.name,
-        spread(timing.seconds, "{:.3g}", scale=1e3),
+        spread(timing.seconds, milliseconds),
         f"{case.images_per_second(timing).median:,.1f}",
-        spread(case.comparison.speedup(timing.name), "{:.2f}", "x"),
+        spread(case.comparison.speedup(timing.name), "{:.2f}x".format),
         *wrong,
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from fastres.environment import environment
 from fastres.report import Report, check_output
-from fastres.results import Case, Check, OutputError, Picture
+from fastres.results import Case, Check, OutputError, Picture, footnote, milliseconds
 from fastres.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
@@ -102,8 +102,25 @@ def test_markdown_gives_median_spread_ratio_and_error_in_one_row():
         line for line in report(EAGER, FAST).to_markdown().splitlines() if "fastres fp32" in line
     ]
     assert rows == [
-        "| fastres fp32 | 250 (220-280) | 32.0 | 2.00x (2.00-2.00) | 1.0e-06 | 100.0% |"
+        "| fastres fp32 | 250 (220-280) | 32.0 | 2.00x (2.00x-2.00x) | 1.0e-06 | 100.0% |"
     ]
+
+
+@pytest.mark.parametrize(("twin", "busy"), [((0.41, 0.5, 0.6), False), ((0.2, 0.5, 1.2), True)])
+def test_a_noisy_run_says_so(twin, busy):
+    full = report(EAGER, FAST)
+    noisy = dataclasses.replace(
+        full.cases[0].comparison, twin=dataclasses.replace(EAGER, seconds=Samples(twin))
+    )
+    case = dataclasses.replace(full.cases[0], comparison=noisy)
+    assert ("The machine was busy" in footnote(case)) is busy
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(2.5e-4, "0.25"), (0.0123456, "12.3"), (0.25, "250"), (1.2345, "1,234")]
+)
+def test_milliseconds_never_need_an_exponent(seconds, text):
+    assert milliseconds(seconds) == text
 
 
 @pytest.mark.parametrize("form", ["to_markdown", "to_html"])
