@@ -45,13 +45,19 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def store_rounded(pointer, value, mask):
-    """Store float32 ``value`` in the pointer's dtype, rounded to nearest, ties to even."""
-    if _EMULATE_BF16 and pointer.dtype.element_ty == tl.bfloat16:
+def rounded(value, DTYPE: tl.constexpr):
+    """float32 ``value`` in ``DTYPE``, rounded to nearest, ties to even."""
+    if _EMULATE_BF16 and DTYPE == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
-    tl.store(pointer, value.to(pointer.dtype.element_ty), mask=mask)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def store_rounded(pointer, value, mask):
+    """Store float32 ``value`` in the pointer's dtype, rounded to nearest, ties to even."""
+    tl.store(pointer, rounded(value, pointer.dtype.element_ty), mask=mask)
 
 
 def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) -> None:
