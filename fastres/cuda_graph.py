@@ -68,6 +68,10 @@ class GraphRunner:
             self._graphs.move_to_end(key)
             return self._replay(entry, x)
 
+    def has_graph(self, x: Tensor) -> bool:
+        """Whether a call with ``x`` replays a graph that exists already."""
+        return self._capturable(x) and _key(x) in self._graphs
+
     def free(self) -> None:
         """Drop all graphs and their memory."""
         with self._lock:

@@ -47,6 +47,9 @@ class Executor:
         ops: what computes the steps.
         dtype: dtype of weights and activations.
         weights: gives a step's folded weights; by default they are folded from ``module``.
+
+    Attributes:
+        folds: how often the weights have been folded.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Executor:
         self.plan = replace(plan, served_by=tuple(_server(ops, step.op) for step in plan.steps))
         self._prepared: dict[str, Any] = {}
         self._checked: set[Any] = set()
+        self.folds = 0
         self.refold()
 
     def refold(self) -> None:
@@ -81,6 +85,7 @@ class Executor:
             for step in self.plan.steps:
                 if isinstance(step.op, (Conv2d, Linear)):
                     self._prepared[step.name] = self._prepare(step, folded[step.name])
+        self.folds += 1
 
     def _fold(self, step: Step) -> Weights:
         return fold_step(step.op, self._lookup, self.dtype)
@@ -152,7 +157,7 @@ class Executor:
         return self.ops.linear(op, self._prepared[step.name], x)
 
     def _autocast(self, x: Tensor) -> Tensor:
-        """Under autocast a PyTorch step may have widened ``x``; the weights keep the plan's dtype."""
+        """Under autocast a PyTorch step may have widened ``x``; the weights stay as they are."""
         if x.dtype is self.dtype or not torch.is_autocast_enabled(x.device.type):
             return x
         return x.to(self.dtype)
