@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import FastresError
+from .environment import native_bf16
 from .optimize import optimize
 from .report import Report
 from .resnet import BasicBlock, Bottleneck, ResNet, create_model
@@ -39,7 +39,7 @@ def benchmark(
     models: Sequence[str] = ("resnet50",),
     *,
     batches: Sequence[int] = (1, 8),
-    dtypes: Sequence[str] = ("float32",),
+    dtypes: Sequence[str] | None = None,
     size: int = 224,
     device: torch.device | str = "cpu",
     method: Method = DEFAULT_METHOD,
@@ -52,7 +52,8 @@ def benchmark(
     Args:
         models: names that :func:`fastres.create_model` knows.
         batches: batch sizes.
-        dtypes: of ``"float32"``, ``"float16"``, ``"bfloat16"``; plain float32 is the baseline.
+        dtypes: of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
+            device. Plain eager float32 is the baseline in any case.
         size: height and width of the images.
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
@@ -66,8 +67,8 @@ def benchmark(
     for name, values in (("batch", batches), ("size", (size,))):
         if any(value < 1 for value in values):
             raise ValueError(f"{name} must be at least 1, got {min(values)}")
-    chosen = [parse_dtype(name) for name in dtypes]
     device = parse_device(device)
+    chosen = [parse_dtype(name) for name in dtypes] if dtypes else fast_dtypes(device)
     cases: list[Case] = []
     lost: list[Check] = []
     for name in models:
@@ -153,7 +154,7 @@ def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) ->
     """The optimised model, or a callable that says why there is none."""
     try:
         fast = optimize(model, example_input=example, dtype=dtype, backend=backend)
-    except FastresError as error:
+    except Exception as error:  # listed with its reason like any contender that fails
         reason = error
 
         def refuse(x: Tensor) -> Tensor:
@@ -263,6 +264,13 @@ def random_images(batch: int, channels: int, size: int, seed: int = 0) -> list[T
     generator = torch.Generator().manual_seed(seed)
     count = max(2, 8 // batch)
     return [torch.randn(batch, channels, size, size, generator=generator) for _ in range(count)]
+
+
+def fast_dtypes(device: torch.device) -> list[torch.dtype]:
+    """What is worth timing: float16 on CUDA; on a CPU float32, and bfloat16 if it multiplies it."""
+    if device.type == "cuda":
+        return [torch.float16]
+    return [torch.float32, torch.bfloat16] if native_bf16() else [torch.float32]
 
 
 def parse_dtype(name: str) -> torch.dtype:

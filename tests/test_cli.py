@@ -14,7 +14,10 @@ from fastres.results import Picture
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("demo", "bench", "verify", "classify", "summary", "plan", "env")
-QUICK = ("--rounds", "1", "--seconds", "0", "--size", "32", "--batch", "2", "--device", "cpu")
+QUICK = (
+    *("--rounds", "1", "--seconds", "0", "--size", "32", "--batch", "2"),
+    *("--device", "cpu", "--dtype", "float32"),
+)
 
 
 @pytest.fixture

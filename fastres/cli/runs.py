@@ -51,8 +51,11 @@ def bench(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more networks.")],
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     dtype: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16; several separated by commas.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            help="Of float32, float16, bfloat16, separated by commas; by default what is fast here."
+        ),
+    ] = None,
     size: Size = 224,
     device: DeviceName = "auto",
     weights: Annotated[str | None, typer.Option(help="Pretrained weights to download.")] = None,
@@ -78,7 +81,7 @@ def bench(
         result = benchmark(
             models,
             batches=numbers(batch, "--batch"),
-            dtypes=dtype.split(","),
+            dtypes=dtype.split(",") if dtype else None,
             size=size,
             device=device,
             method=Method(rounds=rounds, budget=seconds),
