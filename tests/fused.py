@@ -45,7 +45,12 @@ def plain(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def strides(x: Tensor) -> list[int]:
+    """Those of dimensions with more than one entry; the others say nothing."""
+    return [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
 
 
 def assert_close(out: Tensor, model: nn.Module, x: Tensor) -> None:
@@ -57,7 +62,7 @@ def assert_close(out: Tensor, model: nn.Module, x: Tensor) -> None:
     exact = plain(copy.deepcopy(model).double(), x.double())
     assert out.shape == expected.shape
     assert out.dtype == expected.dtype
-    assert out.stride() == expected.stride()
+    assert strides(out) == strides(expected)
     allowed = 2 * rms(expected - exact) + 4 * torch.finfo(out.dtype).eps * rms(exact)
     assert rms(out - exact) <= allowed
 
@@ -75,4 +80,4 @@ def assert_plain(model: nn.Module, x: Tensor) -> None:
     with executions() as ran, torch.no_grad():
         out = model(x)
     assert not ran, "the engine ran"
-    assert torch.equal(out, plain(model, x))
+    torch.testing.assert_close(out, plain(model, x), rtol=0, atol=0, equal_nan=True)
