@@ -33,6 +33,7 @@ class AtenOps:
     """Every step by plain PyTorch operators: any device, any dtype."""
 
     name: ClassVar[str] = "torch"
+    fused_relu_drops_nan: ClassVar[bool] = False
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         """Weights in the form that ``conv`` and ``linear`` take them."""
@@ -115,9 +116,14 @@ class _Packed:
 
 
 class OneDNNOps(AtenOps):
-    """The CPU: convolution, bias, residual and ReLU in one oneDNN primitive, weights pre-packed."""
+    """The CPU: convolution, bias, residual and ReLU in one oneDNN primitive, weights pre-packed.
+
+    oneDNN's fused ReLU makes 0 of NaN. The executor keeps a NaN that comes in with an image or a
+    weight; one born in between, by float32 overflow or in a PyTorch step, ends at the next ReLU.
+    """
 
     name = "onednn"
+    fused_relu_drops_nan = True
 
     def __init__(self) -> None:
         mkldnn = torch.ops.mkldnn

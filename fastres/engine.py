@@ -6,7 +6,8 @@ torch's allocator reuses their buffers, inside a CUDA graph's private pool as we
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -66,6 +67,8 @@ class Executor:
         self._weights = weights or self._fold
         self.plan = replace(plan, served_by=tuple(_server(ops, step.op) for step in plan.steps))
         self._prepared: dict[str, Any] = {}
+        self._finite_weights = True
+        self._apart = tuple(_relu_apart(plan.steps))
         self._checked: set[Any] = set()
         self.folds = 0
         self.refold()
@@ -85,6 +88,8 @@ class Executor:
             for step in self.plan.steps:
                 if isinstance(step.op, (Conv2d, Linear)):
                     self._prepared[step.name] = self._prepare(step, folded[step.name])
+            if self.ops.fused_relu_drops_nan:
+                self._finite_weights = all(_is_finite(t) for pair in folded.values() for t in pair)
         self.folds += 1
 
     def _fold(self, step: Step) -> Weights:
@@ -114,7 +119,7 @@ class Executor:
             if isinstance(value, Tensor) and value.dim() == 4:
                 values[name] = value.contiguous(memory_format=CHANNELS_LAST)
         restore = to_contiguous if contiguous else _unchanged
-        for step in self.plan.steps:
+        for step in self._steps(arguments):
             if observe is not None:
                 step = replace(step, in_place=False)
             result = _RUN[type(step.op)](self, step, values, restore)
@@ -124,6 +129,14 @@ class Executor:
             for name in step.frees:
                 values.pop(name, None)
         return substitute(self.plan.output, lambda name: restore(values[name]))
+
+    def _steps(self, arguments: Sequence[Any]) -> tuple[Step, ...]:
+        """The plan's, with ReLU apart where it could meet NaN and would drop it."""
+        if not self.ops.fused_relu_drops_nan:
+            return self.plan.steps
+        overflows = self.dtype is torch.float16
+        finite = self._finite_weights and not overflows and all(map(_is_finite, arguments))
+        return self.plan.steps if finite else self._apart
 
     def _check(self, values: Mapping[str, Any]) -> None:
         key = tuple(
@@ -291,6 +304,23 @@ def is_channels_last(value: Any) -> bool:
 
 def to_contiguous(value: Any) -> Any:
     return value.contiguous() if is_channels_last(value) else value
+
+
+def _relu_apart(steps: Sequence[Step]) -> Iterator[Step]:
+    """Each convolution with ReLU as two steps, the second in place."""
+    for step in steps:
+        if isinstance(step.op, Conv2d) and step.op.relu:
+            yield replace(step, op=replace(step.op, relu=False), frees=())
+            yield replace(step, op=ReLU(), inputs=(step.name,), in_place=True)
+        else:
+            yield step
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a tensor's sum is finite, which only NaN, infinities or huge numbers prevent."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return math.isfinite(value.sum().item())
+    return True
 
 
 def _unchanged(value: Any) -> Any:

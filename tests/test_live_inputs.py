@@ -76,6 +76,31 @@ def test_dtypes(dtype):
     assert_fused(small().to(dtype), images().to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("place", "value"), [("pixel", float("nan")), ("pixel", float("inf")), ("weight", float("nan"))]
+)
+def test_nan_and_infinities_are_kept(dtype, place, value):
+    """oneDNN's own fused ReLU would make 0 of NaN, and an ordinary answer of a spoilt image."""
+    model, x = small().to(dtype), images().to(dtype)
+    assert_fused(model, x)
+    target = x[1] if place == "pixel" else model.layer1[0].conv1.weight.detach()[2]
+    target[0, 2, 2] = value
+    with torch.no_grad(), executions() as ran:
+        out = model(x)
+    assert len(ran) == 1
+    assert out[1].isnan().all()
+    assert torch.equal(out.isnan(), plain(model, x).isnan())
+
+
+def test_overflow_in_float16_shows():
+    model, x = small().half(), 2e4 * images(1).half()
+    with torch.no_grad(), executions() as ran:
+        assert not model(x).isfinite().any()
+    assert len(ran) == 1
+    assert not plain(model, x).isfinite().any()
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
