@@ -163,11 +163,19 @@ def _fuse_pairs(graph: Graph, rule: Any) -> Graph:
 def _conv_add(
     node: Node, before: dict[str, Node], users: dict[str, list[str]]
 ) -> tuple[str, Node] | None:
-    """The sum takes in the convolution computed last, whose other readers would be none."""
+    """The sum is taken in by the convolution with the larger window, or else the later one.
+
+    A 3x3 computes long enough to hide the reading of the residual, which a 1x1 does not.
+    """
     if not isinstance(node.op, Add) or len(set(node.inputs)) != 2:
         return None
     order = list(before)
-    for name in sorted(node.inputs, key=order.index, reverse=True):
+
+    def preference(name: str) -> tuple[int, int]:
+        op = before[name].op
+        return (prod(op.kernel) if isinstance(op, Conv2d) else 0, order.index(name))
+
+    for name in sorted(node.inputs, key=preference, reverse=True):
         conv = before[name]
         if not isinstance(conv.op, Conv2d) or conv.op.residual:
             continue

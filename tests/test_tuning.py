@@ -1,0 +1,77 @@
+"""Groups of steps: which are joined, and that a group's meaning is its steps in order."""
+
+import pytest
+from torch import nn
+
+import fastres
+from fastres import fold, plan, trace
+from fastres.tuning import RULES, arrange
+
+
+def plan_of(module):
+    return plan.build(fold.fold(trace.trace(module.eval())))
+
+
+def kernels(groups):
+    return [group.kernel for group in groups if group.kernel]
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (("stem_pool",), {"stem_pool": 1}),
+        (("pool_linear",), {"pool_linear": 1}),
+        (("expand_project",), {"expand_project": 4}),
+        (("expand_reduce", "expand_project"), {"expand_reduce": 15}),
+        (("shifted_block",), {"shifted_block": 16}),
+    ],
+)
+def test_groups_of_resnet50(rules, expected):
+    groups = arrange(plan_of(fastres.resnet50()), rules)
+    found = kernels(groups)
+    assert {name: found.count(name) for name in set(found)} == expected
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20"])
+@pytest.mark.parametrize("rules", [(), tuple(RULES), tuple(reversed(RULES))])
+def test_groups_keep_every_step_in_order(name, rules):
+    whole = plan_of(fastres.create_model(name))
+    groups = arrange(whole, rules)
+    assert [s for g in groups for s in g.steps] == list(whole.steps)
+    available = {p.name for p in whole.parameters}
+    for group in groups:
+        assert set(group.inputs) <= available, "a group reads only what was handed out before it"
+        available.update(group.outputs)
+    assert {"fc"} <= available
+
+
+def test_a_value_with_another_reader_is_handed_out():
+    groups = arrange(plan_of(fastres.resnet50()), ("expand_reduce",))
+    inner = [g for g in groups if g.kernel == "expand_reduce" and "layer1" in g.steps[0].where]
+    assert all(len(group.outputs) == 2 for group in inner), "the residual is needed by the next"
+
+
+class TwiceRead(nn.Module):
+    """The stem's convolution is read by the pool and by somebody else."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu = nn.Conv2d(3, 8, 7, 2, 3), nn.ReLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.relu(self.conv(x))
+        return self.pool(x), x
+
+
+def test_a_stem_read_twice_is_not_joined():
+    assert kernels(arrange(plan_of(TwiceRead()), RULES)) == []
+
+
+def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
+    net = fastres.resnext50_32x4d()
+    assert kernels(arrange(plan_of(net), ("shifted_block",))) == []
+    v1 = fastres.resnet50(stride_on="1x1")
+    # In v1 the next stage's first 1x1 is strided, so 3 of the 15 pairs are not flat.
+    found = kernels(arrange(plan_of(v1), ("expand_reduce",)))
+    assert found.count("expand_reduce") == 12
