@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .errors import FastresError
 from .ir import (
@@ -79,8 +80,36 @@ def opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
+class _Made:
+    """A tensor that forward makes anew from constants, as a function of nothing."""
+
+    __name__ = "constant tensor"
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __call__(self) -> Tensor:
+        return self.tensor.clone()
+
+
 class _Tracer(fx.Tracer):
-    """torch.fx's tracer that also keeps normalisation layers and opaque modules whole."""
+    """torch.fx's tracer that also keeps normalisation layers and opaque modules whole.
+
+    ``returned`` is, at the end, what forward returned: fx itself forgets the types of containers.
+    """
+
+    returned: Any = None
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor) and not self._is_weight(a):
+            # fx would store it as an attribute of the user's module.
+            return self.create_node("call_function", _Made(a), (), {})
+        argument = super().create_arg(a)
+        self.returned = a
+        return argument
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        return any(tensor is t for t in (*self.root.parameters(), *self.root.buffers()))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = qualified_name(type(m))
@@ -103,27 +132,28 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     """
     tracer = _Tracer()
     tracer.traced_func_name = method
-    _refuse_star_arguments(module)
+    _refuse_star_arguments(module, method)
     try:
         recorded = tracer.trace(module)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
         ) from error
-    return _Normalizer(module, recorded).run()
+    return _Normalizer(module, recorded, tracer.returned).run()
 
 
-def _refuse_star_arguments(module: nn.Module) -> None:
+def _refuse_star_arguments(module: nn.Module, method: str) -> None:
     star = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    for parameter in inspect.signature(module.forward).parameters.values():
+    for parameter in inspect.signature(getattr(module, method)).parameters.values():
         if parameter.kind in star:
-            raise TraceError(f"{type(module).__name__}.forward takes {parameter}")
+            raise TraceError(f"{type(module).__name__}.{method} takes {parameter}")
 
 
 class _Normalizer:
     """Turns torch.fx nodes into typed nodes and keeps track of which values may share memory."""
 
-    def __init__(self, module: nn.Module, recorded: fx.Graph) -> None:
+    def __init__(self, module: nn.Module, recorded: fx.Graph, returned: Any) -> None:
+        self.returned = returned
         self.modules = dict(module.named_modules())
         self.module = module
         self.fx_nodes = list(recorded.nodes)
@@ -146,7 +176,7 @@ class _Normalizer:
                 parameters.append(Parameter(name, not node.args, default))
                 self._emit(node, name, Input(), ())
             elif node.op == "output":
-                output = self._plain(node.args[0])
+                output = self._output(self.returned, node.args[0])
             else:
                 self._visit(index, node)
         return _without_dead_nodes(Graph(tuple(self.nodes), tuple(parameters), output))
@@ -254,10 +284,17 @@ class _Normalizer:
         self.value[node] = name
         self.op[name] = op
         self.shares[name] = {name}
-        if isinstance(op, (Call, Flatten)):
+        if isinstance(op, (Call, Flatten)) and not self._allocates(node):
             for other in inputs:
                 self._share(name, other)
         self.nodes.append(Node(name, op, inputs, _where(node)))
+
+    def _allocates(self, node: fx.Node) -> bool:
+        """Whether a step left to PyTorch is known to write its result to memory of its own."""
+        if node.op == "call_module":
+            module = self.modules[str(node.target)]
+            return type(module) in _ALLOCATING_MODULES and opaque_reason(module) is None
+        return node.op == "call_function" and node.target in _ALLOCATING_FUNCTIONS
 
     def _share(self, a: str, b: str) -> None:
         group = self.shares[a] | self.shares[b]
@@ -269,11 +306,31 @@ class _Normalizer:
 
     def _plain(self, value: Any) -> Any:
         """fx arguments as plain containers with :class:`Ref` in place of nodes."""
+        if isinstance(value, fx.Node):
+            return Ref(self.value[value])
+        if isinstance(value, tuple):
+            items = [self._plain(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        if isinstance(value, list):
+            return [self._plain(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._plain(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(*(self._plain(v) for v in (value.start, value.stop, value.step)))
+        return value
 
-        def reference(item: Any) -> Any:
-            return Ref(self.value[item]) if isinstance(item, fx.Node) else item
-
-        return fx.node.map_aggregate(value, reference)
+    def _output(self, returned: Any, recorded: Any) -> Any:
+        """What fx recorded as the output, in the containers that forward returned."""
+        if isinstance(returned, tuple) and hasattr(returned, "_fields"):
+            pairs = zip(returned, recorded.args, strict=True)
+            return type(returned)(*(self._output(*pair) for pair in pairs))
+        if type(returned) in (list, tuple):
+            pairs = zip(returned, recorded, strict=True)
+            return type(returned)([self._output(*pair) for pair in pairs])
+        if type(returned) in (dict, OrderedDict):
+            items = [(k, self._output(v, recorded[k])) for k, v in returned.items()]
+            return type(returned)(items)
+        return self._plain(recorded)
 
     def _constant(self, value: Any) -> Constant | None:
         """Path and shape of a parameter that reaches a function as an argument."""
@@ -281,6 +338,10 @@ class _Normalizer:
             path = str(value.target)
             return path, tuple(attribute(self.module, path).shape)
         return None
+
+
+_ALLOCATING_MODULES = (nn.Conv1d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.Sigmoid)
+_ALLOCATING_FUNCTIONS = (F.group_norm, F.layer_norm, torch.sigmoid, torch.cat, torch.stack)
 
 
 def _without_dead_nodes(graph: Graph) -> Graph:
