@@ -47,7 +47,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """float32 ``value`` in ``DTYPE``, rounded to nearest, ties to even."""
-    if _EMULATE_BF16 and DTYPE == tl.bfloat16:
+    if _EMULATE_BF16 and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)

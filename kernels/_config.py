@@ -15,16 +15,22 @@ import torch
 
 from ._common import INTERPRETED
 
+_LARGEST_SPLIT = 64 * 128  # elements of a tile
+
 
 @dataclass(frozen=True, slots=True)
 class TileConfig:
-    """One tile of a matrix kernel: ``block_m x block_n`` outputs, ``block_k`` products a step."""
+    """One tile of a matrix kernel: ``block_m x block_n`` outputs, ``block_k`` products a step.
+
+    With ``splits`` above 1, that many programs share the reduction of a tile.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    splits: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -35,6 +41,16 @@ class TileConfig:
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
+        if self.splits < 1 or (self.splits > 1 and not self.splittable):
+            raise ValueError(
+                f"splits must be 1, or at least 1 for tiles of up to {_LARGEST_SPLIT} elements, "
+                f"got {self.splits} for {self.block_m}x{self.block_n}"
+            )
+
+    @property
+    def splittable(self) -> bool:
+        """Whether the partial sums of a tile can be exchanged without spilling registers."""
+        return self.block_m * self.block_n <= _LARGEST_SPLIT
 
     @property
     def parts(self) -> int:
@@ -79,9 +95,14 @@ class Problem:
         return self.channels < block_k
 
     def steps(self, block_k: int) -> int:
+        """Steps of the reduction of one tile."""
         if self.gathers(block_k):
             return ceil(self.taps * self.channels / block_k)
         return self.taps * ceil(self.channels / block_k)
+
+    def tiles(self, row: TileConfig) -> int:
+        """Tiles of the output."""
+        return ceil(self.m / row.block_m) * ceil(self.n / row.block_n) * self.groups
 
 
 MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
@@ -91,20 +112,54 @@ _SM_BYTES = 64  # one SM's port to L2, bytes per cycle
 _L2_BYTES = 28 * 132  # all of L2, bytes per cycle (6.5 TB/s at 1.75 GHz)
 _STEP_LATENCY = 700  # cycles from asking for operands to having them
 _TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
+_SPLIT_OVERHEAD = 2500  # cycles to publish a partial sum and to find it
 
 
 def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Machine) -> float:
-    """Cycles that the whole product takes with this row: waves of tiles, each tile bound by its
-    arithmetic, by its share of L2, or by latency that its stages do not hide."""
-    tiles = ceil(problem.m / row.block_m) * ceil(problem.n / row.block_n) * problem.groups
-    bandwidth = min(_SM_BYTES, _L2_BYTES / min(tiles, machine.sms))
+    """Cycles that the whole product takes with this row.
+
+    An SM works through its share of the tiles, bound by arithmetic or by its part of L2's
+    bandwidth, or waits for operands where the blocks it holds at once do not hide the latency.
+    """
+    programs = problem.tiles(row) * row.splits
+    steps = ceil(problem.steps(row.block_k) / row.splits)
     no_wgmma = kind != "ieee" and row.block_m < 64  # such tiles use the older, slower mma
     rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
+    bandwidth = min(_SM_BYTES, _L2_BYTES / min(programs, machine.sms))
     arithmetic = row.block_m * row.block_n * row.block_k / rate
     traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize / bandwidth
-    latency = _STEP_LATENCY / row.num_stages
-    step = max(arithmetic, traffic, latency)
-    return ceil(tiles / machine.sms) * (problem.steps(row.block_k) * step + _TILE_OVERHEAD)
+    busy = ceil(programs / machine.sms) * steps * max(arithmetic, traffic)
+
+    registers = 56 + row.block_m * row.block_n // (32 * row.num_warps)  # per thread
+    resident = min(
+        machine.shared_limit // row.shared_bytes(problem.itemsize),
+        65536 // (32 * row.num_warps * registers),
+    )
+    waves = ceil(programs / (machine.sms * max(1, resident)))
+    waiting = waves * steps * _STEP_LATENCY / row.num_stages
+    overhead = _TILE_OVERHEAD
+    if row.splits > 1:
+        partial_sum = 4 * row.block_m * row.block_n
+        overhead += _SPLIT_OVERHEAD + (1 + row.splits) * partial_sum / bandwidth
+    return max(busy, waiting) + waves * overhead
+
+
+SPLITS = (1, 2, 4, 8, 16)
+"""Ways to split a reduction that are considered."""
+
+
+def candidates(rows: Iterable[TileConfig], problem: Problem, machine: Machine) -> list[TileConfig]:
+    """The rows that fit the machine, with as many stages as fit, and their useful splits: those
+    that leave each program a step and that do not oversubscribe the machine."""
+    fitting = (row.fitted(problem.itemsize, machine.shared_limit) for row in rows)
+    return [
+        replace(row, splits=splits)
+        for row in fitting
+        if row is not None
+        for splits in (SPLITS if row.splittable else (1,))
+        if splits == 1
+        or (splits <= problem.steps(row.block_k) and problem.tiles(row) * splits <= 2 * machine.sms)
+    ]
 
 
 def select_config(
@@ -115,11 +170,10 @@ def select_config(
     Raises:
         RuntimeError: no row fits the machine's shared memory.
     """
-    fitting = [r.fitted(problem.itemsize, machine.shared_limit) for r in rows]
-    usable = [r for r in fitting if r is not None]
+    usable = candidates(rows, problem, machine)
     if not usable:
         raise RuntimeError(f"no tile fits {machine.shared_limit} bytes of shared memory per block")
-    return min(usable, key=lambda r: estimated_cycles(r, problem, kind, machine))
+    return min(usable, key=lambda row: estimated_cycles(row, problem, kind, machine))
 
 
 @cache

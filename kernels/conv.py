@@ -31,6 +31,7 @@ from ._common import (
     check_out_memory,
     check_tensor,
     check_vector,
+    describe,
     dot,
     int_pair,
     launch,
@@ -70,14 +71,16 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     ),
     "ieee": (
         TileConfig(128, 64, 16, 8, 3),
-        TileConfig(64, 64, 16, 4, 3),
-        TileConfig(64, 32, 32, 4, 3),
+        TileConfig(64, 64, 32, 4, 3),
+        TileConfig(64, 32, 16, 4, 3),
         TileConfig(32, 32, 32, 4, 3),
         TileConfig(16, 32, 64, 4, 3),
         TileConfig(64, 16, 16, 4, 3),
     ),
 }
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
+
+SCRATCH_COUNTS = tl.constexpr(4096)  # the most tiles whose reduction can be split
 
 
 @triton.jit
@@ -113,13 +116,34 @@ def _write(
         store_rounded(y_ptr + offset, acc, ok)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
+@triton.jit
+def _sum_splits(acc, scratch_ptr, tile, split, SPLITS):
+    """Leave ``acc`` in the scratch memory; (sum over the splits, whether this program, the last of
+    its tile to arrive, holds it). The sum runs in the order of the splits, so it is always the
+    same. ``scratch_ptr`` begins with a count per tile, 0 before and after."""
+    SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
+    i = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+    first = scratch_ptr + SCRATCH_COUNTS + tile * SPLITS * SIZE + i
+    tl.store(first + split * SIZE, acc)
+    tl.debug_barrier()  # all of the partial sum is written before the arrival is announced
+    count_ptr = scratch_ptr.to(tl.pointer_type(tl.int32)) + tile
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1
+    acc = tl.zeros_like(acc)
+    if last:
+        for other in range(SPLITS):
+            acc += tl.load(first + other * SIZE, cache_modifier=".cg")
+        tl.store(count_ptr, 0)
+    return acc, last
+
+
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLITS"])
 def conv2d_kernel(
     x_ptr,  # [N, H, W, GROUPS * C]
     w_ptr,  # [GROUPS * K, R, S, C]
     b_ptr,  # [GROUPS * K] or None
     residual_ptr,  # [M, GROUPS * K] or None
     y_ptr,  # [M, GROUPS * K]
+    scratch_ptr,  # [SCRATCH_COUNTS + programs * BLOCK_M * BLOCK_N], None without splits
     M,  # N * P * Q
     H,
     W,
@@ -127,6 +151,7 @@ def conv2d_kernel(
     Q,
     C,
     K,
+    SPLITS,  # programs that share the reduction of a tile
     GROUPS: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
@@ -148,16 +173,20 @@ def conv2d_kernel(
 ) -> None:
     # Neighbouring programs share rows of x: output channels run fastest, then groups.
     tiles_n = tl.cdiv(K, BLOCK_N)
-    pid = tl.program_id(0)
-    group = pid // tiles_n % GROUPS
-    m_tile = pid // (tiles_n * GROUPS)
+    tile = tl.program_id(0)
+    split = 0
+    if scratch_ptr is not None:
+        split = tile % SPLITS
+        tile = tile // SPLITS
+    group = tile // tiles_n % GROUPS
+    m_tile = tile // (tiles_n * GROUPS)
     if INT64:
         m_tile, group = m_tile.to(tl.int64), group.to(tl.int64)
         W, Q = W.to(tl.int64), Q.to(tl.int64)
     if GATHER_C > 0:
         C = GATHER_C  # a constant, so that small multiples of it are known to be aligned
     m = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    n_tile = pid % tiles_n
+    n_tile = tile % tiles_n
     n = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     m_ok = m < M
     # Clamped, not masked: rows and columns past the end repeat the first and are not stored.
@@ -174,10 +203,15 @@ def conv2d_kernel(
     w_row = n * (R * S * C)  # [BN]
     k = tl.arange(0, BLOCK_K)
 
+    WINDOW: tl.constexpr = R * S * GATHER_C
+    steps = tl.cdiv(WINDOW, BLOCK_K) if GATHER_C > 0 else R * S * tl.cdiv(C, BLOCK_K)
+    begin = 0
+    if scratch_ptr is not None:
+        begin = split * steps // SPLITS
+        steps = (split + 1) * steps // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATHER_C > 0:
-        WINDOW: tl.constexpr = R * S * GATHER_C
-        for step in range(tl.cdiv(WINDOW, BLOCK_K)):
+        for step in range(begin, steps):
             kk = step * BLOCK_K + k  # [BK] flat (r, s, c)
             r = kk // (S * GATHER_C) * DILATION_H
             s = kk // GATHER_C % S * DILATION_W
@@ -195,7 +229,7 @@ def conv2d_kernel(
             b = tl.load(w_ptr + w_offset, mask=(kk < WINDOW)[:, None], other=0.0)  # [BK, BN]
             acc = dot(a, b, acc, PRECISION)
     else:
-        for step in range(R * S * tl.cdiv(C, BLOCK_K)):
+        for step in range(begin, steps):
             # Taps run fastest: their neighbours in x are still in cache, and only constants divide.
             tap = step % (R * S)
             r = tap // S * DILATION_H
@@ -222,7 +256,13 @@ def conv2d_kernel(
     y_row = m * (K * GROUPS) + group * K
     if b_ptr is not None:
         b_ptr += group * K
-    _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n_tile * BLOCK_N, K, RELU, PARTS)
+    n0 = n_tile * BLOCK_N
+    if scratch_ptr is None:
+        _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
+    else:
+        acc, last = _sum_splits(acc, scratch_ptr, tile, split, SPLITS)
+        if last:
+            _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
 
 
 def conv2d_ref(
@@ -313,6 +353,37 @@ def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
     return select_config(CONFIGS[kind], problem, kind, machine_of(device))
 
 
+def scratch_size(problem: Problem, config: TileConfig) -> int:
+    """Elements of float32 that this tile needs as ``scratch``; 0 unless it splits the reduction."""
+    if config.splits == 1:
+        return 0
+    tile = config.block_m * config.block_n
+    return SCRATCH_COUNTS.value + problem.tiles(config) * config.splits * tile
+
+
+def _scratch(
+    given: Tensor | None, problem: Problem, config: TileConfig, device: torch.device
+) -> Tensor | None:
+    size = scratch_size(problem, config)
+    if not size:
+        return None
+    if problem.tiles(config) > SCRATCH_COUNTS.value:
+        raise ValueError(
+            f"config splits the reduction of {problem.tiles(config)} tiles; at most "
+            f"{SCRATCH_COUNTS.value} can be split"
+        )
+    if given is None:
+        given = torch.empty(size, dtype=torch.float32, device=device)
+        given[: problem.tiles(config)].zero_()
+    elif given.dtype != torch.float32 or given.device != device or given.numel() < size:
+        raise ValueError(
+            f"scratch must be {size} or more elements of float32 on {device}, got {describe(given)}"
+        )
+    elif not given.is_contiguous():
+        raise ValueError(f"scratch must be contiguous, got {describe(given)}")
+    return given
+
+
 def conv2d(
     x: Tensor,
     w: Tensor,
@@ -327,6 +398,7 @@ def conv2d(
     precision: str = "ieee",
     out: Tensor | None = None,
     config: TileConfig | None = None,
+    scratch: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, w) + b + residual)`` in one kernel.
 
@@ -339,6 +411,9 @@ def conv2d(
         out: where to write; may be ``residual`` itself, since each program reads its tile of the
             residual before it writes that tile, and no other program touches it.
         config: the tile to use instead of the selected one.
+        scratch: float32 memory for a split reduction, of at least :func:`scratch_size` elements,
+            zero at first and left fit for the next call; never for two calls at a time. Without
+            it each split call takes and clears its own.
 
     Returns:
         (N, K, P, Q), channels_last, of x's dtype. A batch of 0 launches nothing.
@@ -363,16 +438,17 @@ def conv2d(
     problem = Problem(batch * p * q, k // groups, c, r * s, groups, x.element_size())
     if config is None:
         config = _select(problem, arithmetic(x.dtype, precision), x.device)
-    tiles = triton.cdiv(problem.m, config.block_m) * triton.cdiv(problem.n, config.block_n)
+    programs = problem.tiles(config) * config.splits
     launch(
         conv2d_kernel,
-        tiles * groups,
+        programs,
         x.device,
         x,
         w,
         b,
         residual,
         out,
+        _scratch(scratch, problem, config, x.device),
         problem.m,
         x.shape[2],
         x.shape[3],
@@ -380,6 +456,7 @@ def conv2d(
         q,
         c,
         problem.n,
+        config.splits,
         GROUPS=groups,
         R=r,
         S=s,

@@ -1,12 +1,12 @@
 """Compile every shipped kernel configuration for GPUs that are not here, and judge the result.
 
-    python tests/compile_gate.py [--full] [--target sm_90] [--kernel conv2d] [--jobs 2] [--json]
+    python tests/compile_gate.py [--full] [--target sm_90] [--kernel conv2d] [--json] [--help]
 
 The real launchers run on fake CUDA tensors under a stub driver, so that what is compiled is what
 would be launched; nothing is executed. A case fails on spills, on more shared memory than a block
-may have, on ptxas' warnings of serialised wgmma (C7510 to C7515), and, for float16 and bfloat16
-matrix kernels on sm_90, without wgmma or with fewer of them than waits. Needs Triton, not its
-interpreter, and a C compiler is not needed. Exit status 1 when a case fails.
+may have, on ptxas' warnings of serialised wgmma (C7510 to C7515), and on sm_90 for matrix kernels
+without wgmma or with no more of them than waits, for others without loads of 16 bytes. Needs
+neither a GPU nor a C compiler. Exit status 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import product
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -37,8 +39,8 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from fastres.kernels import conv
-from fastres.kernels._config import TileConfig
+from fastres.kernels import conv, elementwise, global_pool, pool
+from fastres.kernels._config import Machine, Problem, TileConfig, select_config
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
@@ -68,6 +70,8 @@ class Case:
     target: str
     run: Callable[[], object]
     wgmma: bool = False  # whether tensor-core instructions of sm_90 are due
+    wide: str = ""  # a machine instruction that is due, as a regular expression
+    ttir: str = ""  # an operation of Triton's IR that is due, likewise
     unusable: str = ""  # why the row cannot serve the target at all
 
 
@@ -137,16 +141,22 @@ def disassemble(cubin: bytes, tool: str, *flags: str) -> str:
     return done.stdout
 
 
-def inspect(kernel, verdict: Verdict) -> None:
+def inspect(kernel, case: Case, verdict: Verdict) -> None:
     """Fill in what the compiler made."""
+    if not re.search(case.ttir, kernel.asm["ttir"]):
+        verdict.problems.append(f"no {case.ttir} in Triton's IR")
     verdict.shared = kernel.metadata.shared
     if "cubin" in kernel.asm:
         usage = disassemble(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         verdict.registers, verdict.spilled = int(found[1]), int(found[2])
+        if not (case.wgmma or case.wide):
+            return
         sass = disassemble(kernel.asm["cubin"], "nvdisasm", "-c")
         verdict.wgmma = len(re.findall(r"\bHGMMA\b", sass))
         verdict.waits = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
+        if not re.search(case.wide, sass):
+            verdict.problems.append(f"no {case.wide}: memory is accessed in small pieces")
     else:
         code = kernel.asm["amdgcn"]
         verdict.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
@@ -187,7 +197,7 @@ def compile_case(case: Case) -> Verdict:
             if not kernels:
                 verdict.problems.append("nothing was launched")
             for kernel in kernels:
-                inspect(kernel, verdict)
+                inspect(kernel, case, verdict)
             sys.stdout.flush()
             log.seek(0)
             judge(case, verdict, log.read())
@@ -251,6 +261,12 @@ class ConvShape:
     residual: bool = True
     batch: int = 32
     size: int = 14
+    splits: int = 1
+
+    def problem(self, itemsize: int) -> Problem:
+        pixels = self.batch * (self.size // self.stride) ** 2
+        outputs, channels = self.outputs // self.groups, self.channels // self.groups
+        return Problem(pixels, outputs, channels, self.window**2, self.groups, itemsize)
 
     def run(self, dtype: torch.dtype, precision: str, config: TileConfig) -> None:
         padding = self.window // 2
@@ -274,12 +290,14 @@ CONV_SHAPES = {
     "3x3": ConvShape(256, 256, 3),
     "1x1": ConvShape(256, 1024, 1),
     "1x1/2": ConvShape(256, 512, 1, stride=2, residual=False),
-    "stem4": ConvShape(4, 64, 7, stride=2, residual=False, size=224),
     "stem": ConvShape(3, 64, 7, stride=2, residual=False, size=224),
+    "stem4": ConvShape(4, 64, 7, stride=2, residual=False, size=224),
     "ragged": ConvShape(272, 80, 3),
     "groups": ConvShape(128, 128, 3, groups=32, residual=False),
     "int64": ConvShape(256, 256, 3, batch=2**31 // (14 * 14 * 256) + 1),
+    "split": ConvShape(256, 256, 3, batch=1, splits=4),
 }
+SINGLE_COPIES = ("stem", "stem4", "groups")  # too few channels for copies of 16 bytes
 
 DTYPES = {
     "half": (torch.float16, torch.bfloat16),
@@ -289,24 +307,136 @@ DTYPES = {
 
 
 def conv_case(
-    kind: str, row: TileConfig, dtype: torch.dtype, shape: str, target: str, *, shipped: bool = True
+    kind: str, row: TileConfig, dtype: torch.dtype, shape: str, target: str
 ) -> Case | None:
     """The row as the launcher would use it there; None where it is pruned."""
     fitted = row.fitted(dtype.itemsize, TARGETS[target].shared_limit)
     unusable = ""
     if fitted != row and target == "sm_90":
         unusable = f"{row.shared_bytes(dtype.itemsize)} bytes of shared memory: never as written"
-    elif fitted is None:
+    elif fitted is None or (CONV_SHAPES[shape].splits > 1 and not row.splittable):
         return None
-    used = fitted or row
-    tile = f"{used.block_m}x{used.block_n}x{used.block_k} w{used.num_warps} s{used.num_stages}"
-    name = str(dtype).removeprefix("torch.") if kind == "half" else kind
+    used = replace(fitted or row, splits=CONV_SHAPES[shape].splits)
+    wgmma = kind != "ieee" and target == "sm_90" and row.block_m >= 64
     return Case(
         "conv2d",
-        f"{shape} {name}",
-        tile,
+        f"{shape} {kind if kind != 'half' else str(dtype).removeprefix('torch.')}",
+        f"{used.block_m}x{used.block_n}x{used.block_k} w{used.num_warps} s{used.num_stages}",
         target,
         lambda: CONV_SHAPES[shape].run(dtype, "ieee" if kind == "half" else kind, used),
-        wgmma=kind == "half" and target == "sm_90" and row.block_m >= 64 and shape != "stem",
+        wgmma=wgmma and shape != "stem",
+        wide=r"LDGSTS\.E\S*\.128" if target == "sm_90" and shape not in SINGLE_COPIES else "",
+        ttir=r"arith\.muli %\S+ %\S+ : tensor<\d+xi64>" if shape == "int64" else "",
         unusable=unusable,
     )
+
+
+def conv_cases(full: bool) -> Iterator[Case | None]:
+    """Each row for each target; rare paths through the kernel for the row that they would get."""
+    for kind, rows in conv.CONFIGS.items():
+        first, last = DTYPES[kind][0], DTYPES[kind][-1]
+        for row in rows:
+            yield conv_case(kind, row, first, "3x3", "sm_80")
+            yield conv_case(kind, row, first, "3x3", "sm_90")
+            yield conv_case(kind, row, last, "1x1", "sm_90")
+            yield conv_case(kind, row, last, "split", "sm_90")
+            yield conv_case(kind, row, last, "3x3", "sm_100")
+            yield conv_case(kind, row, first, "3x3", "gfx942")
+            if full:
+                for dtype, shape, target in product(DTYPES[kind], CONV_SHAPES, TARGETS):
+                    yield conv_case(kind, row, dtype, shape, target)
+        for shape in ("1x1/2", "stem", "stem4", "ragged", "groups", "int64"):
+            problem, hopper = CONV_SHAPES[shape].problem(first.itemsize), Machine(132, 227 * 1024)
+            row = select_config(rows, problem, kind, hopper)
+            yield conv_case(kind, replace(row, splits=1), first, shape, "sm_90")
+
+
+def image_case(
+    kernel: str, what: str, config: object, target: str, run: Callable[[torch.Tensor], object]
+) -> Case:
+    """A memory-bound kernel on (32, 64, 56, 56), which must move 16 bytes at a time."""
+    dtype = torch.float16
+    return Case(
+        kernel,
+        f"{what} float16",
+        " ".join(str(v) for v in asdict(config).values()),
+        target,
+        lambda: run(fake(32, 64, 56, 56, dtype=dtype)),
+        wide=r"LDG\.E\S*\.128" if target == "sm_90" else "",
+    )
+
+
+def image_cases() -> Iterator[Case]:
+    for target in TARGETS:
+        for row in elementwise.CONFIGS:
+            run = partial(lambda row, x: elementwise.add_relu(x, x, config=row), row)
+            yield image_case("add_relu", "sum", row, target, run)
+            run = partial(lambda row, x: elementwise.relu(x, config=row), row)
+            yield image_case("relu", "", row, target, run)
+        for row in pool.CONFIGS:
+            run = partial(
+                lambda row, x: pool.max_pool2d(x, 3, stride=2, padding=1, config=row), row
+            )
+            yield image_case("max_pool2d", "3x3/2", row, target, run)
+            run = partial(lambda row, x: pool.avg_pool2d(x, 2, config=row), row)
+            yield image_case("avg_pool2d", "2x2", row, target, run)
+        for row in global_pool.CONFIGS:
+            run = partial(lambda row, x: global_pool.global_avg_pool(x, config=row), row)
+            yield image_case("global_avg_pool", "", row, target, run)
+
+
+def show(verdict: Verdict) -> str:
+    shared = f"{verdict.shared / 1024:.0f}/{verdict.shared_limit // 1024}K"
+    line = (
+        f"{verdict.target:7} {verdict.kernel:15} {verdict.what:17} {verdict.config:19}"
+        f"{verdict.registers:4} {shared:>9} {verdict.wgmma:4}/{verdict.waits:<3}"
+        f"{verdict.seconds:5.1f}  "
+    )
+    return line + ("; ".join(verdict.problems) or "ok")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every shape and dtype: 20 minutes")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
+    parser.add_argument("--kernel", action="append", help="only this kernel, such as conv2d")
+    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
+    parser.add_argument("--json", action="store_true", help="verdicts as JSON")
+    parser.add_argument(
+        "--row",
+        nargs=6,
+        metavar=("KIND", "M", "N", "K", "WARPS", "STAGES"),
+        help="judge this conv2d tile instead of the shipped ones, such as: half 128 128 64 8 3",
+    )
+    options = parser.parse_args()
+    if options.row:
+        kind, row = options.row[0], TileConfig(*map(int, options.row[1:]))
+        cases = [conv_case(kind, row, DTYPES[kind][0], "3x3", target) for target in TARGETS]
+    else:
+        cases = [*conv_cases(options.full), *image_cases()]
+    cases = [
+        case
+        for case in cases
+        if case is not None
+        and case.target in (options.target or TARGETS)
+        and case.kernel in (options.kernel or [case.kernel])
+    ]
+    verdicts = []
+    if not options.json:
+        print(
+            "target  kernel          case              config            registers shared  wgmma  s"
+        )
+    for verdict in compile_all(cases, options.jobs):
+        verdicts.append(verdict)
+        if not options.json:
+            print(show(verdict), flush=True)
+    failed = [v for v in verdicts if v.problems]
+    if options.json:
+        print(json.dumps([asdict(v) for v in verdicts], indent=1))
+    else:
+        print(f"{len(verdicts)} compiled, {len(failed)} failed (triton {triton.__version__})")
+    return 1 if failed or not verdicts else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

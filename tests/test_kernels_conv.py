@@ -6,6 +6,8 @@ itself.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,7 +15,8 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, TileConfig, conv2d, conv2d_ref
 from fastres.kernels import conv as conv_module
-from fastres.kernels.conv import CONFIGS, arithmetic
+from fastres.kernels._config import Problem
+from fastres.kernels.conv import CONFIGS, SCRATCH_COUNTS, arithmetic, scratch_size
 
 pytestmark = pytest.mark.interpreter
 
@@ -206,6 +209,68 @@ def test_row18_position_and_company_of_an_image_change_no_bit(device):
         assert torch.equal(conv2d(x, w, padding=1, config=SMALL), batch)
     for i in range(5):
         assert torch.equal(conv2d(x[i : i + 1], w, padding=1, config=SMALL)[0], batch[i])
+
+
+@pytest.mark.parametrize("splits", [2, 3, 8, 40])
+@pytest.mark.parametrize("name", ["3x3", "1x1", "stem", "groups of 17"])
+def test_a_split_reduction_is_exact(integers, poisoned, name, splits):
+    x, w, geometry = operands(integers, SHAPES[name], torch.float16)
+    b = integers(w.shape[0])
+    residual = integers(*conv2d_ref(x, w, **geometry).shape, dtype=x.dtype)
+    want = expected(x, w, b, residual=residual, relu=True, **geometry)
+    guarded = poisoned(want.shape, x.dtype)
+    config = replace(SMALL, splits=splits)
+    conv2d(x, w, b, residual=residual, relu=True, out=guarded.out, config=config, **geometry)
+    guarded.check()
+    assert torch.equal(guarded.out, want)
+    conv2d(x, w, b, residual=residual, relu=True, out=residual, config=config, **geometry)
+    assert torch.equal(residual, want)
+
+
+@pytest.mark.parametrize(("kind", "row"), [r for r in ROWS if r[1].splittable], ids=str)
+def test_row19_every_config_splits(integers, kind, row):
+    dtype = torch.float16 if kind == "half" else torch.float32
+    c = 2 * row.block_k + 3
+    x, w = integers(1, c, 5, 4, dtype=dtype), integers(21, c, 2, 2, dtype=dtype)
+    precision = "ieee" if kind == "half" else kind
+    got = conv2d(x, w, precision=precision, config=replace(row, splits=4))
+    assert torch.equal(got, expected(x, w))
+
+
+def test_scratch_serves_one_call_after_another(integers, device):
+    scratch = torch.zeros(20_000, device=device)
+    for name, splits in [("3x3", 2), ("1x1", 3), ("3x3", 5)]:
+        x, w, geometry = operands(integers, SHAPES[name], torch.float32)
+        config = replace(SMALL, splits=splits)
+        got = conv2d(x, w, config=config, scratch=scratch, **geometry)
+        assert torch.equal(got, expected(x, w, **geometry))
+        counts = scratch[: SCRATCH_COUNTS.value]
+        assert torch.equal(counts, torch.zeros_like(counts))
+
+
+@pytest.mark.parametrize(
+    ("scratch", "message"),
+    [
+        (torch.zeros(100), "scratch must be 5632 or more elements"),
+        (torch.zeros(9999).half(), "of float32"),
+        (torch.zeros(9999, 2)[:, 0], "scratch must be contiguous"),
+    ],
+    ids=["small", "half", "strided"],
+)
+def test_scratch_that_does_not_serve_is_refused(integers, device, scratch, message):
+    x, w = integers(1, 64, 4, 5), integers(16, 64, 1, 1)
+    config = replace(SMALL, splits=3)
+    with pytest.raises(ValueError, match=message):
+        conv2d(x, w, config=config, scratch=scratch.to(device))
+    problem = Problem(20, 16, 64, 1, 1, 4)
+    assert scratch_size(problem, config) == SCRATCH_COUNTS.value + 2 * 3 * 16 * 16
+    assert scratch_size(problem, SMALL) == 0
+
+
+def test_too_many_tiles_to_split_are_refused(device):
+    x = torch.empty(70_000, 16, 1, 1, device=device)
+    with pytest.raises(ValueError, match="config splits the reduction of 4375 tiles; at most 4096"):
+        conv2d(x, torch.empty(16, 16, 1, 1, device=device), config=replace(SMALL, splits=2))
 
 
 def test_arithmetic_names_a_table():

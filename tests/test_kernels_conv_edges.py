@@ -39,7 +39,11 @@ BAD = {
     "x integer": ({"x": nhwc(1, 16, 5, 5).int()}, TypeError, "x must be float32.*int32"),
     "x of rank 3": ({"x": torch.randn(16, 5, 5)}, ValueError, r"x must have 4 dim.*\(16, 5, 5\)"),
     "x other channels": ({"x": nhwc(1, 8, 5, 5)}, ValueError, r"wants 16 input channels.*\(1, 8"),
-    "w other dtype": ({"w": nhwc(8, 16, 3, 3).half()}, TypeError, "w must be torch.float32 as the input"),
+    "w other dtype": (
+        {"w": nhwc(8, 16, 3, 3).half()},
+        TypeError,
+        "w must be torch.float32 as the input",
+    ),
     "w elsewhere": ({"w": nhwc(8, 16, 3, 3).to("meta")}, ValueError, "w must be on .* got meta"),
     "w NCHW": ({"w": torch.randn(8, 16, 3, 3)}, ValueError, "w must be dense in channels_last"),
     "b short": ({"b": torch.randn(7)}, ValueError, r"b must have shape \(8,\), got \(7,\)"),
@@ -56,7 +60,11 @@ BAD = {
     "precision": ({"precision": "fast"}, ValueError, "precision must be 'ieee' or 'tf32'.*'fast'"),
     "residual shape": ({"residual": nhwc(1, 8, 4, 3)}, ValueError, r"residual must have shape"),
     "residual NCHW": ({"residual": torch.randn(1, 8, 3, 3)}, ValueError, "residual must be dense"),
-    "out dtype": ({"out": nhwc(1, 8, 3, 3).half()}, TypeError, "out must be torch.float32 as the input"),
+    "out dtype": (
+        {"out": nhwc(1, 8, 3, 3).half()},
+        TypeError,
+        "out must be torch.float32 as the input",
+    ),
     "out shape": ({"out": nhwc(1, 8, 3, 4)}, ValueError, r"out must have shape \(1, 8, 3, 3\)"),
     "x wants a gradient": (
         {"x": nhwc(1, 16, 5, 5).requires_grad_()},
@@ -214,12 +222,3 @@ def test_row40_opcheck(case, dtype):
     torch.library.opcheck(
         conv2d_op, (x, w, b, residual, stride, padding, dilation, groups, relu, "ieee")
     )
-
-
-def test_a_tile_names_what_is_wrong_with_it():
-    with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 24"):
-        TileConfig(16, 24, 16, 4, 2)
-    with pytest.raises(ValueError, match="num_warps must be .* got 3"):
-        TileConfig(16, 16, 16, 3, 2)
-    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
-        TileConfig(16, 16, 16, 4, 0)

@@ -1,0 +1,117 @@
+"""The choice of tiles: pure, by shape and machine, and never too large for the GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton")
+
+from fastres.kernels._config import (
+    Machine,
+    Problem,
+    TileConfig,
+    candidates,
+    estimated_cycles,
+    select_config,
+)
+from fastres.kernels.conv import CONFIGS
+
+H200 = Machine(sms=132, shared_limit=227 * 1024)
+ADA = Machine(sms=128, shared_limit=99 * 1024)
+AMD = Machine(sms=304, shared_limit=64 * 1024)
+KINDS = {"half": 2, "tf32": 4, "ieee": 4}
+
+
+def conv(batch: int, size: int, outputs: int, channels: int, window: int, itemsize: int = 2):
+    return Problem(batch * size * size, outputs, channels, window**2, 1, itemsize)
+
+
+def pick(problem: Problem, kind: str = "half", machine: Machine = H200) -> TileConfig:
+    return select_config(CONFIGS[kind], problem, kind, machine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("machine", [H200, ADA, AMD], ids=["H200", "Ada", "AMD"])
+@pytest.mark.parametrize("batch", [1, 8, 32, 256])
+@pytest.mark.parametrize(
+    "layer",
+    [(56, 64, 64, 3), (28, 512, 128, 1), (7, 512, 512, 3), (112, 64, 3, 7), (1, 1000, 512, 1)],
+)
+def test_row27_the_choice_fits_and_repeats(kind, machine, batch, layer):
+    problem = conv(batch, *layer, KINDS[kind])
+    row = pick(problem, kind, machine)
+    assert row.shared_bytes(problem.itemsize) <= machine.shared_limit
+    assert row == pick(problem, kind, machine)
+    least = min(
+        estimated_cycles(r, problem, kind, machine)
+        for r in candidates(CONFIGS[kind], problem, machine)
+    )
+    assert estimated_cycles(row, problem, kind, machine) == least
+
+
+def test_row27_rows_lose_stages_before_they_are_pruned():
+    row = TileConfig(128, 128, 64, 8, 4)
+    assert row.fitted(2, 227 * 1024) == row
+    assert row.fitted(2, 100 * 1024) == replace(row, num_stages=3)
+    assert row.fitted(2, 64 * 1024) == replace(row, num_stages=2)
+    assert row.fitted(2, 63 * 1024) is None
+    problem = conv(1, 7, 64, 64, 3)
+    with pytest.raises(RuntimeError, match="no tile fits 1024 bytes of shared memory"):
+        select_config([row], problem, "half", Machine(1, 1024))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_fits_a_hopper_gpu_as_written(kind):
+    for row in CONFIGS[kind]:
+        assert row.fitted(KINDS[kind], H200.shared_limit) == row
+    assert len(set(CONFIGS[kind])) == len(CONFIGS[kind])
+
+
+def test_large_batches_take_large_tiles_and_small_ones_fill_the_gpu():
+    large, small = conv(256, 14, 256, 256, 3), conv(1, 14, 256, 256, 3)
+    assert pick(large).block_m * pick(large).block_n >= 128 * 128
+    assert small.tiles(pick(small)) * pick(small).splits > 40
+
+
+def test_a_deep_reduction_over_few_tiles_is_split():
+    problem = conv(1, 7, 512, 512, 3)
+    row = pick(problem)
+    assert row.splits > 1
+    assert problem.tiles(row) * row.splits <= 2 * H200.sms
+    assert pick(conv(256, 7, 512, 512, 3)).splits == 1
+
+
+def test_splits_leave_each_program_a_step():
+    problem = conv(1, 7, 64, 64, 1)
+    for row in candidates(CONFIGS["half"], problem, H200):
+        assert row.splits <= problem.steps(row.block_k)
+        assert row.splits == 1 or row.splittable
+
+
+def test_narrow_outputs_do_not_get_wide_tiles():
+    groups = Problem(32 * 28 * 28, 4, 4, 9, 32, 2)
+    assert pick(groups).block_n <= 32
+    assert pick(conv(256, 56, 64, 64, 3)).block_n == 64
+
+
+@pytest.mark.parametrize(
+    ("channels", "taps", "block_k", "gathers", "steps"),
+    [(64, 9, 64, False, 9), (65, 9, 64, False, 18), (3, 49, 64, True, 3), (63, 1, 64, True, 1)],
+)
+def test_steps_of_the_reduction(channels, taps, block_k, gathers, steps):
+    problem = Problem(1, 1, channels, taps, 1, 2)
+    assert problem.gathers(block_k) == gathers
+    assert problem.steps(block_k) == steps
+
+
+def test_a_tile_names_what_is_wrong_with_it():
+    with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 24"):
+        TileConfig(16, 24, 16, 4, 2)
+    with pytest.raises(ValueError, match=r"num_warps must be .* got 3"):
+        TileConfig(16, 16, 16, 3, 2)
+    with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
+        TileConfig(16, 16, 16, 4, 0)
+    with pytest.raises(ValueError, match=r"splits must be .* got 2 for 128x256"):
+        TileConfig(128, 256, 64, 8, 3, 2)
