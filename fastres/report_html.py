@@ -95,7 +95,7 @@ def _case(case: Case) -> str:
     return (
         f"<section><h2>{escape(case.title)}</h2>\n"
         f'<div class="wide">{_chart(case)}</div>\n'
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
+        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
         f'</div>\n<p class="note">{escape(footnote(case))}</p></section>'
     )
 
