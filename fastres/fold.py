@@ -58,7 +58,7 @@ def _rewrite(graph: Graph, changed: dict[str, Node], renamed: dict[str, str]) ->
 
 
 def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The weight (K, C/groups, R, S) in ``dtype`` and the bias (K,) in float32 or wider.
+    """Copies: the weight (K, C/groups, R, S) in ``dtype`` and the bias (K,) in float32 or wider.
 
     Everything is computed in float64 and cast once at the end. The bias is None where the layer has
     neither a bias nor a batch norm.
@@ -74,19 +74,22 @@ def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor,
             scale, shift = _affine(op.norm, lookup, weight.shape[0], weight.device)
             weight = weight * scale.reshape(-1, 1, 1, 1)
             bias = shift if bias is None else bias * scale + shift
-        cast = weight.to(dtype, memory_format=torch.channels_last)
-        _refuse_overflow(op.weight, weight, cast)
-        return cast, None if bias is None else bias.to(_bias_dtype(dtype))
+        cast = weight.to(dtype, memory_format=torch.channels_last, copy=True)
+        _refuse_overflow(op.weight, weight, dtype)
+        if bias is None:
+            return cast, None
+        _refuse_overflow(op.norm.mean if op.norm else str(op.bias), bias, dtype)
+        return cast, bias.to(_bias_dtype(dtype), copy=True)
 
 
 def folded_linear(op: Linear, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """The weight (K, C) in ``dtype`` and the bias (K,) in float32 or wider."""
+    """Copies: the weight (K, C) in ``dtype`` and the bias (K,) in float32 or wider."""
     with torch.no_grad():
         weight = lookup(op.weight).detach()
         bias = lookup(op.bias).detach() if op.bias else None
-        cast = weight.to(dtype).contiguous()
-        _refuse_overflow(op.weight, weight, cast)
-        return cast.clone(), None if bias is None else bias.to(_bias_dtype(dtype)).clone()
+        cast = weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
+        _refuse_overflow(op.weight, weight, dtype)
+        return cast, None if bias is None else bias.to(_bias_dtype(dtype), copy=True)
 
 
 def _bias_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -117,12 +120,12 @@ def _refuse_variance(norm: BatchNorm2d, var: Tensor) -> None:
         )
 
 
-def _refuse_overflow(path: str, exact: Tensor, cast: Tensor) -> None:
-    overflow = torch.isfinite(exact) & ~torch.isfinite(cast)
+def _refuse_overflow(path: str, exact: Tensor, dtype: torch.dtype) -> None:
+    overflow = torch.isfinite(exact) & ~torch.isfinite(exact.to(dtype))
     if bool(overflow.any()):
         largest = float(exact[overflow].abs().max())
         raise FoldError(
-            f"{path}: a folded weight of {largest:g} does not fit {cast.dtype}; "
+            f"{path}: folded, a value of {largest:g} does not fit {dtype}; "
             "use torch.bfloat16 or torch.float32"
         )
 
