@@ -7,6 +7,7 @@ last one's copy-out, and because the caller gets a copy.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, TypeAlias
@@ -121,6 +122,25 @@ class GraphRunner:
     def _wait(self) -> None:
         if self._last_use is not None:
             torch.cuda.current_stream().wait_event(self._last_use)
+
+
+def warm_up(
+    run: Callable[[Tensor], Any],
+    shapes: Iterable[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Run random images of each shape twice: the first call compiles, the second captures.
+
+    Args:
+        run: takes one tensor of images.
+        shapes: input shapes, (N, C, H, W).
+    """
+    generator = torch.Generator().manual_seed(0)
+    for shape in shapes:
+        x = torch.randn(*shape, generator=generator).to(device, dtype)
+        for _ in range(2):
+            run(x)
 
 
 def _key(x: Tensor) -> Key:

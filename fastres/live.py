@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock, RLock
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from . import fold, plan, trace
 from .backends import check_backend, select_ops
-from .cuda_graph import GraphRunner
+from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import FoldError, InputError
 from .guards import GRADIENT, Change, Watch, ambient_reason, pytorch_reason
@@ -252,6 +253,23 @@ class LiveModule(nn.Module):
     def plan(self) -> Plan:
         """What runs in inference: each step and what computes it. ``str()`` of it is a table."""
         return self._live().plan()
+
+    @torch.jit.unused
+    def warmup(self, shapes: Iterable[Sequence[int]]) -> Any:
+        """Put folding, compiling and graph capture behind for these input shapes; returns self.
+
+        Args:
+            shapes: (N, C, H, W) of the images to come.
+
+        Raises:
+            RuntimeError: in training mode, where nothing is fused.
+        """
+        if self.training:
+            raise RuntimeError("warmup is for inference: call .eval() first")
+        weight = next(self.parameters())
+        with torch.inference_mode():
+            warm_up(self, shapes, weight.device, weight.dtype)
+        return self
 
     @torch.jit.unused
     def refresh(self) -> None:

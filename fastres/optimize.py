@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import fold, plan, trace
 from .backends import check_backend, select_ops
-from .cuda_graph import GraphRunner
+from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import InputError, InputTypeError, VerificationError
 from .fold import Weights, fold_step
@@ -87,11 +87,7 @@ class FastModel(nn.Module):
 
     def warmup(self, shapes: Sequence[Sequence[int]]) -> FastModel:
         """Run each input shape often enough that compiling and graph capture are behind it."""
-        generator = torch.Generator().manual_seed(0)
-        for shape in shapes:
-            x = torch.randn(*shape, generator=generator).to(self._home(), self.dtype)
-            for _ in range(2):
-                self.run([x])
+        warm_up(lambda x: self.run([x]), shapes, self._home(), self.dtype)
         return self
 
     def train(self, mode: bool = True) -> FastModel:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from .cuda_graph import warm_up
 from .engine import is_channels_last, to_contiguous
 from .errors import VerificationError
 from .ir import Call
@@ -120,12 +121,7 @@ class FastShell(nn.Module):
         Raises:
             TypeError: the module takes something else.
         """
-        generator = torch.Generator().manual_seed(0)
-        where = next(self.buffers()).device
-        for shape in shapes:
-            x = torch.randn(*shape, generator=generator).to(where, self.dtype)
-            for _ in range(2):
-                self.run((x,))
+        warm_up(lambda x: self.run((x,)), shapes, next(self.buffers()).device, self.dtype)
         return self
 
     def train(self, mode: bool = True) -> FastShell:

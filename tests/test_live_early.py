@@ -82,3 +82,13 @@ def test_other_shapes_are_not_launched_early(model, runs):
     for batch in (1, 2, 3):
         both(model, torch.randn(batch, 1, 8, 8))
     assert runs == [(1, 1, 8, 8), (2, 1, 8, 8), (3, 1, 8, 8)]
+
+
+def test_warmup_runs_each_shape_twice_and_answers_stay_right(model, runs):
+    shapes = [(1, 1, 8, 8), (3, 1, 10, 12)]
+    assert model.warmup(shapes) is model
+    assert [runs.count(shape) for shape in shapes] == [2, 2]
+    fused, plain = both(model, torch.randn(3, 1, 10, 12))
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)  # as above
+    with pytest.raises(RuntimeError, match=r"call \.eval\(\) first"):
+        model.train().warmup(shapes)
