@@ -132,7 +132,7 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     """
     tracer = _Tracer()
     tracer.traced_func_name = method
-    _refuse_star_arguments(module, method)
+    _refuse_signature(module, method)
     try:
         recorded = tracer.trace(module)
     except Exception as error:
@@ -142,11 +142,14 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     return _Normalizer(module, recorded, tracer.returned).run()
 
 
-def _refuse_star_arguments(module: nn.Module, method: str) -> None:
+def _refuse_signature(module: nn.Module, method: str) -> None:
+    """Arguments that fx records wrongly: stars, and ``y=None``, whose check it takes for False."""
     star = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for parameter in inspect.signature(getattr(module, method)).parameters.values():
-        if parameter.kind in star:
-            raise TraceError(f"{type(module).__name__}.{method} takes {parameter}")
+        if parameter.kind in star or parameter.default is None:
+            raise TraceError(
+                f"{type(module).__name__} cannot be traced: its {method} takes {parameter}"
+            )
 
 
 class _Normalizer:

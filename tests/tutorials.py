@@ -56,7 +56,7 @@ def d2l_resnet(num_classes=10, in_channels=1):
 
 
 class ResBlock(nn.Module):
-    """The MNIST tutorial's block, whose residual connection can be left out to show what it does."""
+    """The MNIST tutorial's block, whose residual can be left out to show what it does."""
 
     def __init__(self, in_channels, out_channels, stride=1, use_residual=True):
         super().__init__()

@@ -68,7 +68,7 @@ def _torchvision(name: str, **options) -> nn.Module:
 
 
 def _classifier(name: str, **options) -> nn.Module:
-    """torchvision's classifier without the seconds that initial values take; hostile ones follow."""
+    """torchvision's classifier without the seconds that initial values take."""
     with torch.device("meta"):
         model = _torchvision(name, **options)
     model.to_empty(device="cpu")
@@ -90,7 +90,7 @@ def _timm(name: str, **options) -> nn.Module:
 
 
 def _huggingface(layer_type: str, **options) -> nn.Module:
-    # From a checkout, transformers takes the folder kernels/ for Hugging Face's package of that name.
+    # In a checkout, transformers takes the folder kernels/ for Hugging Face's package.
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -111,7 +111,11 @@ def _detector(name: str) -> Callable[[], nn.Module]:
 
 def _retinanet() -> nn.Module:
     return _torchvision(
-        "retinanet_resnet50_fpn", weights_backbone=None, min_size=96, max_size=128, topk_candidates=50
+        "retinanet_resnet50_fpn",
+        weights_backbone=None,
+        min_size=96,
+        max_size=128,
+        topk_candidates=50,
     )
 
 
