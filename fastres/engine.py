@@ -115,17 +115,16 @@ class Executor:
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
         self._check(values)
         contiguous = not any(is_channels_last(v) for v in arguments)
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.dim() == 4:
-                values[name] = value.contiguous(memory_format=CHANNELS_LAST)
         restore = to_contiguous if contiguous else _unchanged
+        if not self.plan.source_layout:
+            values = {name: _to_channels_last(value) for name, value in values.items()}
         for step in self._steps(arguments):
             if observe is not None:
                 step = replace(step, in_place=False)
             result = _RUN[type(step.op)](self, step, values, restore)
             if observe is not None:
                 observe(step, [values[name] for name in step.inputs], result)
-            values[step.name] = result
+            values[step.name] = restore(result) if self.plan.source_layout else result
             for name in step.frees:
                 values.pop(name, None)
         return substitute(self.plan.output, lambda name: restore(values[name]))
@@ -321,6 +320,11 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor) and value.is_floating_point():
         return math.isfinite(value.sum().item())
     return True
+
+
+def _to_channels_last(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
 
 
 def _unchanged(value: Any) -> Any:

@@ -54,7 +54,7 @@ def _rewrite(graph: Graph, changed: dict[str, Node], renamed: dict[str, str]) ->
             )
         nodes.append(replace(node, op=op, inputs=tuple(name(n) for n in node.inputs)))
     output = substitute(graph.output, lambda n: Ref(name(n)))
-    return Graph(tuple(nodes), graph.parameters, output)
+    return replace(graph, nodes=tuple(nodes), output=output)
 
 
 def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -170,11 +170,16 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in program order; ``output`` is any nest of tuples, lists and dicts of :class:`Ref`."""
+    """Nodes in program order; ``output`` is any nest of tuples, lists and dicts of :class:`Ref`.
+
+    ``source_layout``: a step writes in place into memory that others see by way of their layout, so
+    that no value may be held in another memory format than the source's.
+    """
 
     nodes: tuple[Node, ...]
     parameters: tuple[Parameter, ...]
     output: Any
+    source_layout: bool = False
 
     def users(self) -> dict[str, list[str]]:
         """The names of the nodes (and ``"output"``) that read each node, in program order."""

@@ -53,12 +53,21 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs, in order. ``str(plan)`` is a table; ``served_by`` names each step's kernel."""
+    """What runs, in order. ``str(plan)`` is a table.
+
+    Attributes:
+        steps: each with its operands.
+        parameters: what the caller hands in.
+        output: a nest of references to values.
+        served_by: names each step's kernel.
+        source_layout: whether values stay in the memory format of the source's own.
+    """
 
     steps: tuple[Step, ...]
     parameters: tuple[Parameter, ...]
     output: Any
     served_by: tuple[str, ...] = ()
+    source_layout: bool = False
 
     @property
     def fused(self) -> tuple[Step, ...]:
@@ -140,7 +149,7 @@ def build(graph: Graph) -> Plan:
                 frees=frees,
             )
         )
-    return Plan(tuple(steps), fused.parameters, fused.output)
+    return Plan(tuple(steps), fused.parameters, fused.output, source_layout=graph.source_layout)
 
 
 def fuse(graph: Graph) -> Graph:
@@ -157,7 +166,7 @@ def _fuse_pairs(graph: Graph, rule: Any) -> Graph:
             absorbed, node = merged
             del kept[absorbed]
         kept[node.name] = node
-    return Graph(tuple(kept.values()), graph.parameters, graph.output)
+    return replace(graph, nodes=tuple(kept.values()))
 
 
 def _conv_add(

@@ -10,6 +10,7 @@ import inspect
 import operator
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
@@ -56,6 +57,7 @@ IDENTITIES = (
     nn.FeatureAlphaDropout,
 )
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth.StochasticDepth",)
+_VIEW_OR_COPY = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}
 LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "unfold"}
 
 
@@ -92,6 +94,39 @@ class _Made:
         return self.tensor.clone()
 
 
+class _Proxy(fx.Proxy):
+    """Records ``x += y`` and ``x[i] = y`` as what they are: fx takes the first for ``x = x + y``,
+    which hides the change from other names of ``x``, and refuses the second."""
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    def method(self: fx.Proxy, *args: Any) -> Any:
+        made = self.tracer.create_proxy("call_function", function, (self, *args), {})
+        return None if function is operator.setitem else made
+
+    return method
+
+
+_ASSIGNMENTS = (
+    operator.setitem,
+    operator.iadd,
+    operator.isub,
+    operator.imul,
+    operator.itruediv,
+    operator.ifloordiv,
+    operator.imod,
+    operator.ipow,
+    operator.imatmul,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
+    operator.ilshift,
+    operator.irshift,
+)
+for _function in _ASSIGNMENTS:
+    setattr(_Proxy, f"__{_function.__name__}__", _recorded(_function))
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's tracer that also keeps normalisation layers and opaque modules whole.
 
@@ -99,6 +134,9 @@ class _Tracer(fx.Tracer):
     """
 
     returned: Any = None
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not self._is_weight(a):
@@ -168,6 +206,8 @@ class _Normalizer:
         self.shares: dict[str, set[str]] = {}
         self.op: dict[str, Operation] = {}
         self.nodes: list[Node] = []
+        self.views_by_layout: set[str] = set()
+        self.source_layout = False
 
     def run(self) -> Graph:
         parameters: list[Parameter] = []
@@ -182,17 +222,22 @@ class _Normalizer:
                 output = self._output(self.returned, node.args[0])
             else:
                 self._visit(index, node)
-        return _without_dead_nodes(Graph(tuple(self.nodes), tuple(parameters), output))
+        graph = Graph(tuple(self.nodes), tuple(parameters), output, self.source_layout)
+        return _without_dead_nodes(graph)
 
     def _visit(self, index: int, node: fx.Node) -> None:
         if self._passes_input_through(node):
             self.value[node] = self._name(node.all_input_nodes[0])
             return
         found, mutates = self._recognise(node)
-        if mutates and not (found and self._may_be_functional(index, node)):
-            self._emit_call(node, mutates=True, reason="writes in place into a value still in use")
-        elif isinstance(found, str):
-            self._emit_call(node, mutates=mutates, reason=found)
+        functional = mutates and self._may_be_functional(index, node)
+        if isinstance(found, str) or (mutates and not functional):
+            reason = (
+                found if isinstance(found, str) else "writes in place into a value still in use"
+            )
+            self._emit_call(node, mutates=mutates, reason=reason)
+            if self._writes_in_place(node):
+                self._keep_layout_for_views(index, node)
         else:
             self._emit_chain(node, found)
             if mutates:
@@ -207,14 +252,31 @@ class _Normalizer:
                 return reason, True
             found = _from_module(module, str(node.target))
             if found and not _only_first_argument(node):
-                return "called with more than one argument", False
-            inplace = bool(getattr(module, "inplace", False) or _inplace_activation(module))
-            return found or f"{type(module).__name__} is not fused", inplace
+                return "called with more than one argument", _is_inplace(module)
+            return found or f"{type(module).__name__} is not fused", _is_inplace(module)
         if node.op == "get_attr":
             return "constant or parameter", False
         found = _from_function(node, self._constant)
-        label = node.target if isinstance(node.target, str) else _function_name(node.target)
-        return found or f"{label} is not fused", _mutates(node)
+        return found or f"{_label(node)} is not fused", _mutates(node)
+
+    def _writes_in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return _is_inplace(self.modules[str(node.target)])
+        return _mutates(node)
+
+    def _keep_layout_for_views(self, index: int, node: fx.Node) -> None:
+        """A write must reach the caller and all views, none of which may be a reordered copy."""
+        own = self.value[node]
+        touched = set().union(*(self.shares[self._name(n)] for n in node.all_input_nodes))
+        read_later = any(
+            name in touched and name != own and self.last_use[other] > index
+            for other, name in self.value.items()
+        )
+        call = self.op[own]
+        copied = touched & self.views_by_layout or (isinstance(call, Call) and not call.any_layout)
+        handed_in = any(isinstance(self.op[name], Input) for name in touched)
+        if handed_in or (read_later and copied):
+            self.source_layout = True
 
     def _passes_input_through(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -227,7 +289,7 @@ class _Normalizer:
 
     def _may_be_functional(self, index: int, node: fx.Node) -> bool:
         """Whether writing to a new tensor instead of the first operand can be told by nobody."""
-        written = node.args[0]
+        written = node.args[0] if node.args else None
         if not isinstance(written, fx.Node):
             return False
         name = self._name(written)
@@ -278,8 +340,10 @@ class _Normalizer:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             return opaque_reason(module) is None and type(module).__module__.startswith("torch.nn.")
+        if _label(node) in LAYOUT_METHODS:
+            return False
         if node.op == "call_method":
-            return node.target not in LAYOUT_METHODS
+            return True
         module_name = getattr(node.target, "__module__", None) or ""
         return module_name.startswith(("torch", "_operator")) or node.op == "get_attr"
 
@@ -290,6 +354,8 @@ class _Normalizer:
         if isinstance(op, (Call, Flatten)) and not self._allocates(node):
             for other in inputs:
                 self._share(name, other)
+            if isinstance(op, Flatten) or not op.any_layout or _label(node) in _VIEW_OR_COPY:
+                self.views_by_layout.add(name)
         self.nodes.append(Node(name, op, inputs, _where(node)))
 
     def _allocates(self, node: fx.Node) -> bool:
@@ -356,7 +422,7 @@ def _without_dead_nodes(graph: Graph) -> Graph:
         if node.name in needed or effect or isinstance(node.op, Input):
             kept.append(node)
             needed.update(node.inputs)
-    return Graph(tuple(reversed(kept)), graph.parameters, graph.output)
+    return replace(graph, nodes=tuple(reversed(kept)))
 
 
 def _may_have_effects(call: Call) -> bool:
@@ -376,6 +442,11 @@ def _where(node: fx.Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
+def _label(node: fx.Node) -> str:
+    """The name of a function, method or module path that a node calls."""
+    return node.target if isinstance(node.target, str) else _function_name(node.target)
+
+
 def _function_name(function: Any) -> str:
     return getattr(function, "__name__", str(function))
 
@@ -391,27 +462,10 @@ def _mutates(node: fx.Node) -> bool:
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    if node.target in _ASSIGNMENTS:
+        return True
     name = _function_name(node.target)
-    if getattr(node.target, "__module__", "") == "_operator":
-        return name == "setitem" or (name.startswith("i") and name in _INPLACE_OPERATORS)
     return name.endswith("_") and not name.endswith("__")
-
-
-_INPLACE_OPERATORS = {
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "imod",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "ilshift",
-    "irshift",
-    "imatmul",
-}
 
 
 def _operands(node: fx.Node, op: Operation) -> list[fx.Node]:
@@ -434,10 +488,12 @@ def _pair(value: Any) -> Pair | None:
     return None
 
 
-def _inplace_activation(module: nn.Module) -> bool:
-    return bool(getattr(getattr(module, "act", None), "inplace", False)) and (
-        qualified_name(type(module)) not in NORM_ACTS
-    )
+def _is_inplace(module: nn.Module) -> bool:
+    """Whether a module writes into its operand; a norm's activation writes into the norm's own."""
+    if qualified_name(type(module)) in NORM_ACTS:
+        return False
+    act = getattr(module, "act", None)
+    return bool(getattr(module, "inplace", False) or getattr(act, "inplace", False))
 
 
 def _from_module(module: nn.Module, path: str) -> list[Operation] | None:
@@ -528,14 +584,14 @@ def _avg_pool(m: Any, path: str) -> Operation | None:
 
 
 def _avg_pool_op(
-    kernel: Any,
+    kernel_size: Any,
     stride: Any = None,
     padding: Any = 0,
     ceil_mode: Any = False,
     count_include_pad: Any = True,
     divisor_override: Any = None,
 ) -> Operation | None:
-    pairs = [_pair(v) for v in (kernel, stride or kernel, padding)]
+    pairs = [_pair(v) for v in (kernel_size, stride or kernel_size, padding)]
     flags = isinstance(ceil_mode, bool) and isinstance(count_include_pad, bool)
     if any(p is None for p in pairs) or not flags or isinstance(divisor_override, fx.Node):
         return None
