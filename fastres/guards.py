@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from operator import attrgetter
 from typing import Any, cast
@@ -19,12 +21,25 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from .ir import attribute
 
 GRADIENT = "a gradient is wanted"
+_unfused = ContextVar("unfused", default=False)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Inside, live models run as ordinary PyTorch: what a fused answer is measured against."""
+    token = _unfused.set(True)
+    try:
+        yield
+    finally:
+        _unfused.reset(token)
 
 
 def ambient_reason(x: Any) -> str | None:
     """Why a call with this input, under the modes in force, must run as ordinary PyTorch."""
     if type(x) is not Tensor:
         return "the input is not a plain tensor"
+    if _unfused.get():
+        return "ordinary PyTorch was asked for"
     if x.device.type not in ("cpu", "cuda"):
         return f"the input is on {x.device.type}"
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .cuda_graph import warm_up
 from .engine import is_channels_last, to_contiguous
 from .errors import VerificationError
+from .guards import unfused
 from .ir import Call
 from .plan import Plan, Step
 from .trace import TraceError, opaque_reason
@@ -156,7 +157,7 @@ class FastShell(nn.Module):
         A wrong form is refused. Other values are only warned of: a detector may order or drop boxes
         anew when a score moves by its last digit.
         """
-        with torch.no_grad():
+        with torch.no_grad(), unfused():
             expected = source(*args, **kwargs)
         actual = self._try_channels_last(args, kwargs)
         wanted, wanted_form = tree_flatten(expected)
