@@ -6,6 +6,9 @@ channels_last memory.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -84,6 +87,10 @@ class AtenOps:
 
     def global_avg_pool(self, op: GlobalAvgPool, x: Tensor) -> Tensor:
         return x.mean(op.dims, keepdim=op.keepdim)
+
+    def scratch_held(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Scratch memory that the calls inside share, handed out to be kept as long as they run."""
+        return nullcontext()
 
     def serves(self, op: Operation) -> str:
         """The name of what computes a step, for the plan's table."""
@@ -194,6 +201,15 @@ class TritonOps(AtenOps):
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
+        self._held = threading.local()
+
+    @contextmanager
+    def scratch_held(self, device: torch.device) -> Iterator[Any]:
+        self._held.scratch = self.kernels.new_scratch(device)
+        try:
+            yield self._held.scratch
+        finally:
+            self._held.scratch = None
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         return weights
@@ -216,6 +232,7 @@ class TritonOps(AtenOps):
             relu=op.relu,
             precision=conv_precision(),
             out=residual if in_place else None,
+            scratch=getattr(self._held, "scratch", None),
         )
 
     def linear(self, op: Linear, prepared: Any, x: Tensor) -> Tensor:

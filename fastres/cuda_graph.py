@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     source: Tensor
     output: Tensor
+    scratch: Any
 
 
 class GraphRunner:
@@ -96,7 +98,7 @@ class GraphRunner:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         self._wait()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
             source = torch.empty_like(x, memory_format=CHANNELS_LAST).copy_(x)
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
@@ -106,8 +108,12 @@ class GraphRunner:
             ):
                 output = self.executor.run([source])
             torch.cuda.current_stream().wait_stream(stream)
-        self._graphs[key] = _Captured(graph, source, output)
+        self._graphs[key] = _Captured(graph, source, output, scratch)
         return self._graphs[key]
+
+    def _scratch(self, x: Tensor) -> AbstractContextManager[Any]:
+        """Memory of the graph's own, so that its kernels need not clear any."""
+        return self.executor.ops.scratch_held(x.device)
 
     def _replay(self, entry: _Captured, x: Tensor) -> Tensor:
         self._wait()

@@ -8,7 +8,7 @@ if __name__ != "fastres.kernels":
 
 from ._common import INTERPRETED, LAUNCHES
 from ._config import TileConfig
-from .conv import conv2d, conv2d_ref
+from .conv import conv2d, conv2d_ref, new_scratch
 from .elementwise import add_relu, add_relu_ref, relu, relu_ref
 from .global_pool import global_avg_pool, global_avg_pool_ref
 from .linear import linear, linear_ref
@@ -30,6 +30,7 @@ __all__ = [
     "linear_ref",
     "max_pool2d",
     "max_pool2d_ref",
+    "new_scratch",
     "relu",
     "relu_ref",
 ]

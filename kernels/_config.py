@@ -16,6 +16,7 @@ import torch
 from ._common import INTERPRETED
 
 _LARGEST_SPLIT = 64 * 128  # elements of a tile
+_SPLIT_WAVES = 2  # programs per SM, at most, of a split reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,10 @@ def candidates(rows: Iterable[TileConfig], problem: Problem, machine: Machine) -
         if row is not None
         for splits in (SPLITS if row.splittable else (1,))
         if splits == 1
-        or (splits <= problem.steps(row.block_k) and problem.tiles(row) * splits <= 2 * machine.sms)
+        or (
+            splits <= problem.steps(row.block_k)
+            and problem.tiles(row) * splits <= _SPLIT_WAVES * machine.sms
+        )
     ]
 
 
@@ -174,6 +178,11 @@ def select_config(
     if not usable:
         raise RuntimeError(f"no tile fits {machine.shared_limit} bytes of shared memory per block")
     return min(usable, key=lambda row: estimated_cycles(row, problem, kind, machine))
+
+
+def split_elements(machine: Machine) -> int:
+    """Elements of the partial sums that any selected tile exchanges, at most."""
+    return _SPLIT_WAVES * machine.sms * _LARGEST_SPLIT
 
 
 @cache

@@ -40,7 +40,7 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import Problem, TileConfig, machine_of, select_config
+from ._config import Problem, TileConfig, machine_of, select_config, split_elements
 
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "half": (
@@ -359,6 +359,12 @@ def scratch_size(problem: Problem, config: TileConfig) -> int:
         return 0
     tile = config.block_m * config.block_n
     return SCRATCH_COUNTS.value + problem.tiles(config) * config.splits * tile
+
+
+def new_scratch(device: torch.device) -> Tensor:
+    """Memory to pass as ``scratch`` to any number of calls in a row, whatever tiles they select."""
+    size = SCRATCH_COUNTS.value + split_elements(machine_of(device))
+    return torch.zeros(size, dtype=torch.float32, device=device)
 
 
 def _scratch(

@@ -1,0 +1,40 @@
+"""One scratch memory serves every split reduction that the tables can select."""
+
+import pytest
+import torch
+
+from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_scratch
+from fastres.kernels._config import Machine, Problem, select_config, split_elements
+from fastres.kernels.conv import CONFIGS, SCRATCH_COUNTS, scratch_size
+
+H200 = Machine(sms=132, shared_limit=227 * 1024)
+SMALL = Machine(sms=20, shared_limit=99 * 1024)
+
+
+@pytest.mark.parametrize("machine", [H200, SMALL], ids=["H200", "small"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scratch_suffices_for_every_selected_tile(machine, kind):
+    room = SCRATCH_COUNTS.value + split_elements(machine)
+    split = 0
+    for pixels in (49, 196, 784, 3136, 12544):
+        for batch in (1, 2, 8, 33):
+            for n, channels, taps in ((64, 64, 9), (256, 64, 1), (512, 512, 9), (512, 2048, 1)):
+                itemsize = 2 if kind == "half" else 4
+                problem = Problem(batch * pixels, n, channels, taps, 1, itemsize)
+                row = select_config(CONFIGS[kind], problem, kind, machine)
+                split += row.splits > 1
+                assert scratch_size(problem, row) <= room
+    assert split or machine is SMALL, "no shape splits, so nothing was shown"
+
+
+def test_calls_in_a_row_share_one_scratch():
+    generator = torch.Generator().manual_seed(5)
+    scratch = new_scratch(torch.device("cpu"))
+    for channels, splits in ((64, 4), (48, 2), (64, 3), (32, 2)):
+        x = torch.randint(-3, 4, (1, channels, 5, 6), generator=generator).float()
+        w = torch.randint(-3, 4, (24, channels, 3, 3), generator=generator).float()
+        x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
+        row = TileConfig(16, 16, 16, 4, 2, splits)
+        y = conv2d(x, w, padding=1, config=row, scratch=scratch)
+        assert torch.equal(y, conv2d_ref(x, w, padding=1)), "integers are exact in any order"
+    assert not scratch[: SCRATCH_COUNTS.value].any(), "the counters are left at zero"
