@@ -63,9 +63,9 @@ class FastModel(nn.Module):
             VerificationError: this is the first call and the outputs differ from the source's.
         """
         arguments = self._bind(args, kwargs)
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.check(self, arguments)
+        if self._pending is not None and _can_show_errors(arguments):
+            self._pending.check(self, arguments)
+            self._pending = None
         return self.run(arguments)
 
     def run(self, arguments: Sequence[Any]) -> Any:
@@ -228,7 +228,10 @@ def optimize(
         if verify:
             fast.verify_with(model)
     if verify and example_input is not None:
-        fast(*([example_input] if isinstance(example_input, Tensor) else example_input))
+        example = [example_input] if isinstance(example_input, Tensor) else example_input
+        if not _can_show_errors(example):
+            raise ValueError("example_input is empty or not finite, so it cannot show an error")
+        fast(*example)
     return fast
 
 
@@ -358,6 +361,12 @@ def _few(arguments: Sequence[Any], images: int = 4) -> Sequence[Any]:
 
 def _to(value: Any, source: torch.dtype, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.dtype is source else value
+
+
+def _can_show_errors(arguments: Sequence[Any]) -> bool:
+    """Whether there is something to compare: all tensors hold elements, and finite ones only."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return all(t.numel() > 0 and bool(torch.isfinite(t).all()) for t in tensors)
 
 
 def _all_finite(output: Any) -> bool:
