@@ -6,18 +6,18 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import fold, plan, portable, trace
 from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
-from .errors import InputError, InputTypeError, VerificationError
+from .errors import BackendError, InputError, InputTypeError, VerificationError
 from .fold import Weights, fold_step
-from .guards import Change, Watch
+from .guards import GRADIENT, Change, Watch, ambient_reason
 from .ir import Call, Conv2d, Linear, attribute
 from .plan import Plan, Step, parameter_paths
 from .shell import FastShell
@@ -43,7 +43,6 @@ class FastModel(nn.Module):
         self.dtype = dtype
         self.source_dtype = _weight_dtype(source, traced)
         self.verification: Verification | None = None
-        self.signature = inspect.signature(source.forward)
         self._described = _plain_attributes(source)
         self._plan = traced
         self._pending: _Pending | None = None
@@ -53,7 +52,11 @@ class FastModel(nn.Module):
                 self._add_weights(index, fold_step(step.op, lambda p: attribute(source, p), dtype))
         self.kept = _keep(source, traced, dtype)
         self._runners: dict[tuple[str, torch.device], GraphRunner] = {}
+        self._program = portable.lower(traced)
+        self._on_triton = self._served_by_triton()
         self.eval()
+
+    signature: ClassVar[inspect.Signature]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's forward, without gradients.
@@ -62,6 +65,8 @@ class FastModel(nn.Module):
             InputError, InputTypeError: an argument does not fit the model.
             VerificationError: this is the first call and the outputs differ from the source's.
         """
+        if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
+            return self._program(self, self._functional(), *args, **kwargs)
         arguments = self._bind(args, kwargs)
         if self._pending is not None and _can_show_errors(arguments):
             self._pending.check(self, arguments)
@@ -146,6 +151,20 @@ class FastModel(nn.Module):
             return value.to(self.dtype)
         return value
 
+    def _functional(self) -> portable.Aten:
+        """What computes the steps of the portable program; an export must not need fastres."""
+        if not torch.compiler.is_compiling():
+            return _ANY_LAYOUT
+        # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
+        exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
+
+    def _served_by_triton(self) -> bool:
+        try:
+            return select_ops(self.backend, self._home(), self.dtype).name == "triton"
+        except BackendError:
+            return False
+
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
@@ -160,14 +179,47 @@ class FastModel(nn.Module):
             )
         self._runners.clear()
         super()._apply(fn, recurse)
+        self._on_triton = self._served_by_triton()
         return self
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("_described", {})
         return described[name] if name in described else super().__getattr__(name)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (self.signature,), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runners": {}, "_pending": None}
+        return {**self.__dict__, "_runners": {}, "_pending": None, "_program": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._program = portable.lower(self._plan)
+
+
+def with_signature(signature: inspect.Signature) -> type[FastModel]:
+    """A FastModel whose forward shows this signature, as torch.export and its users look it up."""
+
+    def forward(self: FastModel, *args: Any, **kwargs: Any) -> Any:
+        return FastModel.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
+        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "signature": inspect.Signature(plain),
+        "__module__": __name__,
+        "__doc__": FastModel.__doc__,
+    }
+    return type("FastModel", (FastModel,), members)
+
+
+def _new(signature: inspect.Signature) -> FastModel:
+    kind = with_signature(signature)
+    return kind.__new__(kind)
 
 
 class _Pending:
@@ -238,7 +290,8 @@ def optimize(
 def _fuse(model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool) -> FastModel:
     """The fused copy of a module that can be traced whole."""
     traced = plan.build(fold.fold(trace.trace(model)))
-    fast = FastModel(model, traced, dtype or _weight_dtype(model, traced), backend)
+    kind = with_signature(inspect.signature(model.forward))
+    fast = kind(model, traced, dtype or _weight_dtype(model, traced), backend)
     if verify:
         fast._pending = _Pending(model, traced)
     return fast
@@ -298,6 +351,17 @@ def _check_source(model: Any) -> None:
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
+
+
+_ATEN = portable.Aten()
+_ANY_LAYOUT = portable.AnyLayout()
+_CUSTOM_OPS = portable.CustomOps()
+
+
+def _transformed(arguments: Sequence[Any]) -> bool:
+    """Whether something looks over the call's shoulder that cannot see into the engine."""
+    reasons = (ambient_reason(value) for value in arguments if isinstance(value, Tensor))
+    return any(reason not in (None, GRADIENT) for reason in reasons)
 
 
 def _plain_attributes(source: nn.Module) -> dict[str, Any]:

@@ -177,6 +177,14 @@ def test_a_shell_copies_and_pickles(source, images):
     assert torch.equal(pickle.loads(pickle.dumps(fast))(images), wanted)
 
 
+def test_a_shell_compiles_whole(source, images):
+    fast = fastres.optimize(source, example_input=images)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        wanted = source(images, with_features=True)
+    torch.testing.assert_close(compiled(images, with_features=True), wanted)
+
+
 def test_training_is_refused(source):
     fast = fastres.optimize(source, verify=False)
     with pytest.raises(RuntimeError, match="inference only"):

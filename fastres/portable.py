@@ -1,0 +1,316 @@
+"""A plan as straight-line code of functional operators, for compilers, exporters and transforms.
+
+Eager calls go through the engine. Under torch.compile, torch.export, jit tracing, dispatch modes
+and functorch the same plan runs as a torch.fx program instead: plain aten operators, or fastres'
+custom operators where Triton serves. Nothing in it is written in place.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .backends import CHANNELS_LAST, conv_precision, matmul_precision
+from .engine import is_channels_last, to_contiguous
+from .ir import (
+    Add,
+    AvgPool2d,
+    BatchNorm2d,
+    Call,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    Pair,
+    ReLU,
+    substitute,
+)
+from .plan import Plan, Step
+
+Program: TypeAlias = Callable[..., Any]
+
+# What torch.compiler.assume_constant_result sets, which would import Dynamo here: the flags, whose
+# getters Dynamo cannot look into, are read when a graph is compiled.
+conv_precision.__dict__["_dynamo_marked_constant"] = True
+matmul_precision.__dict__["_dynamo_marked_constant"] = True
+
+
+class Aten:
+    """The steps as plain PyTorch operators, which every compiler and exporter takes."""
+
+    def nhwc(self, value: Any) -> Any:
+        """A 4-D tensor in channels_last memory; everything else as it is."""
+        is_image = isinstance(value, Tensor) and value.dim() == 4
+        return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
+
+    def wants_nchw(self, *arguments: Any) -> bool:
+        """Whether 4-D results go back in NCHW: unless an argument came in channels_last."""
+        return not any(is_channels_last(value) for value in arguments)
+
+    def restored(self, value: Any, nchw: bool) -> Any:
+        """A value in the memory format that the source would have given it."""
+        return to_contiguous(value) if nchw else value
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """(N, C, H, W) to (N, C*H*W) in NCHW order."""
+        return value.flatten(1)
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        relu: bool,
+    ) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
+        y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return self.add(y, residual, relu) if residual is not None else self.relu(y, relu)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        bias = None if bias is None else bias.to(weight.dtype)
+        return self.relu(F.linear(x, weight, bias), relu)
+
+    def add(self, x: Any, y: Any, relu: bool) -> Any:
+        return self.relu(x + y, relu)
+
+    def relu(self, x: Tensor, relu: bool = True) -> Tensor:
+        return x.relu() if relu else x
+
+    def max_pool(
+        self,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    ) -> Tensor:
+        return F.max_pool2d(x, kernel, stride, padding, dilation, ceil_mode)
+
+    def avg_pool(
+        self,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> Tensor:
+        rest = (ceil_mode, count_include_pad, divisor_override)
+        return F.avg_pool2d(x, kernel, stride, padding, *rest)
+
+    def global_avg_pool(self, x: Tensor, dims: Pair, keepdim: bool) -> Tensor:
+        return x.mean(dims, keepdim=keepdim)
+
+
+class AnyLayout(Aten):
+    """As :class:`Aten`, for transforms that cannot tell memory formats, such as vmap."""
+
+    def nhwc(self, value: Any) -> Any:
+        return value
+
+    def wants_nchw(self, *arguments: Any) -> bool:
+        return True
+
+    def restored(self, value: Any, nchw: bool) -> Any:
+        return value.contiguous() if isinstance(value, Tensor) else value
+
+
+class CustomOps(Aten):
+    """The steps as fastres' custom operators around its Triton kernels."""
+
+    def conv(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        groups: int,
+        relu: bool,
+    ) -> Tensor:
+        fits = residual is None or _is_result(residual, x, weight, stride, padding, dilation)
+        y = torch.ops.fastres.conv2d(
+            self.nhwc(x),
+            weight,
+            bias,
+            self.nhwc(residual) if fits else None,
+            stride,
+            padding,
+            dilation,
+            groups,
+            relu and fits,
+            conv_precision(),
+        )
+        return y if fits else self.add(y, residual, relu)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        y = torch.ops.fastres.linear(rows, weight, bias, relu, matmul_precision())
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    def max_pool(
+        self,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        ceil_mode: bool,
+    ) -> Tensor:
+        return torch.ops.fastres.max_pool2d(
+            self.nhwc(x), kernel, stride, padding, dilation, ceil_mode
+        )
+
+    def avg_pool(
+        self,
+        x: Tensor,
+        kernel: Pair,
+        stride: Pair,
+        padding: Pair,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> Tensor:
+        rest = (ceil_mode, count_include_pad, divisor_override)
+        return torch.ops.fastres.avg_pool2d(self.nhwc(x), kernel, stride, padding, *rest)
+
+    def global_avg_pool(self, x: Tensor, dims: Pair, keepdim: bool) -> Tensor:
+        if x.dim() != 4:
+            return super().global_avg_pool(x, dims, keepdim)
+        y = torch.ops.fastres.global_avg_pool(self.nhwc(x))
+        return y if keepdim else y.flatten(1)
+
+
+def _is_result(
+    residual: Any, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
+) -> bool:
+    """Whether the residual has the convolution's own shape and dtype, so that it can be fused."""
+    if not isinstance(residual, Tensor) or residual.dtype is not x.dtype or residual.dim() != 4:
+        return False
+    sizes = [
+        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
+        + 1
+        for i in (0, 1)
+    ]
+    wanted = (x.shape[0], weight.shape[0], *sizes)
+    return all(a == b for a, b in zip(residual.shape, wanted, strict=True))
+
+
+def lower(plan: Plan) -> Program:
+    """The plan as a function of ``(model, ops, *arguments)``.
+
+    ``model`` is what has ``folded.weight{i}`` and ``folded.bias{i}`` for step i and under ``kept``
+    what the steps left to PyTorch need; ``ops`` is an :class:`Aten`.
+    """
+    code = _Lowering(plan).run().python_code("self")
+    namespace = dict(code.globals)
+    exec(code.src, namespace)  # torch.fx's own rendering of the graph, as fx.GraphModule runs it
+    program: Program = namespace["forward"]
+    return program
+
+
+class _Lowering:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.graph = fx.Graph()
+        self.values: dict[str, fx.Node] = {}
+
+    def run(self) -> fx.Graph:
+        graph = self.graph
+        self.ops = graph.placeholder("ops")
+        inputs = []
+        for parameter in self.plan.parameters:
+            default = () if parameter.required else (parameter.default,)
+            inputs.append(graph.create_node("placeholder", parameter.name, default))
+        self.nchw = self._ops("wants_nchw", *inputs)
+        for parameter, node in zip(self.plan.parameters, inputs, strict=True):
+            self.values[parameter.name] = self._ops("nhwc", node)
+        for index, step in enumerate(self.plan.steps):
+            self.values[step.name] = self._step(index, step)
+        graph.output(self._arguments(self.plan.output, self._restored))
+        return graph
+
+    def _step(self, index: int, step: Step) -> fx.Node:
+        op = step.op
+        x: Any = self.values[step.inputs[0]] if step.inputs else None
+        if isinstance(op, Call):
+            return self._call(op)
+        if isinstance(op, Conv2d):
+            residual = self.values[step.inputs[1]] if op.residual else None
+            geometry = (op.stride, op.padding, op.dilation, op.groups, op.relu)
+            return self._ops("conv", x, *self._weights(index, step), residual, *geometry)
+        if isinstance(op, Linear):
+            return self._ops("linear", x, *self._weights(index, step), op.relu)
+        if isinstance(op, Add):
+            return self._ops("add", x, self.values[step.inputs[-1]], op.relu)
+        if isinstance(op, ReLU):
+            return self._ops("relu", x)
+        if isinstance(op, MaxPool2d):
+            return self._ops(
+                "max_pool", x, op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
+            )
+        if isinstance(op, AvgPool2d):
+            divisor = (op.ceil_mode, op.count_include_pad, op.divisor_override)
+            return self._ops("avg_pool", x, op.kernel, op.stride, op.padding, *divisor)
+        if isinstance(op, GlobalAvgPool):
+            return self._ops("global_avg_pool", x, op.dims, op.keepdim)
+        if isinstance(op, Flatten):
+            return self._ops("flatten", self._restored(step.inputs[0]))
+        assert isinstance(op, BatchNorm2d)
+        return self._batch_norm(op, x)
+
+    def _ops(self, method: str, *arguments: Any) -> fx.Node:
+        return self.graph.call_method(method, (self.ops, *arguments))
+
+    def _weights(self, index: int, step: Step) -> tuple[fx.Node, fx.Node | None]:
+        op: Any = step.op
+        biased = op.bias is not None or getattr(op, "norm", None) is not None
+        bias = self.graph.get_attr(f"folded.bias{index}") if biased else None
+        return self.graph.get_attr(f"folded.weight{index}"), bias
+
+    def _batch_norm(self, op: BatchNorm2d, x: fx.Node) -> fx.Node:
+        paths = (op.mean, op.var, op.weight, op.bias)
+        tensors = [p and self.graph.get_attr(f"kept.{p}") for p in paths]
+        return self.graph.call_function(F.batch_norm, (x, *tensors, False, 0.0, op.eps))
+
+    def _call(self, op: Call) -> fx.Node:
+        if op.kind == "get_attr":
+            return self.graph.get_attr(f"kept.{op.target}")
+        fetch = self.values.__getitem__ if op.any_layout else self._restored
+        args, kwargs = self._arguments(op.args, fetch), self._arguments(op.kwargs, fetch)
+        target = f"kept.{op.target}" if op.kind == "call_module" else op.target
+        return self.graph.create_node(op.kind, target, args, kwargs)
+
+    def _restored(self, name: str) -> fx.Node:
+        return self._ops("restored", self.values[name], self.nchw)
+
+    def _arguments(self, value: Any, fetch: Callable[[str], fx.Node]) -> Any:
+        return self._containers(substitute(value, fetch))
+
+    def _containers(self, value: Any) -> Any:
+        """torch.fx's arguments know plain containers only: others are made by a call."""
+        if isinstance(value, OrderedDict):
+            items = [(key, self._containers(item)) for key, item in value.items()]
+            return self.graph.call_function(OrderedDict, (items,))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self.graph.call_function(type(value), tuple(map(self._containers, value)))
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._containers(item) for item in value)
+        if isinstance(value, dict):
+            return {key: self._containers(item) for key, item in value.items()}
+        return value
