@@ -178,9 +178,14 @@ class FastModel(nn.Module):
                 "call optimize(source, dtype=...) for another one"
             )
         self._runners.clear()
-        super()._apply(fn, recurse)
+        super()._apply(lambda t: _keeping_dtype(fn, t), recurse)
         self._on_triton = self._served_by_triton()
         return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; the engine takes the new weights."""
+        self._runners.clear()
+        return super().load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("_described", {})
@@ -362,6 +367,12 @@ def _transformed(arguments: Sequence[Any]) -> bool:
     """Whether something looks over the call's shoulder that cannot see into the engine."""
     reasons = (ambient_reason(value) for value in arguments if isinstance(value, Tensor))
     return any(reason not in (None, GRADIENT) for reason in reasons)
+
+
+def _keeping_dtype(fn: Any, tensor: Tensor) -> Tensor:
+    """``fn(tensor)`` for a move; a cast is not meant for biases, which are wider than the model."""
+    moved: Tensor = fn(tensor)
+    return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
 
 
 def _plain_attributes(source: nn.Module) -> dict[str, Any]:
