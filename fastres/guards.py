@@ -149,7 +149,10 @@ def _counters(module: nn.Module) -> list[str]:
 
 
 class _Watched:
-    """One tensor by owner and name: the same object, version and address as before?"""
+    """One tensor by owner and name: the same object, version and address as before?
+
+    Inference tensors have no version.
+    """
 
     __slots__ = ("alias", "name", "owner", "pointer", "tensor", "version")
 
@@ -160,7 +163,7 @@ class _Watched:
         owner = holder._parameters if in_parameters else holder._buffers
         self.owner = cast("dict[str, Tensor]", owner)
         self.tensor = self.owner[self.name]
-        self.version = self.tensor._version
+        self.version = None if self.tensor.is_inference() else self.tensor._version
         self.pointer = self.tensor.data_ptr()
         self.alias = self.tensor.detach()
 
@@ -169,7 +172,7 @@ class _Watched:
         return (
             tensor is None
             or tensor is not self.tensor
-            or tensor._version != self.version
+            or (self.version is not None and tensor._version != self.version)
             or tensor.data_ptr() != self.pointer
         )
 

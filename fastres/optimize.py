@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +31,9 @@ class FastModel(nn.Module):
     """A fused copy of a module, for inference only; made by :func:`optimize`.
 
     The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
-    dtype is fixed: folding again from the source is more exact than casting what was folded. The
-    source's plain attributes (such as timm's ``feature_info``) can be read from the copy.
+    dtype is fixed, under autocast too: folding again from the source is more exact than casting
+    what was folded. The source's plain attributes (such as timm's ``feature_info``) can be read
+    from the copy.
 
     Attributes:
         verification: the measured comparison with the source; None until it has run.
@@ -75,9 +77,10 @@ class FastModel(nn.Module):
 
     def run(self, arguments: Sequence[Any]) -> Any:
         """Run the plan on positional arguments, one per parameter of the source's forward."""
-        runner = self._runner(self._device(arguments))
+        home = self._device(arguments)
+        runner = self._runner(home)
         arguments = [self._cast(value) for value in arguments]
-        with torch.no_grad():
+        with torch.no_grad(), _without_autocast(home):
             if len(arguments) == 1 and isinstance(arguments[0], Tensor):
                 return runner(arguments[0])
             return runner.executor.run(arguments)
@@ -369,6 +372,12 @@ def _transformed(arguments: Sequence[Any]) -> bool:
     return any(reason not in (None, GRADIENT) for reason in reasons)
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _keeping_dtype(fn: Any, tensor: Tensor) -> Tensor:
     """``fn(tensor)`` for a move; a cast is not meant for biases, which are wider than the model."""
     moved: Tensor = fn(tensor)
@@ -388,12 +397,12 @@ def _plain_attributes(source: nn.Module) -> dict[str, Any]:
 
 
 def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
+    """The dtype of the first step's weights, or else of the source's first floating-point tensor."""
     paths = (path for step in traced.steps for path in parameter_paths(step.op))
-    first = next(paths, None)
-    dtype: torch.dtype = (
-        torch.get_default_dtype() if first is None else attribute(source, first).dtype
-    )
-    return dtype
+    watched: list[Tensor] = [attribute(source, path) for path in paths]
+    tensors = (*watched, *source.parameters(), *source.buffers())
+    floating = (t.dtype for t in tensors if t.is_floating_point())
+    return next(floating, torch.get_default_dtype())
 
 
 def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype) -> nn.Module:

@@ -261,7 +261,7 @@ def test_opaque_modules_are_called_whole(kind):
 
 
 def test_structures_of_inputs_and_outputs():
-    def forward(self, x, scale=2.0, *, shift=None, flags=(1, 2)):
+    def forward(self, x, scale=2.0, *, flags=(1, 2)):
         y = self.conv(x) * scale
         joined = torch.cat([y, [self.next(y), y][0]], dim=1)
         return {"maps": (joined, [y[:, : flags[1]], x.shape[2]]), "all": torch.stack([y, y])}
