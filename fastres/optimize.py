@@ -275,11 +275,13 @@ def optimize(
         FoldError: a batch norm's numbers cannot be folded; the message names the layer.
         VerificationError: the fused copy's answers differ from the source's.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrapped(model)
     _check_source(model)
     check_backend(backend)
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
-    model = unwrapped(model)
     fast: FastModel | FastShell
     try:
         fast = _fuse(model, dtype, backend, verify)
@@ -346,9 +348,7 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     return found
 
 
-def _check_source(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+def _check_source(model: nn.Module) -> None:
     if isinstance(model, (FastModel, FastShell)):
         raise TypeError(f"model is a {type(model).__name__} already")
     training = [name or "the model" for name, m in model.named_modules() if m.training]
@@ -356,6 +356,8 @@ def _check_source(model: Any) -> None:
         raise ValueError(f"model must be in eval mode; {training[0]} is in training mode")
     if trace.has_hooks(model):
         raise ValueError("model has forward hooks of its own, which a fused copy would not run")
+    if "forward" in vars(model):
+        raise ValueError("model's forward was replaced on the instance, which tracing cannot see")
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
