@@ -399,7 +399,7 @@ def _plain_attributes(source: nn.Module) -> dict[str, Any]:
 
 
 def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
-    """The dtype of the first step's weights, or else of the source's first floating-point tensor."""
+    """That of the first step with weights, or else of the source's first floating-point tensor."""
     paths = (path for step in traced.steps for path in parameter_paths(step.op))
     watched: list[Tensor] = [attribute(source, path) for path in paths]
     tensors = (*watched, *source.parameters(), *source.buffers())
