@@ -156,6 +156,9 @@ class OneDNNOps(AtenOps):
             unary = "relu" if op.relu else "none"
             return self._plain(x, weight, bias, *geometry, unary, [], "")
         epilogue: Any = ("add", 1.0, "relu" if op.relu else None, [], None)
+        if not in_place and (residual.shape[1] == 1 or residual.shape[2:] == (1, 1)):
+            # Memory that is dense in both orders at once is only taken by the in-place form.
+            residual, in_place = residual.clone(), True
         if in_place:
             return self._add_in_place(residual, x, weight, bias, *geometry, *epilogue)
         return self._add(x, residual, weight, bias, *geometry, *epilogue)
