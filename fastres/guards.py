@@ -46,7 +46,7 @@ def ambient_reason(x: Any) -> str | None:
         return "the model is being compiled or traced"
     if is_in_torch_dispatch_mode() or _in_function_mode():
         return "a dispatch or function mode is active"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functorch():
         return "a functorch transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
@@ -55,6 +55,11 @@ def ambient_reason(x: Any) -> str | None:
     if torch.is_grad_enabled() and x.requires_grad:
         return GRADIENT
     return None
+
+
+def in_functorch() -> bool:
+    """Whether vmap, grad, jvp or another transform of torch.func is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _in_function_mode() -> bool:

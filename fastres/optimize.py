@@ -18,7 +18,7 @@ from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import BackendError, InputError, InputTypeError, VerificationError
 from .fold import Weights, fold_step
-from .guards import GRADIENT, Change, Watch, ambient_reason
+from .guards import GRADIENT, Change, Watch, ambient_reason, in_functorch
 from .ir import Call, Conv2d, Linear, attribute
 from .plan import Plan, Step, parameter_paths
 from .shell import FastShell
@@ -157,7 +157,7 @@ class FastModel(nn.Module):
     def _functional(self) -> portable.Aten:
         """What computes the steps of the portable program; an export must not need fastres."""
         if not torch.compiler.is_compiling():
-            return _ANY_LAYOUT
+            return _ANY_LAYOUT if in_functorch() else _ATEN
         # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
         return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN

@@ -238,10 +238,13 @@ class _Lowering:
             default = () if parameter.required else (parameter.default,)
             inputs.append(graph.create_node("placeholder", parameter.name, default))
         self.nchw = self._ops("wants_nchw", *inputs)
+        keep = self.plan.source_layout
         for parameter, node in zip(self.plan.parameters, inputs, strict=True):
-            self.values[parameter.name] = self._ops("nhwc", node)
+            self.values[parameter.name] = node if keep else self._ops("nhwc", node)
         for index, step in enumerate(self.plan.steps):
             self.values[step.name] = self._step(index, step)
+            if keep:
+                self.values[step.name] = self._restored(step.name)
         graph.output(self._arguments(self.plan.output, self._restored))
         return graph
 
