@@ -162,6 +162,18 @@ def test_row5_more_tiles_than_an_axis_y_holds_go_on_axis_x(monkeypatch):
     assert grids == [70_000]
 
 
+@pytest.mark.parametrize(("channels", "gather_c", "even_c"), [(15, 15, False), (16, 0, True)])
+def test_steps_cross_taps_only_where_one_tap_cannot_fill_them(
+    monkeypatch, channels, gather_c, even_c
+):
+    metas = []
+    monkeypatch.setattr(conv_module, "launch", lambda *_, **meta: metas.append(meta))
+    monkeypatch.setattr(conv_module, "check_device", lambda x: None)
+    x, w = torch.empty(1, channels, 1, 1), torch.empty(1, channels, 1, 1)
+    conv2d(x, w, config=SMALL)
+    assert (metas[0]["GATHER_C"], metas[0]["EVEN_C"]) == (gather_c, even_c)
+
+
 @pytest.mark.parametrize("name", ["3x3", "1x1/2", "stem", "groups of 17"])
 def test_row6_the_int64_path_is_exact(monkeypatch, integers, name):
     monkeypatch.setattr(conv_module, "needs_int64", lambda *_: True)
