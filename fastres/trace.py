@@ -180,6 +180,11 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     return _Normalizer(module, recorded, tracer.returned).run()
 
 
+def from_fx(module: nn.Module, recorded: fx.Graph) -> Graph:
+    """A program that torch.fx or Dynamo recorded; ``module`` owns what its get_attr nodes name."""
+    return _Normalizer(module, recorded, None).run()
+
+
 def _refuse_signature(module: nn.Module, method: str) -> None:
     """Arguments that fx records wrongly: stars, and ``y=None``, whose check it takes for False."""
     star = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -425,10 +430,18 @@ def _without_dead_nodes(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(reversed(kept)))
 
 
+_ASSERTIONS = (torch._assert, torch._assert_async)
+
+
 def _may_have_effects(call: Call) -> bool:
-    if call.kind == "call_function":
-        return call.target in (torch._assert, torch._assert_async)
-    return False
+    return call.kind == "call_function" and call.target in _ASSERTIONS
+
+
+def has_unknown_effect(node: fx.Node) -> bool:
+    """Whether a function whose result nobody reads was called for something that is not known."""
+    if node.op != "call_function" or node.users:
+        return False
+    return not _mutates(node) and node.target not in _ASSERTIONS
 
 
 def _is_constant(op: Operation) -> bool:
@@ -651,8 +664,10 @@ def _from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | N
         op = _bound(_spatial_mean, args[1:], kwargs)
     elif target in (F.conv2d, torch.conv2d):
         op = _bound(lambda *a, **k: _conv_function(constant, *a, **k), args[1:], kwargs)
-    elif target is F.linear:
+    elif target in (F.linear, torch._C._nn.linear):
         op = _bound(lambda *a, **k: _linear_function(constant, *a, **k), args[1:], kwargs)
+    elif target is F.batch_norm:
+        op = _bound(lambda *a, **k: _norm_function(constant, *a, **k), args[1:], kwargs)
     return None if op is None else [op]
 
 
@@ -748,3 +763,23 @@ def _linear_function(constant: FindConstant, weight: Any, bias: Any = None) -> O
     if w is None or (bias is not None and b is None):
         return None
     return Linear(w[0], b[0] if b else None, w[1][1], w[1][0])
+
+
+def _norm_function(
+    constant: FindConstant,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: Any = False,
+    momentum: Any = 0.1,
+    eps: Any = 1e-5,
+) -> Operation | None:
+    if training is not False or not isinstance(eps, float):
+        return None
+    w, b, mean, var = (constant(value) for value in (weight, bias, running_mean, running_var))
+    if mean is None or var is None or (weight is not None and w is None):
+        return None
+    if bias is not None and b is None:
+        return None
+    return BatchNorm2d(w[0] if w else None, b[0] if b else None, mean[0], var[0], eps)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "ir", "trace", "fold", "plan", "tuning", "roofline"),
     *("backends", "engine", "cuda_graph", "guards", "live"),
-    *("verify", "portable", "shell", "optimize"),
+    *("verify", "portable", "shell", "optimize", "compile_backend"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
     *("environment", "timing", "results", "report_html", "report"),
     *("bench", "demo", "classify"),

@@ -1,0 +1,266 @@
+"""``torch.compile(model, backend="fastres")``: Dynamo records, fastres folds, fuses and runs.
+
+Dynamo hands over parameters and buffers as inputs of its graph. They are folded when the graph is
+compiled and checked at every call by identity, version and address; what changed is folded again.
+A graph that wants gradients, trains a batch norm, runs under autocast or holds no convolution runs
+as ordinary PyTorch; the logger ``fastres`` says so at level INFO.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from . import fold, plan, trace
+from .backends import check_backend, select_ops
+from .cuda_graph import GraphRunner
+from .engine import Executor
+from .errors import FoldError
+from .guards import Change, Watch
+from .ir import Call, Conv2d, Ref, attribute
+from .plan import Plan
+from .verify import judge
+
+Compiled: TypeAlias = Callable[..., Any]
+
+LOG = logging.getLogger("fastres")
+
+
+class _Leave(Exception):
+    """Why a graph runs as ordinary PyTorch."""
+
+
+def fastres(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """The backend, as torch.compile calls it.
+
+    Args:
+        graph_module: what Dynamo recorded.
+        example_inputs: its inputs, parameters and buffers among them.
+        options: ``{"backend": "auto" | "triton" | "torch"}``.
+
+    Raises:
+        ValueError: another option or another backend.
+        BackendError: the backend asked for cannot run here.
+    """
+    options = dict(options or {})
+    backend = check_backend(options.pop("backend", "auto"))
+    if options:
+        raise ValueError(f"options of backend='fastres' has one key, 'backend'; got {options}")
+    try:
+        _check_context(graph_module, example_inputs)
+        return _Folded(graph_module, example_inputs, backend)
+    except FoldError as error:
+        warnings.warn(f"fastres runs this graph as ordinary PyTorch: {error}", stacklevel=2)
+    except _Leave as reason:
+        LOG.info("graph left to PyTorch: %s", reason)
+    return _counted(graph_module.forward) if _trains(graph_module) else graph_module.forward
+
+
+class _Folded:
+    """One graph: its plan, its folded weights, and what they were folded from."""
+
+    def __init__(
+        self, graph_module: fx.GraphModule, example_inputs: Sequence[Any], backend: str
+    ) -> None:
+        self.eager: Compiled = graph_module.forward
+        self.backend = backend
+        self.program = _Program(graph_module, example_inputs)
+        graph = trace.from_fx(self.program.holder, self.program.graph)
+        self.plan, self.single = _single_output(plan.build(fold.fold(graph)))
+        _check_plan(self.plan)
+        self.paths = [path for step in self.plan.steps for path in plan.parameter_paths(step.op)]
+        self.verified = self.wrong = False
+        self._fold()
+        LOG.info("graph of %d steps, %d left to PyTorch", len(self.plan.steps), len(self.plan.left))
+
+    def __call__(self, *arguments: Any) -> Any:
+        program = self.program
+        if self.wrong or any(arguments[i].item() != v for i, v in program.scalars.items()):
+            return self.eager(*arguments)
+        program.bind(arguments)
+        if self._trainings != _TRAININGS.count or self._watch.change() is not Change.NONE:
+            self._fold()
+        output = self._run([arguments[i] for i in program.dynamic])
+        return output if self.verified else self._verify(arguments, output)
+
+    def _run(self, arguments: list[Any]) -> Any:
+        with torch.no_grad():
+            if len(arguments) == 1 and isinstance(arguments[0], Tensor):
+                output = self._runner(arguments[0])
+            else:
+                output = self._runner.executor.run(arguments)
+        return (output,) if self.single else output
+
+    def _verify(self, arguments: Sequence[Any], actual: Any) -> Any:
+        """The first call runs both ways; a graph whose answers differ is left to PyTorch."""
+        expected = self.eager(*arguments)
+        pairs = [p for p in zip(expected, actual, strict=True) if isinstance(p[0], Tensor)]
+        pairs = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
+        self.verified = bool(pairs)
+        verdict = judge([a for a, _ in pairs], [b for _, b in pairs], None) if pairs else None
+        if verdict is None or verdict.ok:
+            return actual
+        self.wrong = True
+        warnings.warn(f"fastres leaves this graph to PyTorch: {verdict.reason}", stacklevel=3)
+        return expected
+
+    def _fold(self) -> None:
+        weight = attribute(self.program.holder, self.paths[0])
+        ops = select_ops(self.backend, weight.device, weight.dtype)
+        executor = Executor(self.plan, self.program.holder, ops, weight.dtype)
+        self._runner = GraphRunner(executor)
+        self._watch = Watch(self.program.holder, self.paths)
+        self._trainings = _TRAININGS.count
+
+
+class _Program:
+    """Dynamo's graph with parameters and buffers as attributes of a module instead of inputs.
+
+    Attributes:
+        holder: owns them as ``w{index of the input}``.
+        graph: the rest, to be read by :func:`fastres.trace.from_fx`.
+        dynamic: indices of the inputs that are left.
+        scalars: values of the inputs that are numbers of the modules (eps and the like), by index;
+            with ``dynamic=True`` Dynamo passes them on in tensors.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+        self.holder = nn.Module().eval()
+        self.graph = fx.Graph()
+        self.dynamic: list[int] = []
+        self.scalars: dict[int, float] = {}
+        self._slots: list[tuple[dict[str, Any], str, int]] = []
+        self._env: dict[fx.Node, Any] = {}
+        examples = iter(enumerate(example_inputs))
+        for node in graph_module.graph.nodes:
+            if node.op == "placeholder":
+                self._input(node, *next(examples))
+            elif node.op == "get_attr":
+                self._attribute(node, attribute(graph_module, str(node.target)))
+            elif node.target == "item" and isinstance(self._env[node.args[0]], float):
+                self._env[node] = self._env[node.args[0]]
+            else:
+                self._env[node] = self.graph.node_copy(node, self._env.__getitem__)
+                _clean_stack(self._env[node])
+
+    def bind(self, arguments: Sequence[Any]) -> None:
+        """Put the parameters and buffers of this call where the watch looks for them."""
+        for owner, name, index in self._slots:
+            owner[name] = arguments[index]
+
+    def _input(self, node: fx.Node, index: int, example: Any) -> None:
+        if _is_static(example):
+            self._env[node] = self._own(f"w{index}", example)
+            is_parameter = isinstance(example, nn.Parameter)
+            owner: Any = self.holder._parameters if is_parameter else self.holder._buffers
+            self._slots.append((owner, f"w{index}", index))
+        elif _is_scalar(node, example):
+            self.scalars[index] = self._env[node] = example.item()
+        else:
+            self.dynamic.append(index)
+            self._env[node] = self.graph.placeholder(node.name)
+
+    def _attribute(self, node: fx.Node, value: Any) -> None:
+        if type(value) is not Tensor:
+            raise _Leave(f"{node.target} is a {type(value).__name__}")
+        self._env[node] = self._own(f"constant_{node.name}", value)
+
+    def _own(self, name: str, tensor: Tensor) -> fx.Node:
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise _Leave(f"a weight is a {type(tensor).__name__}")
+        if isinstance(tensor, nn.Parameter):
+            self.holder.register_parameter(name, tensor)
+        else:
+            self.holder.register_buffer(name, tensor)
+        return self.graph.get_attr(name)
+
+
+def _is_static(example: Any) -> bool:
+    """Parameters, and what Dynamo marks as living as long as its module: the buffers."""
+    marked = getattr(example, "_dynamo_static_input_type", None) is not None
+    return isinstance(example, nn.Parameter) or marked
+
+
+def _is_scalar(node: fx.Node, example: Any) -> bool:
+    is_number = isinstance(example, Tensor) and example.dim() == 0 and example.device.type == "cpu"
+    return is_number and all(user.target == "item" for user in node.users)
+
+
+def _clean_stack(node: fx.Node) -> None:
+    """``L['self']._modules['layer1']`` as ``layer1``, for the plan's table."""
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        node.meta["nn_module_stack"] = {
+            key: (".".join(_NAMES.findall(str(path))), kind) for key, (path, kind) in stack.items()
+        }
+
+
+_NAMES = re.compile(r"_modules\['(\w+)'\]")
+
+
+def _check_context(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> None:
+    tensors = [value for value in example_inputs if isinstance(value, Tensor)]
+    devices = {tensor.device.type for tensor in tensors if tensor.dim()}
+    if not devices <= {"cpu", "cuda"}:
+        raise _Leave(f"it is on {', '.join(sorted(devices))}")
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise _Leave("gradients are wanted")
+    if any(torch.is_autocast_enabled(device) for device in devices):
+        raise _Leave("autocast is on")
+    for node in graph_module.graph.nodes:
+        if trace.has_unknown_effect(node):
+            raise _Leave(f"{node.target} may have a side effect")
+
+
+def _check_plan(fused: Plan) -> None:
+    if not any(isinstance(step.op, Conv2d) for step in fused.steps):
+        raise _Leave("it has no convolution")
+    for step, reason in fused.left:
+        if isinstance(step.op, Call) and step.op.mutates:
+            raise _Leave(f"{step.name} {reason}")
+
+
+def _single_output(fused: Plan) -> tuple[Plan, bool]:
+    """A 1-tuple of a tensor as the tensor itself, which a CUDA graph can return."""
+    output = fused.output
+    if isinstance(output, tuple) and len(output) == 1 and isinstance(output[0], Ref):
+        return replace(fused, output=output[0]), True
+    return fused, False
+
+
+class _Trainings:
+    """Counts runs of training graphs: batch norms change their statistics without a version."""
+
+    count = 0
+
+
+_TRAININGS = _Trainings()
+
+
+def _trains(graph_module: fx.GraphModule) -> bool:
+    return any(
+        node.args[5] if len(node.args) > 5 else node.kwargs.get("training")
+        for node in graph_module.graph.nodes
+        if node.target is F.batch_norm
+    )
+
+
+def _counted(forward: Compiled) -> Compiled:
+    def run(*arguments: Any) -> Any:
+        _TRAININGS.count += 1
+        return forward(*arguments)
+
+    return run
