@@ -27,6 +27,7 @@ from .ir import (
     Operation,
     ReLU,
 )
+from .tuning import Group
 
 BACKENDS = ("auto", "triton", "torch")
 CHANNELS_LAST = torch.channels_last
@@ -37,6 +38,8 @@ class AtenOps:
 
     name: ClassVar[str] = "torch"
     fused_relu_drops_nan: ClassVar[bool] = False
+    rules: ClassVar[tuple[str, ...]] = ()
+    take_any_layout: ClassVar[frozenset[str]] = frozenset()
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         """Weights in the form that ``conv`` and ``linear`` take them."""
@@ -87,6 +90,20 @@ class AtenOps:
 
     def global_avg_pool(self, op: GlobalAvgPool, x: Tensor) -> Tensor:
         return x.mean(op.dims, keepdim=op.keepdim)
+
+    def takes(self, group: Group) -> bool:
+        """Whether a kernel here serves a group that one of ``rules`` has found."""
+        return False
+
+    def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
+        """What the group's kernel needs beside the ``prepared`` weights of its steps."""
+        return ()
+
+    def run_group(
+        self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Tensor]
+    ) -> tuple[Tensor, ...] | None:
+        """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
+        return None
 
     def scratch_held(self, device: torch.device) -> AbstractContextManager[Any]:
         """Scratch memory that the calls inside share, handed out to be kept as long as they run."""
@@ -197,6 +214,8 @@ class TritonOps(AtenOps):
     """fastres' own kernels: CUDA, or CPU tensors under Triton's interpreter."""
 
     name = "triton"
+    rules = ("stem_pool",)
+    take_any_layout = frozenset(("stem_pool",))
 
     def __init__(self) -> None:
         try:
@@ -205,6 +224,30 @@ class TritonOps(AtenOps):
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
         self._held = threading.local()
+
+    def takes(self, group: Group) -> bool:
+        conv, pool = group.steps[0].op, group.steps[-1].op
+        return (
+            isinstance(conv, Conv2d)
+            and (conv.kernel, conv.stride, conv.padding) == ((7, 7), (2, 2), (3, 3))
+            and (conv.dilation, conv.groups) == ((1, 1), 1)
+            and pool == MaxPool2d((3, 3), (2, 2), (1, 1), (1, 1), ceil_mode=False)
+        )
+
+    def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
+        weight, _ = prepared[0]
+        return tuple(self.kernels.pack_stem_weight(weight, planar=p) for p in (True, False))
+
+    def run_group(
+        self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Tensor]
+    ) -> tuple[Tensor, ...] | None:
+        weight, bias = prepared[0]
+        (x,) = inputs
+        planar = x.is_contiguous()
+        if not planar:
+            x = x.contiguous(memory_format=CHANNELS_LAST)
+        packed = extra[0] if planar else extra[1]
+        return (self.kernels.stem(x, weight, bias, packed=packed, precision=conv_precision()),)
 
     @contextmanager
     def scratch_held(self, device: torch.device) -> Iterator[Any]:

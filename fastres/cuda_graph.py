@@ -99,7 +99,7 @@ class GraphRunner:
             self._pool = torch.cuda.graph_pool_handle()
         self._wait()
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
-            source = torch.empty_like(x, memory_format=CHANNELS_LAST).copy_(x)
+            source = torch.empty_like(x).copy_(x)
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())

@@ -34,6 +34,7 @@ from .ir import (
     substitute,
 )
 from .plan import Plan, Step
+from .tuning import Group, arrange, singly
 
 Restore = Callable[[Any], Any]
 Observer = Callable[[Step, list[Any], Any], None]
@@ -65,10 +66,13 @@ class Executor:
         self.ops = ops
         self.dtype = dtype
         self._weights = weights or self._fold
-        self.plan = replace(plan, served_by=tuple(_server(ops, step.op) for step in plan.steps))
+        self.groups = _groups(plan, ops)
+        self.plan = replace(plan, served_by=_servers(self.groups, ops))
         self._prepared: dict[str, Any] = {}
         self._finite_weights = True
-        self._apart = tuple(_relu_apart(plan.steps))
+        self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
+        self._apart = singly(_relu_apart(plan.steps))
+        self._as_given = _read_as_given(self.groups, plan, ops)
         self._checked: set[Any] = set()
         self.folds = 0
         self.refold()
@@ -88,6 +92,9 @@ class Executor:
             for step in self.plan.steps:
                 if isinstance(step.op, (Conv2d, Linear)):
                     self._prepared[step.name] = self._prepare(step, folded[step.name])
+            for group in self.groups:
+                if group.kernel:
+                    self._prepare_group(group)
             if self.ops.fused_relu_drops_nan:
                 self._finite_weights = all(_is_finite(t) for pair in folded.values() for t in pair)
         self.folds += 1
@@ -100,6 +107,17 @@ class Executor:
         if step.name in self._prepared:
             return self.ops.update(step.op, self._prepared[step.name], weights)
         return self.ops.prepare(step.op, weights)
+
+    def _prepare_group(self, group: Group) -> None:
+        """What a group's kernel needs beside its steps' weights, in the same storage as before."""
+        fresh = self.ops.prepare_group(group, self._weights_of(group))
+        held = self._prepared_groups.setdefault(group.kernel + group.steps[0].name, fresh)
+        for old, new in zip(held, fresh, strict=True):
+            if old is not new:
+                old.copy_(new)
+
+    def _weights_of(self, group: Group) -> list[Any]:
+        return [self._prepared.get(step.name) for step in group.steps]
 
     def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> Any:
         """The plan's output for these arguments, one per parameter of the plan.
@@ -117,25 +135,44 @@ class Executor:
         contiguous = not any(is_channels_last(v) for v in arguments)
         restore = to_contiguous if contiguous else _unchanged
         if not self.plan.source_layout:
-            values = {name: _to_channels_last(value) for name, value in values.items()}
-        for step in self._steps(arguments):
-            if observe is not None:
-                step = replace(step, in_place=False)
-            result = _RUN[type(step.op)](self, step, values, restore)
-            if observe is not None:
-                observe(step, [values[name] for name in step.inputs], result)
-            values[step.name] = restore(result) if self.plan.source_layout else result
-            for name in step.frees:
-                values.pop(name, None)
+            for name in values.keys() - self._as_given:
+                values[name] = _to_channels_last(values[name])
+        groups = self._schedule(arguments) if observe is None else singly(self.plan.steps)
+        for group in groups:
+            if not (group.kernel and self._run_group(group, values)):
+                for step in group.steps:
+                    self._run_step(step, values, restore, observe)
+            for step in group.steps:
+                for name in step.frees:
+                    values.pop(name, None)
         return substitute(self.plan.output, lambda name: restore(values[name]))
 
-    def _steps(self, arguments: Sequence[Any]) -> tuple[Step, ...]:
-        """The plan's, with ReLU apart where it could meet NaN and would drop it."""
+    def _run_group(self, group: Group, values: dict[str, Any]) -> bool:
+        """Let one kernel serve the group; False where it cannot serve these inputs."""
+        extra = self._prepared_groups[group.kernel + group.steps[0].name]
+        inputs = [values[name] for name in group.inputs]
+        outputs = self.ops.run_group(group, self._weights_of(group), extra, inputs)
+        if outputs is not None:
+            values.update(zip(group.outputs, outputs, strict=True))
+        return outputs is not None
+
+    def _run_step(
+        self, step: Step, values: dict[str, Any], restore: Restore, observe: Observer | None
+    ) -> None:
+        if observe is not None:
+            step = replace(step, in_place=False)
+        result = _RUN[type(step.op)](self, step, values, restore)
+        if observe is not None:
+            observe(step, [values[name] for name in step.inputs], result)
+        values[step.name] = restore(result) if self.plan.source_layout else result
+
+    def _schedule(self, arguments: Sequence[Any]) -> tuple[Group, ...]:
+        """The plan's groups, with ReLU apart where it could meet NaN and would drop it."""
         if not self.ops.fused_relu_drops_nan:
-            return self.plan.steps
+            return self.groups
         overflows = self.dtype is torch.float16
         finite = self._finite_weights and not overflows and all(map(_is_finite, arguments))
-        return self.plan.steps if finite else self._apart
+        return self.groups if finite else self._apart
 
     def _check(self, values: Mapping[str, Any]) -> None:
         key = tuple(
@@ -284,6 +321,32 @@ def _fits(op: Conv2d, x: Tensor, residual: Any) -> bool:
         + 1
         == residual.shape[i + 2]
         for i in (0, 1)
+    )
+
+
+def _groups(plan: Plan, ops: AtenOps) -> tuple[Group, ...]:
+    """The plan's steps, joined where the backend has a kernel for several at once."""
+    if plan.source_layout:
+        return singly(plan.steps)
+    return arrange(plan, ops.rules, ops.takes)
+
+
+def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> set[str]:
+    """The parameters that only kernels read which take any memory order."""
+    readers = {p.name: [g for g in groups if p.name in g.inputs] for p in plan.parameters}
+    return {
+        name
+        for name, read_by in readers.items()
+        if read_by and all(group.kernel in ops.take_any_layout for group in read_by)
+    }
+
+
+def _servers(groups: Sequence[Group], ops: AtenOps) -> tuple[str, ...]:
+    """What computes each step, for the plan's table."""
+    return tuple(
+        f"{ops.name} {group.kernel}" if group.kernel else _server(ops, step.op)
+        for group in groups
+        for step in group.steps
     )
 
 

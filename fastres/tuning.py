@@ -30,24 +30,34 @@ class Group:
     outputs: tuple[str, ...]
 
 
-def arrange(plan: Plan, rules: Iterable[str]) -> tuple[Group, ...]:
+def arrange(
+    plan: Plan, rules: Iterable[str], takes: Callable[[Group], bool] | None = None
+) -> tuple[Group, ...]:
     """The plan's steps in order, joined greedily by the named rules, the first that fits first.
 
     Args:
         plan: what runs.
         rules: names out of :data:`RULES`, by preference.
+        takes: may refuse a group, whose steps then stay by themselves; by default all are taken.
     """
     chosen = [(name, RULES[name]) for name in rules]
     readers = count_readers(plan)
-    groups: list[tuple[str, tuple[Step, ...]]] = []
+    groups: list[Group] = []
     position = 0
     while position < len(plan.steps):
         ahead = plan.steps[position:]
-        found = ((name, rule(ahead, readers)) for name, rule in chosen)
-        name, length = next(((n, k) for n, k in found if k), ("", 1))
-        groups.append((name, ahead[:length]))
-        position += length
-    return tuple(_group(name, steps, readers) for name, steps in groups)
+        lengths = ((name, rule(ahead, readers)) for name, rule in chosen)
+        found = (_group(name, ahead[:length], readers) for name, length in lengths if length)
+        single = _group("", ahead[:1], readers)
+        group = next((g for g in found if takes is None or takes(g)), single)
+        groups.append(group)
+        position += len(group.steps)
+    return tuple(groups)
+
+
+def singly(steps: Iterable[Step]) -> tuple[Group, ...]:
+    """Each step by itself."""
+    return tuple(Group("", (step,), step.inputs, (step.name,)) for step in steps)
 
 
 def count_readers(plan: Plan) -> dict[str, int]:

@@ -13,6 +13,7 @@ from .elementwise import add_relu, add_relu_ref, relu, relu_ref
 from .global_pool import global_avg_pool, global_avg_pool_ref
 from .linear import linear, linear_ref
 from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
+from .stem import pack_stem_weight, stem, stem_ref
 
 __all__ = [
     "INTERPRETED",
@@ -31,6 +32,9 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_ref",
     "new_scratch",
+    "pack_stem_weight",
     "relu",
     "relu_ref",
+    "stem",
+    "stem_ref",
 ]

@@ -75,3 +75,10 @@ def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
     # In v1 the next stage's first 1x1 is strided, so 3 of the 15 pairs are not flat.
     found = kernels(arrange(plan_of(v1), ("expand_reduce",)))
     assert found.count("expand_reduce") == 12
+
+
+def test_a_refused_group_stays_single_steps():
+    whole = plan_of(fastres.resnet50())
+    groups = arrange(whole, tuple(RULES), lambda group: group.kernel == "pool_linear")
+    assert kernels(groups) == ["pool_linear"]
+    assert len(groups) == len(whole.steps) - 2
