@@ -138,7 +138,7 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     )
     waves = ceil(programs / (machine.sms * max(1, resident)))
     waiting = waves * steps * _STEP_LATENCY / row.num_stages
-    overhead = _TILE_OVERHEAD
+    overhead: float = _TILE_OVERHEAD
     if row.splits > 1:
         partial_sum = 4 * row.block_m * row.block_n
         overhead += _SPLIT_OVERHEAD + (1 + row.splits) * partial_sum / bandwidth

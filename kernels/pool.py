@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,7 +138,8 @@ def max_pool2d_ref(
 ) -> Tensor:
     """The same in plain PyTorch; in float64 with ``upcast``."""
     x = x.double() if upcast else x
-    y = F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+    window: Any = (kernel_size, stride, padding, dilation)
+    y = F.max_pool2d(x, *window, ceil_mode)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -154,9 +156,8 @@ def avg_pool2d_ref(
 ) -> Tensor:
     """The same in plain PyTorch; in float64 with ``upcast``."""
     x = x.double() if upcast else x
-    y = F.avg_pool2d(
-        x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
-    )
+    window: Any = (kernel_size, stride, padding)
+    y = F.avg_pool2d(x, *window, ceil_mode, count_include_pad, divisor_override)
     return y.contiguous(memory_format=torch.channels_last)
 
 
