@@ -138,8 +138,13 @@ def max_pool2d_ref(
 ) -> Tensor:
     """The same in plain PyTorch; in float64 with ``upcast``."""
     x = x.double() if upcast else x
-    window: Any = (kernel_size, stride, padding, dilation)
-    y = F.max_pool2d(x, *window, ceil_mode)
+    window: Any = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+    }
+    y = F.max_pool2d(x, ceil_mode=ceil_mode, **window)
     return y.contiguous(memory_format=torch.channels_last)
 
 
@@ -156,8 +161,14 @@ def avg_pool2d_ref(
 ) -> Tensor:
     """The same in plain PyTorch; in float64 with ``upcast``."""
     x = x.double() if upcast else x
-    window: Any = (kernel_size, stride, padding)
-    y = F.avg_pool2d(x, *window, ceil_mode, count_include_pad, divisor_override)
+    window: Any = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    y = F.avg_pool2d(
+        x,
+        **window,
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        divisor_override=divisor_override,
+    )
     return y.contiguous(memory_format=torch.channels_last)
 
 
