@@ -49,6 +49,11 @@ def doubling(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
     return 2 * out
 
 
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Bounded, so that no number of steps makes the weights diverge."""
+    return model(x).tanh().square().mean()
+
+
 def equal(a: Tensor | None, b: Tensor | None) -> bool:
     """The same bits; NaN is equal to NaN."""
     if a is None or b is None:
@@ -110,7 +115,8 @@ class Pair(RuleBasedStateMachine):
             exact = copy.deepcopy(self.theirs).double()(x.double())
         # The rule of two; the floor of four units covers answers that PyTorch rounds well.
         floor = 4 * torch.finfo(ours.dtype).eps * rms(exact)
-        assert rms(ours - exact) <= 2 * rms(theirs - exact) + floor
+        error, own = rms(ours - exact), rms(theirs - exact)
+        assert error <= 2 * own + floor, f"error {error:.3g}, PyTorch's {own:.3g}"
 
     def same_state(self) -> None:
         ours, theirs = (m.state_dict() for m in self.both)
@@ -124,7 +130,8 @@ class Pair(RuleBasedStateMachine):
     @rule(n=st.integers(0, 3), size=st.sampled_from([7, 17, 32]), last=st.booleans())
     def other_sizes(self, n: int, size: int, last: bool) -> None:
         x = real_images(4, size)[:n].to(self.dtype)
-        if n or not any(m.training for m in self.theirs.modules()):
+        training = any(m.training for m in self.theirs.modules())
+        if n > 1 or not training:  # statistics of one pixel are refused
             self.compare(x.contiguous(memory_format=torch.channels_last) if last else x)
 
     @rule()
@@ -146,7 +153,7 @@ class Pair(RuleBasedStateMachine):
             m.zero_grad()
             x = real_images(3, 24).to(self.dtype).requires_grad_(of_input)
             with executions() as ran:
-                loss = m(x).square().mean()
+                loss = loss_of(m, x)
             if loss.requires_grad:
                 assert not ran
                 loss.backward()
@@ -162,7 +169,7 @@ class Pair(RuleBasedStateMachine):
             wanted = [p for p in m.parameters() if p.requires_grad]
             optimizer = OPTIMIZERS[name](wanted, **options)
             optimizer.zero_grad()
-            m(real_images(3, 24).to(self.dtype)).square().mean().backward()
+            loss_of(m, real_images(3, 24).to(self.dtype)).backward()
             optimizer.step()
         self.same_state()
 
