@@ -7,23 +7,36 @@ as flash-attention's tests have it). Speed is only measured for outputs that pas
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .baselines import (
+    SHORT,
+    Lazy,
+    Model,
+    Plain,
+    check_names,
+    contenders,
+    cudnn_benchmarking,
+    eager,
+)
 from .environment import native_bf16
+from .errors import UnknownModelError
 from .optimize import optimize
+from .presets import Spec
+from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe
 from .report import Report
 from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError
+from .roofline import Ceilings, roofline
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 BASELINE = "eager fp32"
 RULE_OF_TWO = 2.0
 FLOOR_ULPS = 4.0
@@ -32,7 +45,7 @@ DAMPED = 0.25
 CALIBRATION_BATCH, CALIBRATION_SIZE = 8, 128
 REFERENCE_CHUNK = 32
 
-Model = Callable[[Tensor], Tensor]
+__all__ = ["BASELINE", "DTYPES", "Judge", "Plain", "benchmark", "calibrate_", "compare", "eager"]
 
 
 def benchmark(
@@ -44,7 +57,10 @@ def benchmark(
     device: torch.device | str = "cpu",
     method: Method = DEFAULT_METHOD,
     weights: str | None = None,
+    baselines: Sequence[str] = (),
+    probes: bool = False,
     progress: Callable[[str], Progress] | None = None,
+    on_case: Callable[[Case], None] | None = None,
     **kwargs: Any,
 ) -> Report:
     """Time models against eager PyTorch, one interleaved run for each model and batch size.
@@ -58,36 +74,119 @@ def benchmark(
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
         weights: name of pretrained weights; by default random ones with lively batch norms.
+        baselines: names out of :data:`fastres.baselines.BASELINES`, besides eager PyTorch.
+        probes: also measure latency, memory and, on a GPU, sustained throughput.
         progress: called with a case's title, returns the callback for its rounds.
+        on_case: called with each case as it is done.
         kwargs: arguments of the model, e.g. ``num_classes``.
 
     Raises:
-        ValueError: for an unknown model, dtype or device, or a size or batch below 1.
+        ValueError: for an unknown dtype or device, a size or batch below 1, or if no model is
+            known.
     """
-    for name, values in (("batch", batches), ("size", (size,))):
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name} must be at least 1, got {min(values)}")
+    specs = [
+        Spec(name, batch, size, tuple(dtypes or ()), tuple(baselines), probes)
+        for name in models
+        for batch in batches
+    ]
+    return run(specs, device, method, weights, progress, on_case, **kwargs)
+
+
+def run(
+    specs: Sequence[Spec],
+    device: torch.device | str = "cpu",
+    method: Method = DEFAULT_METHOD,
+    weights: str | None = None,
+    progress: Callable[[str], Progress] | None = None,
+    on_case: Callable[[Case], None] | None = None,
+    cold: bool = False,
+    **kwargs: Any,
+) -> Report:
+    """Measure cases one after another; one that fails is listed and the rest goes on.
+
+    Args and raises: as :func:`benchmark`; ``cold`` also times fresh processes of the first model.
+    """
+    for spec in specs:
+        _check_spec(spec)
     device = parse_device(device)
-    chosen = [parse_dtype(name) for name in dtypes] if dtypes else fast_dtypes(device)
+    ceilings: dict[torch.dtype, Ceilings] = {}
     cases: list[Case] = []
     lost: list[Check] = []
-    for name in models:
-        model = create_model(name, weights=weights, **kwargs).eval()
-        channels = model.conv1.in_channels
-        if weights is None:
-            calibrate_(model)
-        model.to(device)
-        source = weights or "random, with batch norms calibrated on random images"
-        for batch in batches:
-            title = f"{name}, batch {batch}"
-            follow = progress(title) if progress else None
-            try:
-                images = [x.to(device) for x in random_images(batch, channels, size)]
-                cases.append(compare(name, model, images, chosen, source, method, follow))
-            except RuntimeError as error:
-                lost.append(Check(title, False, f"not measured: {one_line(error)}"))
-    title = f"fastres against PyTorch: {', '.join(models)}"
-    return Report.now(title, checks=tuple(lost), cases=tuple(cases))
+    unknown: list[UnknownModelError] = []
+    built: tuple[str, ResNet] | None = None
+    for spec in specs:
+        try:
+            if built is None or built[0] != spec.model:
+                built = (spec.model, _network(spec.model, weights, device, **kwargs))
+            follow = progress(spec.title) if progress else None
+            case = _measure(spec, built[1], device, method, weights, ceilings, follow)
+        except UnknownModelError as error:
+            unknown.append(error)
+            lost.append(Check(spec.title, False, f"not measured: {error}"))
+        except (RuntimeError, MemoryError) as error:
+            lost.append(Check(spec.title, False, f"not measured: {one_line(error)}"))
+        else:
+            cases.append(case)
+            if on_case:
+                on_case(case)
+    if unknown and len(unknown) == len(specs):
+        raise unknown[0]
+    known = dict.fromkeys(case.model for case in cases)
+    return Report.now(
+        f"fastres against PyTorch: {', '.join(known)}",
+        checks=tuple(lost),
+        cases=tuple(cases),
+        cold_starts=cold_starts(next(iter(known)), device) if cold and known else (),
+        ceilings=tuple(ceilings.values()),
+    )
+
+
+def _check_spec(spec: Spec) -> None:
+    for name, value in (("batch", spec.batch), ("size", spec.size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name in spec.dtypes:
+        parse_dtype(name)
+    check_names(spec.baselines)
+
+
+def _network(name: str, weights: str | None, device: torch.device, **kwargs: Any) -> ResNet:
+    model = create_model(name, weights=weights, **kwargs).eval()
+    if weights is None:
+        calibrate_(model)
+    return model.to(device)
+
+
+def _measure(
+    spec: Spec,
+    model: ResNet,
+    device: torch.device,
+    method: Method,
+    weights: str | None,
+    ceilings: dict[torch.dtype, Ceilings],
+    progress: Progress | None,
+) -> Case:
+    """One case; ceilings that it needs are measured once and kept in ``ceilings``."""
+    dtypes = [parse_dtype(name) for name in spec.dtypes] or fast_dtypes(device)
+    images = [x.to(device) for x in random_images(spec.batch, model.conv1.in_channels, spec.size)]
+    source = weights or "random, with batch norms calibrated on random images"
+    case = compare(
+        spec.model, model, images, dtypes, source, method, progress, spec.baselines, spec.probes
+    )
+    if not (spec.probes or spec.layers):
+        return case
+    floors, steps = {}, {}
+    with torch.inference_mode():
+        for dtype in dtypes:
+            if dtype not in ceilings:
+                ceilings[dtype] = measured_ceilings(device, dtype)
+            floor = roofline(
+                model, images[0].shape, itemsize=dtype.itemsize, ceilings=ceilings[dtype]
+            )
+            floors[SHORT[dtype]] = floor.seconds
+            if spec.layers:
+                steps[f"fastres {SHORT[dtype]}"] = layers(model, dtype, images[0], ceilings[dtype])
+    return replace(case, floors=floors, layers=steps)
 
 
 def compare(
@@ -98,26 +197,30 @@ def compare(
     weights: str,
     method: Method,
     progress: Progress | None = None,
+    baselines: Sequence[str] = (),
+    probes: bool = False,
 ) -> Case:
     """Time one model, in eval mode, on float32 NCHW batches of images that take turns.
 
     Every contender gets the same float32 NCHW input and converts it inside the timed region.
     """
-    contenders = {BASELINE: eager(model, torch.float32, torch.contiguous_format)}
+    device = images[0].device
+    calls: dict[str, Model] = {BASELINE: eager(model, torch.float32, torch.contiguous_format)}
     for dtype in dtypes:
-        contenders |= contenders_for(model, dtype, images[0])
-    with torch.inference_mode():
-        judge = Judge(model, contenders, images)
+        calls |= contenders_for(model, dtype, images[0])
+        calls |= contenders(model, dtype, images[0], baselines)
+    lasting = SUSTAINED_SECONDS if device.type == "cuda" else 0.0
+    with torch.inference_mode(), cudnn_benchmarking():
+        judge = Judge(model, calls, images)
         comparison = measure(
-            contenders,
-            images,
-            check=judge,
-            device=images[0].device,
-            method=method,
-            progress=progress,
+            calls, images, check=judge, device=device, method=method, progress=progress
         )
+        right = {n: call for n, call in calls.items() if n not in comparison.failures}
+        found = probe(right, images, sustained_seconds=lasting) if probes else {}
+    if baselines:
+        torch.compiler.reset()  # dynamo keeps only a few variants of one piece of code
     n, c, h, w = images[0].shape
-    return Case(name, (n, c, h, w), weights, comparison, judge.errors)
+    return Case(name, (n, c, h, w), weights, comparison, judge.errors, found)
 
 
 def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dict[str, Model]:
@@ -131,37 +234,15 @@ def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dic
     return found
 
 
-class Plain(nn.Module):
-    """A model as PyTorch runs it: a ResNet of fastres would dispatch to its engine in eval mode."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = getattr(self.model, "_forward_impl", self.model)(x)
-        return output
-
-
-def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
-    """PyTorch as it comes, from a copy of the model."""
-    twin: Any = Plain(copy.deepcopy(model))
-    twin.to(dtype=dtype, memory_format=memory_format)
-    return lambda x: twin(x.to(dtype=dtype, memory_format=memory_format))
-
-
 def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) -> Model:
-    """The optimised model, or a callable that says why there is none."""
-    try:
-        fast = optimize(model, example_input=example, dtype=dtype, backend=backend)
-    except Exception as error:  # listed with its reason like any contender that fails
-        reason = error
+    """The optimised model, built and verified at its first call."""
 
-        def refuse(x: Tensor) -> Tensor:
-            raise reason
+    def build() -> Model:
+        with torch.inference_mode(False), torch.no_grad():
+            fast = optimize(model, example_input=example, dtype=dtype, backend=backend)
+        return lambda x: fast(x.to(dtype))
 
-        return refuse
-    return lambda x: fast(x.to(dtype))
+    return Lazy(build)
 
 
 class Judge:

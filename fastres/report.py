@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +18,21 @@ from typing import Any
 from .checkpoint import atomic_write
 from .environment import Environment, environment
 from .report_html import page
-from .results import COLUMNS, Case, Check, Picture, case_rows, footnote, is_ours
+from .results import (
+    COLUMNS,
+    Case,
+    Check,
+    ColdStart,
+    Picture,
+    case_rows,
+    ceiling_table,
+    cold_table,
+    footnote,
+    is_ours,
+    layer_table,
+    probe_table,
+)
+from .roofline import Ceilings
 
 SCHEMA = "fastres.report"
 SCHEMA_VERSION = 1
@@ -35,13 +50,14 @@ class Report:
     checks: tuple[Check, ...] = ()
     cases: tuple[Case, ...] = ()
     pictures: tuple[Picture, ...] = ()
+    cold_starts: tuple[ColdStart, ...] = ()
+    ceilings: tuple[Ceilings, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
     def now(cls, title: str, **parts: Any) -> Report:
         """A report of this process: its environment, its command line and the time (UTC)."""
-        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        return cls(title, environment(), command_line(), created, **parts)
+        return cls(title, environment(), command_line(), now(), **parts)
 
     @property
     def ok(self) -> bool:
@@ -61,6 +77,8 @@ class Report:
             "checks": [asdict(check) for check in self.checks],
             "cases": [case.to_dict() for case in self.cases],
             "pictures": [asdict(picture) for picture in self.pictures],
+            "cold_starts": [asdict(start) for start in self.cold_starts],
+            "ceilings": [asdict(ceiling) for ceiling in self.ceilings],
             "notes": list(self.notes),
         }
 
@@ -77,6 +95,11 @@ class Report:
         for case in self.cases:
             parts += [f"## {case.title}", _table(COLUMNS, [list(r) for r in case_rows(case)])]
             parts.append(footnote(case))
+            parts += _side_tables(case)
+        if self.cold_starts:
+            parts += ["## Process start to first answer", _table(*cold_table(self.cold_starts))]
+        if self.ceilings:
+            parts += ["## What this machine can do", _table(*ceiling_table(self.ceilings))]
         parts += self.notes
         return "\n\n".join(parts) + "\n"
 
@@ -93,6 +116,44 @@ class Report:
         text = {".json": self.to_json, ".md": self.to_markdown, ".html": self.to_html}[path.suffix]
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text().encode())
+
+
+def _side_tables(case: Case) -> list[str]:
+    parts = [_table(*probe_table(case))] if case.probes else []
+    for name, layers in case.layers.items():
+        parts += [f"### {name}, step by step", _table(*layer_table(layers))]
+    return parts
+
+
+def started(path: Path) -> Callable[[Case], None]:
+    """Begin a file of JSON lines with where and when; returns what appends a finished case.
+
+    A run that is killed keeps the cases that were done.
+    """
+    head = {
+        "schema": f"{SCHEMA}.lines",
+        "schema_version": SCHEMA_VERSION,
+        "created": now(),
+        "command": command_line(),
+        "environment": environment().to_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_line(head), encoding="utf-8")
+
+    def append(case: Case) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(case.to_dict()))
+
+    return append
+
+
+def now() -> str:
+    """The time (UTC), to the second."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(_finite(value), allow_nan=False) + "\n"
 
 
 def command_line() -> str:
@@ -116,7 +177,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _table(header: list[str] | tuple[str, ...], rows: list[list[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [list(header), ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(c.replace("|", "/") for c in line) + " |" for line in lines)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .roofline import Ceilings
 from .timing import Comparison, Samples, Timing
 
 COLUMNS = (
@@ -48,10 +49,72 @@ class OutputError:
 
 
 @dataclass(frozen=True)
-class Case:
-    """One model at one batch size on one device: the timings and the errors beside them.
+class Probe:
+    """What one contender showed apart from the interleaved timing; None where not measured.
 
-    ``shape`` is an input's (N, C, H, W); ``weights`` says where the parameters come from.
+    Attributes:
+        calls: single synchronised calls, by the host's clock, that the quantiles are of.
+        p50, p90, p99: seconds of such a call.
+        gpu: median seconds of GPU time of such a call.
+        host: median seconds until a call returns without waiting for the GPU.
+        peak_bytes: memory taken at most during a call, beyond weights and input.
+        sustained: images per second over ``sustained_seconds`` without a pause.
+        sm_clock: MHz of the GPU in the midst of that.
+    """
+
+    calls: int
+    p50: float
+    p90: float
+    p99: float
+    gpu: float | None = None
+    host: float | None = None
+    peak_bytes: int | None = None
+    sustained: float | None = None
+    sustained_seconds: float | None = None
+    sm_clock: int | None = None
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """One step by itself: the seconds that it took, and its floor on this machine.
+
+    ``bound`` says what the floor is: ``"memory"`` or ``"arithmetic"``.
+    """
+
+    name: str
+    what: str
+    seconds: float
+    floor: float
+    bound: str
+
+    @property
+    def share(self) -> float:
+        """Floor over time: 1 is all that the machine can do."""
+        return self.floor / self.seconds
+
+
+@dataclass(frozen=True)
+class ColdStart:
+    """Seconds from the start of a process to its first answer; or why there are none."""
+
+    contender: str
+    caches: str
+    seconds: float | None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model at one batch size on one device: the timings and what else was found beside them.
+
+    Attributes:
+        shape: an input's (N, C, H, W).
+        weights: where the parameters come from.
+        errors: by contender.
+        probes: by contender, where latency, memory and the like were measured.
+        floors: seconds per batch that no plan with one kernel per convolution can beat on this
+            machine's measured ceilings, by dtype ("fp32").
+        layers: by contender, where steps were timed one by one.
     """
 
     model: str
@@ -59,6 +122,9 @@ class Case:
     weights: str
     comparison: Comparison
     errors: dict[str, OutputError] = field(default_factory=dict)
+    probes: dict[str, Probe] = field(default_factory=dict)
+    floors: dict[str, float] = field(default_factory=dict)
+    layers: dict[str, tuple[LayerTime, ...]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -77,6 +143,12 @@ class Case:
             "weights": self.weights,
             **self.comparison.to_dict(),
             "errors": {name: asdict(error) for name, error in self.errors.items()},
+            "probes": {name: asdict(probe) for name, probe in self.probes.items()},
+            "floors": self.floors,
+            "layers": {
+                name: [asdict(layer) | {"share": layer.share} for layer in layers]
+                for name, layers in self.layers.items()
+            },
         }
 
 
@@ -114,6 +186,58 @@ def footnote(case: Case) -> str:
     if noise and noise.p80 > NOISY * noise.p20:
         text += " The machine was busy: the noise is too large for fine differences."
     return text
+
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+
+
+def probe_table(case: Case) -> Table:
+    """Latency, memory and sustained throughput of each contender of a case."""
+    header = ("contender", "p50 ms", "p90 ms", "p99 ms", "calls", "peak MB", "sustained images/s")
+    rows = []
+    for name, probe in case.probes.items():
+        quantiles = [milliseconds(q) for q in (probe.p50, probe.p90, probe.p99)]
+        peak = "-" if probe.peak_bytes is None else f"{probe.peak_bytes / 1e6:,.1f}"
+        lasting = "-" if probe.sustained is None else f"{probe.sustained:,.1f}"
+        if probe.sm_clock is not None:
+            lasting += f" at {probe.sm_clock} MHz"
+        rows.append((name, *quantiles, str(probe.calls), peak, lasting))
+    return header, rows
+
+
+def layer_table(layers: Sequence[LayerTime]) -> Table:
+    """Each step's time beside its floor, and the whole."""
+    header = ("step", "what", "us", "floor us", "share", "bound by")
+    rows = [
+        (e.name, e.what, f"{e.seconds * 1e6:,.1f}", f"{e.floor * 1e6:,.1f}", f"{e.share:.0%}")
+        + (e.bound,)
+        for e in layers
+    ]
+    seconds, floor = sum(e.seconds for e in layers), sum(e.floor for e in layers)
+    total = (f"{seconds * 1e6:,.1f}", f"{floor * 1e6:,.1f}", f"{floor / seconds:.0%}")
+    return header, [*rows, ("all steps", "", *total, "")]
+
+
+def cold_table(starts: Sequence[ColdStart]) -> Table:
+    """Process start to first answer."""
+    rows = [
+        (s.contender, s.caches, f"{s.seconds:.2f} s" if s.seconds else f"not measured: {s.failure}")
+        for s in starts
+    ]
+    return ("contender", "caches", "to the first answer"), rows
+
+
+def ceiling_table(ceilings: Sequence[Ceilings]) -> Table:
+    """Measured memory bandwidth and matrix throughput."""
+    rows = [
+        (
+            c.name,
+            f"{c.bytes_per_second / 1e9:,.1f} GB/s",
+            f"{c.flop_per_second / 1e12:,.2f} TFLOP/s",
+        )
+        for c in ceilings
+    ]
+    return ("ceiling", "copy, read plus written", "large matrix product"), rows
 
 
 def is_ours(contender: str) -> bool:

@@ -15,8 +15,8 @@ ORDER = (
     *("backends", "engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "shell", "optimize", "compile_backend"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
-    *("environment", "timing", "results", "report_html", "report"),
-    *("bench", "demo", "classify"),
+    *("environment", "timing", "results", "report_html", "report", "compare"),
+    *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )
 KNOW_THE_KERNELS = {"tuning", "backends"}

@@ -51,10 +51,18 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "classify": (runs.classify, "fastres classify cat.jpg dog.jpg --model resnet50 --top 5"),
     "summary": (models.summary, "fastres summary resnet50 --size 224"),
     "plan": (models.plan, "fastres plan resnet50 --json"),
+    "roofline": (models.roofline, "fastres roofline resnet50 --batch 256"),
     "env": (models.env, "fastres env --json"),
 }
 for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: {_example}")(_command)
+
+
+reports = typer.Typer(help="Compare reports.", no_args_is_help=True)
+reports.command("compare", epilog="Example: fastres report compare old.json new.json")(
+    runs.compare_reports
+)
+app.add_typer(reports, name="report")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The commands that look at a network or at this machine: verify, summary, plan, env."""
+"""The commands that look at a network or at this machine: verify, summary, plan, roofline, env."""
 
 from __future__ import annotations
 
@@ -106,6 +106,57 @@ def plan(
         print_json({"model": model, **found.to_dict()})
     else:
         typer.echo(str(found))
+
+
+def roofline(
+    model: ModelName,
+    batch: Annotated[int, typer.Option(min=1, help="Images.")] = 256,
+    size: Size = 224,
+    dtype: Dtype = "float16",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine instead of taking an H200.")
+    ] = False,
+    device: DeviceName = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """The least time that each step and the whole can take, for every way of fusing them.
+
+    Needs no GPU: operations and bytes are counted, and the ceilings are an H200's or, with
+    --measure, this machine's.
+    """
+    from ..bench import parse_device, parse_dtype
+    from ..probes import measured_ceilings
+    from ..roofline import FUSIONS, H200
+    from ..roofline import roofline as floors
+
+    kind = parse_dtype(dtype)
+    ceilings = measured_ceilings(parse_device(device), kind) if measure else H200
+    network = _network(model, None, None)
+    shape = (batch, network.conv1.in_channels, size, size)
+    found = {
+        fusion: floors(network, shape, fusion=fusion, itemsize=kind.itemsize, ceilings=ceilings)
+        for fusion in ("none", *FUSIONS)
+    }
+    if as_json:
+        print_json({"model": model, "shape": shape} | {n: f.to_dict() for n, f in found.items()})
+        return
+    steps = found["epilogue per convolution"].kernels
+    rows = [
+        (k.name, k.what, f"{k.flop / 1e9:,.2f}", f"{k.bytes / 1e6:,.1f}", f"{k.seconds * 1e6:,.1f}")
+        + (k.bound,)
+        for k in steps
+    ]
+    OUT.print(table(("step", "what", "GFLOP", "MB", "floor us", "bound by"), rows))
+    OUT.print(
+        f"\n{ceilings.name}: {ceilings.bytes_per_second / 1e12:.3g} TB/s, "
+        f"{ceilings.flop_per_second / 1e12:.3g} TFLOP/s; batch {batch}",
+        markup=False,
+    )
+    whole = [
+        (n, str(len(f.kernels)), f"{f.seconds * 1e6:,.0f}", f"{f.images_per_second:,.0f}")
+        for n, f in found.items()
+    ]
+    OUT.print(table(("fused", "kernels", "floor us", "images/s at most"), whole))
 
 
 def env(as_json: AsJson = False) -> None:

@@ -48,7 +48,14 @@ def demo(
 
 
 def bench(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="One or more networks.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Networks, without a preset.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Preset: under a minute.")] = False,
+    standard: Annotated[
+        bool, typer.Option("--standard", help="Preset: under eight minutes, six on a CPU.")
+    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="Preset: everything, hours.")] = False,
     batch: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
     dtype: Annotated[
         str | None,
@@ -59,35 +66,56 @@ def bench(
     size: Size = 224,
     device: DeviceName = "auto",
     weights: Annotated[str | None, typer.Option(help="Pretrained weights to download.")] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Besides eager PyTorch: names separated by commas, or all.")
+    ] = "",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Also single calls: p50, p90, p99; and memory.")
+    ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 20,
     seconds: Annotated[float, typer.Option(min=0, help="Time for one case, roughly.")] = 20.0,
     output: Annotated[
-        Path | None, typer.Option(help="Write this path with .json, .md and .html behind it.")
+        Path | None,
+        typer.Option(
+            help="Write this path with .json, .md and .html behind it; .jsonl as it goes."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Time fastres against eager PyTorch, interleaved; outputs are checked first.
+    """Time fastres against PyTorch and other runtimes, interleaved; outputs are checked first.
 
-    A contender with a wrong output gets no time, and the exit code is 1.
+    A contender with a wrong output gets no time, and the exit code is 1. A baseline that cannot run
+    is listed with the reason.
     """
-    from ..bench import benchmark
-    from ..report import SUFFIXES, check_output
+    from ..baselines import BASELINES
+    from ..bench import parse_device, run
+    from ..presets import Preset, Spec, preset
+    from ..report import SUFFIXES, check_output, started
     from ..timing import Method
 
+    chosen = [n for n, on in (("quick", quick), ("standard", standard), ("full", full)) if on]
+    if len(chosen) + bool(models) != 1:
+        raise ValueError("give either networks or one of --quick, --standard, --full")
+    where = parse_device(device)
+    if chosen:
+        plan = preset(chosen[0], where.type)
+    else:
+        names = (
+            tuple(BASELINES) if baselines == "all" else tuple(filter(None, baselines.split(",")))
+        )
+        kinds = tuple(dtype.split(",")) if dtype else ()
+        specs = tuple(
+            Spec(model, n, size, kinds, names, probes=latency)
+            for model in models or ()
+            for n in numbers(batch, "--batch")
+        )
+        plan = Preset(specs, Method(rounds=rounds, budget=seconds))
     paths = [output.with_name(output.name + suffix) for suffix in SUFFIXES] if output else []
     for path in paths:
         check_output(path)
+    append = started(output.with_name(output.name + ".jsonl")) if output else None
     with following() as follow:
-        result = benchmark(
-            models,
-            batches=numbers(batch, "--batch"),
-            dtypes=dtype.split(",") if dtype else None,
-            size=size,
-            device=device,
-            method=Method(rounds=rounds, budget=seconds),
-            weights=weights,
-            progress=follow,
-        )
+        result = run(plan.specs, where, plan.method, weights, follow, append, cold=plan.cold)
     return deliver(result, as_json, paths)
 
 
@@ -124,6 +152,25 @@ def classify(
     return 0
 
 
+def compare_reports(
+    old: Annotated[Path, typer.Argument(help="The earlier report, .json.")],
+    new: Annotated[Path, typer.Argument(help="The later report, .json.")],
+    as_json: AsJson = False,
+) -> int:
+    """Tell what got faster or slower beyond the spread; exit code 1 if fastres got slower."""
+    from ..compare import compare, load
+
+    found = compare(load(old), load(new))
+    if as_json:
+        print_json([change.to_dict() for change in found])
+    else:
+        rows = [
+            (c.case, c.contender, f"{c.ratio:.2f}x" if c.ratio else "-", c.verdict) for c in found
+        ]
+        OUT.print(table(("case", "contender", "new over old speed", ""), rows))
+    return 1 if any(c.verdict == "slower" and c.ours for c in found) else 0
+
+
 def deliver(report: Report, as_json: bool, paths: list[Path]) -> int:
     """Print a report and write it to files; the exit code says whether all answers are right."""
     if as_json:
@@ -138,7 +185,7 @@ def deliver(report: Report, as_json: bool, paths: list[Path]) -> int:
 
 def show(report: Report) -> None:
     """A report on the terminal."""
-    from ..results import case_rows, footnote
+    from ..results import case_rows, ceiling_table, cold_table, footnote, layer_table, probe_table
 
     for check in report.checks:
         mark = "[green]ok   [/]" if check.ok else "[red]WRONG[/]"
@@ -151,6 +198,17 @@ def show(report: Report) -> None:
         for name, failure in case.comparison.failures.items():
             OUT.print(f"{name} has no time: {failure}", style="red", markup=False)
         OUT.print(footnote(case), style="dim", markup=False)
+        if case.probes:
+            OUT.print(table(*probe_table(case)))
+        for name, layers in case.layers.items():
+            OUT.print(f"\n{name}, step by step", markup=False)
+            OUT.print(table(*layer_table(layers)))
+    if report.cold_starts:
+        OUT.print("\n[bold]Process start to first answer[/]")
+        OUT.print(table(*cold_table(report.cold_starts)))
+    if report.ceilings:
+        OUT.print("\n[bold]What this machine can do[/]")
+        OUT.print(table(*ceiling_table(report.ceilings)))
     for note in report.notes:
         OUT.print(note, markup=False)
 

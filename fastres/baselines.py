@@ -1,0 +1,360 @@
+"""What else runs a ResNet: PyTorch in each of its modes, torch.compile, cuDNN, other runtimes.
+
+A baseline is built at its first call, so that its first call shows what starting it costs. One that
+cannot run raises :class:`Unavailable` with the reason, which reports show in place of a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, plan, trace
+from .backends import AtenOps, CudnnOps
+from .cuda_graph import GraphRunner
+from .engine import Executor
+from .errors import FastresError
+from .ir import Conv2d
+
+Model: TypeAlias = Callable[[Tensor], Tensor]
+
+SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+BUILD_SECONDS = 120.0
+AUTOTUNE_SECONDS = 240.0
+TRIALS = 10
+
+
+class Unavailable(FastresError):
+    """A baseline cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One way of running a model that fastres is compared with.
+
+    Attributes:
+        what: one line for a reader.
+        devices: the device types that it is meant for.
+        build: makes it from a model in eval mode, a dtype and an example input (float32 NCHW on
+            the device); raises Unavailable where it cannot.
+        limit: seconds that building may take.
+    """
+
+    name: str
+    what: str
+    devices: tuple[str, ...]
+    build: Callable[[nn.Module, torch.dtype, Tensor], Model]
+    limit: float = BUILD_SECONDS
+
+    def contender(self, model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+        """A callable of float32 NCHW images that builds itself at its first call."""
+        return Lazy(lambda: self._built(model, dtype, example))
+
+    def label(self, dtype: torch.dtype) -> str:
+        """The contender's name in reports."""
+        return f"{self.name} {SHORT[dtype]}"
+
+    def _built(self, model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+        # Weights made in inference mode could not be compiled or exported.
+        with time_limit(self.limit, self.name), torch.inference_mode(False), torch.no_grad():
+            return self.build(model, dtype, example)
+
+
+@dataclass
+class Lazy:
+    """Calls what ``build`` returns, built at the first call."""
+
+    build: Callable[[], Model]
+    _model: Model | None = field(default=None, init=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._model is None:
+            self._model = self.build()
+        return self._model(x)
+
+
+class Plain(nn.Module):
+    """A model as PyTorch runs it: a ResNet of fastres would dispatch to its engine in eval mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = getattr(self.model, "_forward_impl", self.model)(x)
+        return output
+
+
+def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
+    """PyTorch as it comes, from a copy of the model."""
+    twin = _twin(model, dtype, memory_format)
+    return lambda x: twin(x.to(dtype=dtype, memory_format=memory_format))
+
+
+def contenders(
+    model: nn.Module, dtype: torch.dtype, example: Tensor, names: Sequence[str]
+) -> dict[str, Model]:
+    """The named baselines in one dtype, by label; those meant for other devices are left out."""
+    check_names(names)
+    chosen = [BASELINES[name] for name in names if example.device.type in BASELINES[name].devices]
+    return {b.label(dtype): b.contender(model, dtype, example) for b in chosen}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for names that are none of :data:`BASELINES`."""
+    unknown = [name for name in names if name not in BASELINES]
+    if unknown:
+        raise ValueError(
+            f"baselines must be of {', '.join(BASELINES)}; got {', '.join(map(repr, unknown))}"
+        )
+
+
+@contextmanager
+def cudnn_benchmarking() -> Iterator[None]:
+    """cuDNN measures its algorithms for each new shape, as every baseline on it deserves."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raises Unavailable inside the block once it has taken this long.
+
+    Where there is no alarm clock, on Windows and outside of the main thread, the block runs on.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not (main and hasattr(signal, "setitimer")):
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise Unavailable(f"{what} was not ready after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+class FasterOfTwo(CudnnOps):
+    """Each convolution by cuDNN's fused operator or unfused, whichever was faster when first met.
+
+    The fused operator is not always the faster one: pytorch#68506 shows a channels_last 7x7 that is
+    17 times slower. Layers are timed outside of graph capture, which comes with a later call.
+    """
+
+    name = "cudnn, measured"
+
+    def __init__(self) -> None:
+        self.choices: dict[Any, bool] = {}
+
+    def conv(
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+    ) -> Tensor:
+        key = (op, tuple(x.shape))
+        if key not in self.choices and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"{op.weight} was not timed before the graph's capture")
+        if key not in self.choices:
+            fused = _seconds(lambda: CudnnOps.conv(self, op, prepared, x, residual, False))
+            plain = _seconds(lambda: AtenOps.conv(self, op, prepared, x, residual, False))
+            self.choices[key] = fused < plain
+        form = CudnnOps if self.choices[key] else AtenOps
+        return form.conv(self, op, prepared, x, residual, in_place)
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    """Median GPU time of a call, after one that lets cuDNN choose its algorithm."""
+    call()
+    times = []
+    for _ in range(TRIALS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return sorted(times)[TRIALS // 2]
+
+
+def _twin(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Any:
+    """A copy as PyTorch runs it."""
+    twin: Any = Plain(copy.deepcopy(model))
+    return twin.eval().to(dtype=dtype, memory_format=memory_format)
+
+
+def _executor(model: nn.Module, dtype: torch.dtype, ops: AtenOps) -> Executor:
+    return Executor(plan.build(fold.fold(trace.trace(model))), model, ops, dtype)
+
+
+def _folded(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    executor = _executor(copy.deepcopy(model), dtype, AtenOps())
+    return lambda x: executor.run([x.to(dtype)])
+
+
+def _cudnn_fused(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    runner = GraphRunner(_executor(copy.deepcopy(model), dtype, FasterOfTwo()))
+    return lambda x: runner(x.to(dtype))
+
+
+def _inductor(**settings: Any) -> Callable[[nn.Module, torch.dtype, Tensor], Model]:
+    def build(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+        from torch._inductor import config
+
+        form: Any = {"dtype": dtype, "memory_format": torch.channels_last}
+        twin = _twin(model, dtype, torch.channels_last)
+        # fullgraph also refuses to fall back to eager once dynamo's limit of variants is reached.
+        compiled = torch.compile(twin, dynamic=False, fullgraph=True)
+        # Freezing is looked up while dynamo traces, so that torch.compile(options=) is too late.
+        with config.patch(settings), torch.inference_mode():
+            compiled(example.to(**form))
+        graphs = settings.get("triton.cudagraphs", False)
+
+        def call(x: Tensor) -> Tensor:
+            if not graphs:
+                return compiled(x.to(**form))
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(x.to(**form)).clone()  # the graph's own output lives until its next run
+
+        return call
+
+    return build
+
+
+def _tensorrt(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    _require("torch_tensorrt", "torch-tensorrt")
+    import torch_tensorrt
+
+    twin = _twin(model, dtype, torch.contiguous_format)
+    built = torch_tensorrt.compile(
+        twin, ir="dynamo", inputs=[example.to(dtype)], enabled_precisions={dtype}
+    )
+    return lambda x: built(x.to(dtype))
+
+
+def _onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    for module, package in (("onnxruntime", "onnxruntime"), ("onnxscript", "onnxscript")):
+        _require(module, package)
+    import onnxruntime
+
+    cuda = example.is_cuda
+    provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        raise Unavailable(f"the installed onnxruntime has no {provider} (onnxruntime-gpu has it)")
+    if dtype is torch.bfloat16 or (dtype is torch.float16 and not cuda):
+        raise Unavailable(f"onnxruntime has no {SHORT[dtype]} convolution for {provider}")
+    twin = _twin(model, dtype, torch.contiguous_format)
+    exported: Any = torch.onnx.export(twin, (example.to(dtype),), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        exported.model_proto.SerializeToString(), options, providers=[provider]
+    )
+    name = session.get_inputs()[0].name
+    if cuda:
+        return _bound(session, name, dtype)
+    return lambda x: torch.from_numpy(session.run(None, {name: x.to(dtype).numpy()})[0])
+
+
+def _bound(session: Any, name: str, dtype: torch.dtype) -> Model:
+    """onnxruntime on GPU memory that torch owns, both ways."""
+    import numpy as np
+
+    kind = np.float16 if dtype is torch.float16 else np.float32
+    result = session.get_outputs()[0]
+
+    def call(x: Tensor) -> Tensor:
+        x = x.to(dtype).contiguous()
+        y = torch.empty(x.shape[0], result.shape[-1], dtype=dtype, device=x.device)
+        binding = session.io_binding()
+        where = ("cuda", x.device.index or 0, kind)
+        binding.bind_input(name, *where, tuple(x.shape), x.data_ptr())
+        binding.bind_output(result.name, *where, tuple(y.shape), y.data_ptr())
+        torch.cuda.current_stream().synchronize()  # onnxruntime has a stream of its own
+        session.run_with_iobinding(binding)
+        return y
+
+    return call
+
+
+def _openvino(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    _require("openvino", "openvino")
+    import openvino
+
+    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    twin = _twin(model, torch.float32, torch.contiguous_format)
+    converted = openvino.convert_model(twin, example_input=example)
+    settings = {
+        "INFERENCE_PRECISION_HINT": hints[dtype],
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    compiled = openvino.compile_model(converted, "CPU", settings)
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy()).to(dtype)
+
+
+def _require(module: str, package: str) -> None:
+    if find_spec(module) is None:
+        raise Unavailable(f"{package} is not installed")
+
+
+_ALL: tuple[Baseline, ...] = (
+    Baseline("folded", "batch norm folded by fastres, plain F.conv2d", ("cpu", "cuda"), _folded),
+    Baseline(
+        "cuDNN fused",
+        "folded, cuDNN's fused operators or unfused ones by measurement, in a CUDA graph",
+        ("cuda",),
+        _cudnn_fused,
+    ),
+    Baseline(
+        "compile CUDA graphs",
+        "torch.compile, channels_last, as mode reduce-overhead",
+        ("cuda",),
+        _inductor(**{"triton.cudagraphs": True}),
+    ),
+    Baseline(
+        "inductor freezing",
+        "torch.compile, channels_last, weights frozen",
+        ("cpu",),
+        _inductor(freezing=True),
+    ),
+    Baseline(
+        "max-autotune",
+        "torch.compile, channels_last, weights frozen, as mode max-autotune",
+        ("cpu", "cuda"),
+        _inductor(
+            **{
+                "freezing": True,
+                "max_autotune": True,
+                "coordinate_descent_tuning": True,
+                "triton.cudagraphs": True,
+            }
+        ),
+        AUTOTUNE_SECONDS,
+    ),
+    Baseline("TensorRT", "torch-tensorrt", ("cuda",), _tensorrt),
+    Baseline("onnxruntime", "the ONNX export in onnxruntime", ("cpu", "cuda"), _onnxruntime),
+    Baseline("OpenVINO", "OpenVINO on the CPU", ("cpu",), _openvino),
+)
+BASELINES: Mapping[str, Baseline] = {baseline.name: baseline for baseline in _ALL}
+"""By name. Eager float32, which all ratios refer to, and eager channels_last are always there."""
+
+CHEAP = ("folded", "cuDNN fused", "TensorRT", "onnxruntime", "OpenVINO")
+STANDARD = ("folded", "cuDNN fused", "compile CUDA graphs", "inductor freezing", *CHEAP[2:])

@@ -1,0 +1,111 @@
+"""Which cases a benchmark runs: ``quick``, ``standard`` and ``full``, on a CPU and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .baselines import BASELINES, CHEAP, STANDARD
+from .timing import Method
+
+FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+COUSINS = ("resnext50_32x4d", "wide_resnet50_2")
+BATCHES = (1, 8, 32, 128, 256)
+SIZES = (160, 288, 384)
+AUTOTUNED = ("cuDNN fused", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One case to measure.
+
+    Attributes:
+        dtypes: names; empty for what is fast on the device.
+        baselines: names out of :data:`fastres.baselines.BASELINES`.
+        probes: also latency, memory and, on a GPU, sustained throughput.
+        layers: also every step by itself.
+    """
+
+    model: str
+    batch: int
+    size: int = 224
+    dtypes: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = ()
+    probes: bool = False
+    layers: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, batch {self.batch}, {self.size}x{self.size}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Cases in order, how long each is measured, and whether processes are started cold."""
+
+    specs: tuple[Spec, ...]
+    method: Method
+    cold: bool = False
+
+
+def preset(name: str, device: str) -> Preset:
+    """The preset of a name for ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        ValueError: for another name than quick, standard or full.
+    """
+    makers = {"quick": _quick, "standard": _standard, "full": _full}
+    if name not in makers:
+        raise ValueError(f"preset must be one of {', '.join(makers)}; got {name!r}")
+    return makers[name](device)
+
+
+def _quick(device: str) -> Preset:
+    """Under a minute."""
+    cuda = device == "cuda"
+    model, batches = ("resnet50", (1, 32)) if cuda else ("resnet18", (1, 4))
+    specs = tuple(Spec(model, b, baselines=CHEAP, probes=True, layers=b == 1) for b in batches)
+    return Preset(specs, Method(rounds=8, budget=4.0, sample=0.02, warmup=0.1))
+
+
+def _standard(device: str) -> Preset:
+    """Under eight minutes on a GPU, under six on two cores of a CPU."""
+    if device == "cuda":
+        return Preset(tuple(_standard_gpu()), Method(rounds=20, budget=8.0), cold=True)
+    specs = (
+        Spec("resnet50", 1, baselines=STANDARD, probes=True, layers=True),
+        Spec("resnet50", 8, baselines=CHEAP, probes=True, layers=True),
+        Spec("resnet18", 1, baselines=CHEAP, probes=True),
+        Spec("resnet18", 8, baselines=CHEAP, probes=True),
+        Spec("resnet50", 1, size=32),
+    )
+    return Preset(specs, Method(rounds=12, budget=15.0), cold=True)
+
+
+def _standard_gpu() -> Iterator[Spec]:
+    for batch in BATCHES:
+        edge = batch in (1, 256)
+        yield Spec("resnet50", batch, baselines=STANDARD, probes=True, layers=edge)
+    for model in FAMILY:
+        if model != "resnet50":
+            yield from (Spec(model, batch, baselines=("cuDNN fused",)) for batch in (1, 256))
+    yield Spec("resnet50", 1, size=32)
+    # Last, since it may take its whole time limit.
+    yield from (Spec("resnet50", batch, baselines=AUTOTUNED) for batch in (1, 256))
+
+
+def _full(device: str) -> Preset:
+    dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())
+    batches = BATCHES if device == "cuda" else (1, 8, 32)
+    everything = tuple(BASELINES)
+    specs = [
+        Spec(model, batch, 224, dtypes, everything, probes=True, layers=True)
+        for model in (*FAMILY, *COUSINS)
+        for batch in batches
+    ]
+    specs += [
+        Spec("resnet50", batch, size, dtypes, STANDARD, probes=True)
+        for size in SIZES
+        for batch in batches
+    ]
+    return Preset(tuple(specs), Method(), cold=True)

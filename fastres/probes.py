@@ -1,0 +1,305 @@
+"""Measurements beside the interleaved timing: latency, memory, layers, ceilings, cold start."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import fold, plan, trace
+from .backends import select_ops
+from .engine import Executor
+from .environment import gpu_state
+from .ir import Flatten, Parameter, Ref
+from .plan import Plan, Step
+from .results import ColdStart, LayerTime, Probe
+from .roofline import Ceilings, roofline
+
+Model = Callable[[Tensor], Tensor]
+
+CALLS = 1000
+BLOCK = 10
+FOREIGN = ("onnxruntime", "OpenVINO", "TensorRT")
+COPIED_BYTES = 256 * 2**20
+REPEATS = 10
+SUSTAINED_SECONDS = 3.0
+COLD_SECONDS = 120.0
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+def probe(
+    contenders: Mapping[str, Model],
+    images: Sequence[Tensor],
+    *,
+    budget: float = 2.0,
+    sustained_seconds: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Probe]:
+    """Latency, peak memory and sustained throughput of contenders that are warm and right.
+
+    Latency is of single synchronised calls, in blocks of ten of one contender, the blocks in random
+    order, until each has a thousand or the budget is spent.
+
+    Args:
+        budget: seconds per contender for the latencies.
+        sustained_seconds: how long to run without a pause; 0 leaves it out.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = random.Random(seed)
+    until = time.perf_counter() + budget * len(contenders)
+    while time.perf_counter() < until and any(len(v) < CALLS for v in times.values()):
+        for name in order.sample(list(contenders), len(contenders)):
+            times[name] += _latencies(contenders[name], images, BLOCK)
+    return {
+        name: _probe(name, call, images, times[name], sustained_seconds)
+        for name, call in contenders.items()
+    }
+
+
+def _probe(
+    name: str, call: Model, images: Sequence[Tensor], times: list[float], lasting: float
+) -> Probe:
+    p50, p90, p99 = (float(q) for q in np.quantile(times, (0.5, 0.9, 0.99)))
+    rate, clock = sustained(call, images, lasting) if lasting else (None, None)
+    gpu, host = _gpu_and_host(call, images) if images[0].is_cuda else (None, None)
+    peak = None if name.startswith(FOREIGN) else peak_bytes(call, images[0])
+    return Probe(len(times), p50, p90, p99, gpu, host, peak, rate, lasting or None, clock)
+
+
+def _latencies(call: Model, images: Sequence[Tensor], count: int) -> list[float]:
+    found = []
+    for i in range(count):
+        x = images[i % len(images)]
+        _synchronize(x)
+        started = time.perf_counter()
+        call(x)
+        _synchronize(x)
+        found.append(time.perf_counter() - started)
+    return found
+
+
+def _gpu_and_host(call: Model, images: Sequence[Tensor]) -> tuple[float, float]:
+    """Median seconds of GPU time, and until the call returns."""
+    gpu, host = [], []
+    for i in range(100):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        started = time.perf_counter()
+        call(images[i % len(images)])
+        host.append(time.perf_counter() - started)
+        end.record()
+        end.synchronize()
+        gpu.append(begin.elapsed_time(end) / 1e3)
+    return median(gpu), median(host)
+
+
+def sustained(
+    call: Model, images: Sequence[Tensor], seconds: float = SUSTAINED_SECONDS
+) -> tuple[float, int | None]:
+    """Images per second over ``seconds`` without a pause, and the SM clock (MHz) half-way."""
+    started = time.perf_counter()
+    done, clock, asked = 0, None, False
+    while (passed := time.perf_counter() - started) < seconds:
+        for x in images:
+            call(x)
+            done += len(x)
+        if images[0].is_cuda and not asked and passed > seconds / 2:
+            clock, asked = _sm_clock(), True
+        _synchronize(images[0])
+    return done / (time.perf_counter() - started), clock
+
+
+def _sm_clock() -> int | None:
+    text = gpu_state().get("clocks.sm", "")
+    return int(text) if text.isdigit() else None
+
+
+def peak_bytes(call: Model, x: Tensor) -> int:
+    """Most memory that PyTorch's allocators had handed out during a call, beyond before it."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call(x)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call(x)
+    inner: Any = profiler.profiler
+    events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return max(0, int(np.cumsum([e.nbytes() for e in events] or [0]).max()))
+
+
+def layers(
+    model: nn.Module, dtype: torch.dtype, x: Tensor, ceilings: Ceilings
+) -> tuple[LayerTime, ...]:
+    """Every step of the fused model by itself on its true inputs, beside its floor.
+
+    A step repeats on the same operands, so that they are cached where they fit.
+    """
+    whole = plan.build(fold.fold(trace.trace(model)))
+    ops = select_ops("auto", x.device, dtype)
+    costs = roofline(model, tuple(x.shape), itemsize=dtype.itemsize, ceilings=ceilings).kernels
+    timed: list[tuple[Step, float]] = []
+    planned = {step.name: step for step in whole.steps}
+
+    def observe(step: Step, operands: list[Any], result: Any) -> None:
+        if isinstance(step.op, Flatten):
+            return
+        alone = replace(planned[step.name], frees=())
+        parameters = tuple(Parameter(name, True) for name in dict.fromkeys(step.inputs))
+        single = Executor(Plan((alone,), parameters, Ref(step.name)), model, ops, dtype)
+        given = dict(zip(step.inputs, operands, strict=True))
+        copies = [given[p.name].clone() for p in parameters]  # a residual is overwritten
+        timed.append((step, _step_seconds(lambda: single.run(copies), x)))
+
+    Executor(whole, model, ops, dtype).run([x.to(dtype)], observe)
+    return tuple(
+        LayerTime(cost.name, cost.what, seconds, cost.seconds, cost.bound)
+        for (_, seconds), cost in zip(timed, costs, strict=True)
+    )
+
+
+def _step_seconds(call: Callable[[], Any], x: Tensor) -> float:
+    call()
+    if x.is_cuda:
+        return _graph_seconds(call)
+    started = time.perf_counter()
+    call()
+    repeats = max(1, min(REPEATS, int(2e-3 / max(time.perf_counter() - started, 1e-7))))
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        times.append((time.perf_counter() - started) / repeats)
+    return median(times)
+
+
+def _graph_seconds(call: Callable[[], Any]) -> float:
+    """GPU seconds of one call out of a graph of several, in which launches cost least."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            call()
+    return _best(graph.replay, torch.device("cuda")) / REPEATS
+
+
+def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """This machine's copy bandwidth and matrix throughput, the best of several tries.
+
+    The copy is larger than the caches, on a GPU as on a CPU; inputs are random, since zeros are
+    faster on a GPU.
+    """
+    source = torch.randn(COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    copied = _best(lambda: target.copy_(source), device)
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    multiplied = _best(lambda: a @ b, device)
+    name = f"{_machine(device)}, {NAMES.get(dtype, str(dtype))}, measured"
+    return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied)
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} threads"
+
+
+def _best(call: Callable[[], Any], device: torch.device, tries: int = 7) -> float:
+    call()
+    times = []
+    for _ in range(tries):
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            started = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _synchronize(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+FIRST_ANSWER = """
+import torch, fastres
+from fastres.baselines import eager
+model = fastres.create_model({model!r}).eval()
+x = torch.randn(1, 3, 224, 224)
+x, model = x.to({device!r}), model.to({device!r})
+with torch.inference_mode():
+    y = {call}
+assert torch.isfinite(y.sum()).item()
+"""
+CALLS_OF = {
+    "fastres": "model(x)",
+    "eager": "eager(model, torch.float32, torch.contiguous_format)(x)",
+}
+
+
+def cold_starts(
+    model: str, device: torch.device, limit: float = COLD_SECONDS
+) -> tuple[ColdStart, ...]:
+    """Seconds from starting Python to the first answer of a network at batch 1, 224x224.
+
+    First with empty caches of Triton and Inductor, then with those that the first run filled.
+    """
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, call in CALLS_OF.items():
+            caches = {
+                "TRITON_CACHE_DIR": f"{folder}/{name}/triton",
+                "TORCHINDUCTOR_CACHE_DIR": f"{folder}/{name}/inductor",
+            }
+            script = FIRST_ANSWER.format(model=model, device=str(device), call=call)
+            for state in ("empty", "filled"):
+                found.append(_cold_start(name, state, script, caches, limit))
+    return tuple(found)
+
+
+def _cold_start(
+    name: str, state: str, script: str, caches: Mapping[str, str], limit: float
+) -> ColdStart:
+    paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(caches)
+    command = (sys.executable, "-c", script)
+    started = time.perf_counter()
+    try:
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return ColdStart(name, state, None, f"no answer after {limit:g} s")
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return ColdStart(name, state, None, f"exit status {done.returncode}: {last}")
+    return ColdStart(name, state, seconds)
