@@ -1,6 +1,6 @@
 """The compile gate for the fused kernels: stem, head, flat products, rot2, HWNC convolution.
 
-    python tests/compile_gate_fused.py [--target sm_90] [--kernel stem] [--jobs 2] [--json]
+    python tests/compile_gate_fused.py [--full] [--target sm_90] [--kernel stem] [--json] [--help]
 
 Judges as compile_gate.py does. Kernels that read through tensor descriptors are compiled where the
 GPU has the copy engine for them, sm_90 and later. Exit status 1 when a case fails.
@@ -11,16 +11,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from compile_gate import TARGETS, Case, compile_all, show
+from torch._subclasses.fake_tensor import FakeTensor
 
-from fastres.kernels import stem
+from fastres.kernels import _tma, gemm, stem
+from fastres.kernels._config import Machine, TileConfig
+
+# What only a GPU could tell.
+FakeTensor.data_ptr = lambda self: 0
+_tma.has_copy_engine = lambda device: True
+gemm.machine_of = lambda device: Machine(132, 227 * 1024)
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -49,7 +58,7 @@ def stem_run(
     return run
 
 
-def stem_cases() -> Iterator[Case]:
+def stem_cases(full: bool) -> Iterator[Case]:
     """Each row for each target; on sm_90 from all that users have."""
 
     def case(row, target, inputs, dtype, precision="ieee", planar=True) -> Case:
@@ -71,16 +80,83 @@ def stem_cases() -> Iterator[Case]:
         for row in stem.CONFIGS["half"]:
             yield case(row, target, torch.float16, torch.float16)
         for row in stem.CONFIGS["single"]:
-            for precision in ("ieee", "tf32"):
+            for precision in ("ieee", "tf32") if full or target == "sm_90" else ("tf32",):
                 yield case(row, target, torch.float32, torch.float32, precision)
-    for row in stem.CONFIGS["half"]:
+    for row in stem.CONFIGS["half"] if full else stem.CONFIGS["half"][:1]:
         for planar in (True, False):
             for inputs in (torch.float32, torch.uint8, torch.bfloat16):
                 yield case(row, "sm_90", inputs, torch.bfloat16, planar=planar)
 
 
+COPY_ENGINES = ("sm_90", "sm_100")
+PRECISIONS = {
+    "half": ((torch.float16, "ieee"), (torch.bfloat16, "ieee")),
+    "tf32": ((torch.float32, "tf32"),),
+    "ieee": ((torch.float32, "ieee"),),
+}
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+def tile_name(row: TileConfig) -> str:
+    name = f"{row.block_m}x{row.block_n}x{row.block_k} w{row.num_warps} s{row.num_stages}"
+    return f"{name} p" if getattr(row, "persistent", False) else name
+
+
+def tile_case(
+    kernel: str, what: str, row: TileConfig, target: str, kind: str, run: Callable[[], object]
+) -> Case:
+    """A matrix kernel whose tiles the copy engine moves."""
+    fitted = row.fitted(2 if kind == "half" else 4, TARGETS[target].shared_limit)
+    return Case(
+        kernel,
+        what,
+        tile_name(row),
+        target,
+        run,
+        wgmma=kind == "half" and target == "sm_90" and row.block_m >= 64,
+        wide="UTMALDG",
+        unusable="" if fitted == row else "too much shared memory",
+    )
+
+
+def gemm_run(row: gemm.GemmConfig, dtype: torch.dtype, precision: str, stride: int) -> None:
+    """A product with residual, or a pair of them where ``stride`` is not 0."""
+    x, w, b = fake(6272, 256, dtype=dtype), fake(1024, 256, dtype=dtype), fake(1024)
+    if not stride:
+        residual = fake(6272, 1024, dtype=dtype)
+        gemm.gemm(x, w, b, residual=residual, relu=True, precision=precision, config=row)
+        return
+    images = (32, 14 * stride, 14 * stride, 1)
+    x2, w2 = fake(6272 * stride**2, 512, dtype=dtype), fake(1024, 512, dtype=dtype)
+    gemm.gemm_pair(
+        x, w, x2, w2, b, images=images, stride=stride, relu=True, precision=precision, config=row
+    )
+
+
+def gemm_cases(full: bool) -> Iterator[Case]:
+    for kind, rows in gemm.CONFIGS.items():
+        first, last = PRECISIONS[kind][0], PRECISIONS[kind][-1]
+        for row in rows:
+            strides = (0,) if row.persistent else (0, 1, 2)
+            shown = {("sm_90", first, 0), ("sm_90", last, strides[-1]), ("sm_100", first, 0)}
+            every = product(COPY_ENGINES, PRECISIONS[kind], strides)
+            for target, (dtype, precision), stride in every if full else sorted(shown, key=str):
+                what = f"{('single', 'pair', 'pair/2')[stride]} {short(dtype)} {precision}"
+                run = partial(gemm_run, row, dtype, precision, stride)
+                yield tile_case("gemm", what, row, target, kind, run)
+
+
+def all_cases(full: bool) -> Iterable[Case]:
+    yield from stem_cases(full)
+    yield from gemm_cases(full)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every dtype and path of every row")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
     parser.add_argument("--kernel", action="append", help="only this kernel, such as stem")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
@@ -88,7 +164,7 @@ def main() -> int:
     options = parser.parse_args()
     cases = [
         case
-        for case in stem_cases()
+        for case in all_cases(options.full)
         if case.target in (options.target or TARGETS)
         and case.kernel in (options.kernel or [case.kernel])
     ]
