@@ -24,13 +24,14 @@ endif
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types bench gpu clean
+.PHONY: help setup demo test check lint types bench publish gpu clean
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
 	@echo "make test    every test that this machine can run"
 	@echo "make check   formatting, lint, types and the quick CPU tests"
 	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
+	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
 	@echo "SETUP=0 uses \$$(PYTHON) as it is; without it the first call makes $(VENV)"
 
@@ -60,7 +61,10 @@ check: lint types
 	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)
 
 bench: $(READY)
-	$(RUN) -m fastres bench resnet50 --output $(OUT)/bench
+	$(RUN) -m fastres bench --standard --output $(OUT)/bench
+
+publish: bench
+	$(RUN) benchmarks/publish.py $(OUT)/bench.json
 
 gpu: $(READY)
 	$(RUN) -m pytest -q -x tests/gpu $(PYTEST_ARGS)

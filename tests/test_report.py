@@ -1,6 +1,7 @@
 """Reports: what they must show, what they must not, and that each form is well formed."""
 
 import dataclasses
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -10,7 +11,18 @@ import pytest
 
 from fastres.environment import environment
 from fastres.report import Report, check_output
-from fastres.results import Case, Check, OutputError, Picture, footnote, milliseconds
+from fastres.results import (
+    Case,
+    Check,
+    ColdStart,
+    LayerTime,
+    OutputError,
+    Picture,
+    Probe,
+    footnote,
+    milliseconds,
+)
+from fastres.roofline import Ceilings
 from fastres.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
@@ -18,12 +30,41 @@ EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)
 FAST = Timing("fastres fp32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0)
 BROKEN = Timing("fastres bf16", failure="wrong output: RMS error 1.2e+00")
 ERROR = OutputError(1e-6, 5e-6, 1.0, 3e-6, 1.0)
+PROBES = {
+    EAGER.name: Probe(1000, 0.5, 0.6, 0.7, peak_bytes=3_000_000),
+    FAST.name: Probe(1000, 0.25, 0.3, 0.35, 0.2, 0.01, 1_500_000, 40.0, 3.0, 1755),
+}
+LAYERS = tuple(
+    LayerTime(f"layer{i}.conv2", "conv 3x3 64->64 + bias + ReLU", 2e-3, 2e-4 * i, "memory")
+    for i in range(1, 9)
+)
+STARTS = (ColdStart("fastres", "empty", 3.5), ColdStart("eager", "empty", None, "no answer"))
+CEILINGS = (Ceilings("a machine, fp32, measured", 2e10, 3e11),)
 
 
 def report(*timings, **parts):
     comparison = Comparison(EAGER.name, "cpu", "clock", Method(), 3, timings, EAGER)
     case = Case("resnet50", (8, 3, 224, 224), "random", comparison, {FAST.name: ERROR})
     return dataclasses.replace(Report.now("a title", cases=(case,)), **parts)
+
+
+def full_report(**parts):
+    """Every section filled: two batch sizes, probes, floors, layers, cold starts, ceilings."""
+    comparison = report(EAGER, FAST).cases[0].comparison
+    cases = tuple(
+        Case(
+            "resnet50",
+            (batch, 3, 224, 224),
+            "random",
+            comparison,
+            {EAGER.name: ERROR, FAST.name: ERROR},
+            PROBES,
+            {"fp32": 0.05 * batch},
+            {FAST.name: LAYERS} if batch == 1 else {},
+        )
+        for batch in (1, 8)
+    )
+    return report(EAGER, cases=cases, cold_starts=STARTS, ceilings=CEILINGS, **parts)
 
 
 class Document(HTMLParser):
@@ -78,12 +119,13 @@ def test_json_holds_the_raw_samples_and_where_they_come_from():
 
 def test_every_field_of_the_json_is_documented():
     picture = Picture(((0.0,),), "1", "1", 0.9)
-    full = report(EAGER, FAST, pictures=(picture,), checks=(Check("a", True, "b"),))
+    full = full_report(pictures=(picture,), checks=(Check("a", True, "b"),))
     written = full.to_dict()
     free = {"versions", "variables", "errors", "flags"}  # their keys are data
     for name in free & set(written["environment"]):
         written["environment"][name] = {}
-    written["cases"][0]["errors"] = list(written["cases"][0]["errors"].values())
+    for case, name in itertools.product(written["cases"], ("errors", "probes", "layers", "floors")):
+        case[name] = list(case[name].values())
     missing = {key for key in keys(written) if f"`{key}`" not in DOCUMENTED}
     assert not missing
 
