@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from .results import COLUMNS, Case, Check, Picture, case_rows, footnote, is_ours
-from .timing import Samples
+from . import plots
+from .results import (
+    COLUMNS,
+    Case,
+    Check,
+    Picture,
+    case_rows,
+    ceiling_table,
+    cold_table,
+    footnote,
+    is_ours,
+    layer_table,
+    probe_table,
+)
 
 if TYPE_CHECKING:
     from .report import Report
@@ -39,15 +52,15 @@ ul.checks b { margin-right: .5rem; } .good { color: var(--good); } .bad { color:
 svg.chart { width: 100%; min-width: 34rem; height: auto; display: block; }
 svg text { font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .ours { fill: var(--ours); } svg .theirs { fill: var(--theirs); }
-svg .whisker { stroke: var(--ink); stroke-width: 1.5; }
+svg .grid { stroke: var(--line); } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
+ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
+ul.legend svg { vertical-align: middle; } svg .whisker { stroke: var(--ink); stroke-width: 1.5; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
   gap: 1rem; }
 .pictures figure { margin: 0; } .pictures svg { width: 100%; border: 1px solid var(--line);
   display: block; }
 details { margin-top: 1rem; } summary { cursor: pointer; font-weight: 600; }
 """
-
-CHART_WIDTH, LABEL_WIDTH, VALUE_WIDTH, ROW, BAR = 720, 230, 150, 30, 18
 
 
 def page(report: Report) -> str:
@@ -58,7 +71,10 @@ def page(report: Report) -> str:
         f"<code>{escape(report.command)}</code>, {escape(report.created)}</p>",
         _verdict(report),
         _checks(report.checks),
+        plots.over_batch(report.cases),
         *map(_case, report.cases),
+        _cold(report),
+        _ceilings(report),
         _pictures(report.pictures),
         *(f'<p class="note">{escape(note)}</p>' for note in report.notes),
         _environment(report),
@@ -90,13 +106,11 @@ def _checks(checks: tuple[Check, ...]) -> str:
 
 
 def _case(case: Case) -> str:
-    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in COLUMNS)
-    rows = "\n".join(map(_table_row, case_rows(case)))
     return (
         f"<section><h2>{escape(case.title)}</h2>\n"
-        f'<div class="wide">{_chart(case)}</div>\n'
-        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table>'
-        f'</div>\n<p class="note">{escape(footnote(case))}</p></section>'
+        f'<div class="wide">{plots.throughput(case)}</div>\n'
+        f"{_plain_table(COLUMNS, case_rows(case))}\n"
+        f'<p class="note">{escape(footnote(case))}</p>\n{_side(case)}</section>'
     )
 
 
@@ -110,32 +124,50 @@ def _table_row(cells: tuple[str, ...]) -> str:
     return f'<tr{kind}><th scope="row">{escape(name)}</th>{rest}</tr>'
 
 
-def _chart(case: Case) -> str:
-    """Horizontal bars of images per second, with the 20th to 80th percentile as a whisker."""
-    timed = [t for t in case.comparison.timings if t.seconds]
-    if not timed:
+def _drawing(title: str, drawn: str) -> str:
+    return f'<h3>{escape(title)}</h3>\n<div class="wide">{drawn}</div>' if drawn else ""
+
+
+def _side(case: Case) -> str:
+    """What was measured of a case beside its throughput."""
+    parts = []
+    if case.probes:
+        single = "Latency of a single call: median, whisker from p90 to p99"
+        parts.append(_drawing(single, plots.latency(case)))
+        parts.append(_drawing("Peak memory, beyond weights and input", plots.memory(case)))
+        parts.append(_drawing("Relative RMS error (logarithmic)", plots.errors(case)))
+        parts.append(_plain_table(*probe_table(case)))
+    for name, layers in case.layers.items():
+        title = f"{name}: share of each step's floor that it achieves"
+        parts.append(_drawing(title, plots.shares(layers, f"{name}, {case.title}")))
+        parts.append(
+            f"<details><summary>{escape(name)}, step by step</summary>"
+            f"{_plain_table(*layer_table(layers))}</details>"
+        )
+    return "\n".join(parts)
+
+
+def _cold(report: Report) -> str:
+    if not report.cold_starts:
         return ""
-    rates = {t.name: case.images_per_second(t) for t in timed}
-    scale = (CHART_WIDTH - LABEL_WIDTH - VALUE_WIDTH) / max(r.p80 for r in rates.values())
-    rows = "".join(_bar(name, r, i, scale) for i, (name, r) in enumerate(rates.items()))
-    label = escape(f"Images per second, {case.title}; the figures are in the table below")
-    height = ROW * len(timed) + 4
-    return (
-        f'<svg class="chart" role="img" aria-label="{label}" '
-        f'viewBox="0 0 {CHART_WIDTH} {height}">{rows}</svg>'
-    )
+    drawn = f'<div class="wide">{plots.cold(report.cold_starts)}</div>'
+    table = _plain_table(*cold_table(report.cold_starts))
+    return f"<section><h2>Process start to first answer</h2>{drawn}{table}</section>"
 
 
-def _bar(name: str, rate: Samples, index: int, scale: float) -> str:
-    top, middle = ROW * index + 4, ROW * index + 4 + BAR / 2
-    low, high = (LABEL_WIDTH + value * scale for value in (rate.p20, rate.p80))
+def _ceilings(report: Report) -> str:
+    if not report.ceilings:
+        return ""
+    table = _plain_table(*ceiling_table(report.ceilings))
+    return f"<section><h2>What this machine can do</h2>{table}</section>"
+
+
+def _plain_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f'<th scope="col">{escape(c)}</th>' for c in header)
+    body = "\n".join(_table_row(tuple(row)) for row in rows)
     return (
-        f'<text x="{LABEL_WIDTH - 12}" y="{middle + 4.5:.1f}" text-anchor="end">'
-        f"{escape(name)}</text>"
-        f'<rect class="{"ours" if is_ours(name) else "theirs"}" x="{LABEL_WIDTH}" y="{top}" '
-        f'width="{rate.median * scale:.1f}" height="{BAR}" rx="2"/>'
-        f'<line class="whisker" x1="{low:.1f}" y1="{middle}" x2="{high:.1f}" y2="{middle}"/>'
-        f'<text x="{high + 10:.1f}" y="{middle + 4.5:.1f}">{rate.median:,.1f} images/s</text>'
+        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 

@@ -15,7 +15,7 @@ ORDER = (
     *("backends", "engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "shell", "optimize", "compile_backend"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
-    *("environment", "timing", "results", "report_html", "report", "compare"),
+    *("environment", "timing", "results", "plots", "report_html", "report", "compare"),
     *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )

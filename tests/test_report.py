@@ -70,7 +70,7 @@ def full_report(**parts):
 class Document(HTMLParser):
     """Checks that tags nest, and gathers the text, the attributes and the tags."""
 
-    VOID = ("meta", "rect", "line", "br")
+    VOID = ("meta", "rect", "line", "br", "polyline", "circle")
 
     def __init__(self, text):
         super().__init__()
