@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
 from functools import partial
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -23,8 +24,11 @@ import torch
 from compile_gate import TARGETS, Case, compile_all, show
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastres.kernels import _tma, gemm, stem
+from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
+
+# The package gives some of these names to functions.
+gemm, stem = (import_module(f"fastres.kernels.{name}") for name in ("gemm", "stem"))
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
@@ -39,7 +43,7 @@ def short(dtype: torch.dtype) -> str:
 
 
 def stem_run(
-    row: stem.StemConfig, inputs: torch.dtype, dtype: torch.dtype, precision: str, planar: bool
+    row: object, inputs: torch.dtype, dtype: torch.dtype, precision: str, planar: bool
 ) -> Callable[[], object]:
     def run() -> None:
         x = torch.empty(32, 3, 224, 224, dtype=inputs, device="cuda")
@@ -122,7 +126,7 @@ def tile_case(
     )
 
 
-def gemm_run(row: gemm.GemmConfig, dtype: torch.dtype, precision: str, stride: int) -> None:
+def gemm_run(row: TileConfig, dtype: torch.dtype, precision: str, stride: int) -> None:
     """A product with residual, or a pair of them where ``stride`` is not 0."""
     x, w, b = fake(6272, 256, dtype=dtype), fake(1024, 256, dtype=dtype), fake(1024)
     if not stride:

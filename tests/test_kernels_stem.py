@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
-from fastres.kernels import stem as stem_module
 from fastres.kernels._config import Machine
 from fastres.kernels.stem import (
     CONFIGS,
@@ -24,6 +24,7 @@ from fastres.kernels.stem import (
 )
 
 interpreter = pytest.mark.interpreter
+stem_module = import_module("fastres.kernels.stem")  # the package names its function so too
 HALF, BFLOAT, FLOAT, BYTE = torch.float16, torch.bfloat16, torch.float32, torch.uint8
 SMALL = StemConfig(16, 3, 16, 64, 4, 1)
 
