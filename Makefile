@@ -33,6 +33,9 @@ help:
 	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
 	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
+	@echo "make fuzz    random cases for MINUTES=30; what fails is kept in tests/regressions"
+	@echo "make mutants inject known bugs, one by one; the tests must notice each"
+	@echo "make gpu-sanitize  the kernels under compute-sanitizer: memory, races, initialisation"
 	@echo "SETUP=0 uses \$$(PYTHON) as it is; without it the first call makes $(VENV)"
 
 setup: $(STAMP)
@@ -69,6 +72,23 @@ publish: bench
 gpu: $(READY)
 	$(RUN) -m pytest -q -x tests/gpu $(PYTEST_ARGS)
 	$(RUN) -m fastres bench resnet50 --device cuda --batch 1,32,256 --dtype float16 --output $(OUT)/gpu
+
+MINUTES ?= 30
+SEED ?= 0
+
+fuzz: $(READY)
+	$(TEST_ENV) $(RUN) tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
+
+mutants: $(READY)
+	$(TEST_ENV) $(RUN) tests/mutants.py
+
+SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120
+
+gpu-sanitize: $(READY)
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool memcheck $(RUN) tests/gpu/sanitize.py
+	$(SANITIZER) --tool racecheck $(RUN) tests/gpu/sanitize.py
+	$(SANITIZER) --tool initcheck $(RUN) tests/gpu/sanitize.py
+	$(SANITIZER) --tool synccheck $(RUN) tests/gpu/sanitize.py
 
 clean:
 	rm -rf $(VENV) $(OUT) build dist *.egg-info report.html

@@ -84,18 +84,29 @@ def test_row37_good_files_load(suffix):
     assert all(torch.equal(loaded[k], v) for k, v in good().items())
 
 
-damage = st.lists(st.tuples(st.integers(0, 2**16), st.integers(0, 255)), max_size=8)
+damage = st.fixed_dictionaries(
+    {
+        "suffix": st.sampled_from(list(FILES)),
+        "changes": st.lists(st.lists(st.integers(0, 2**16), min_size=2, max_size=2), max_size=8),
+        "share": st.floats(0, 1),
+    }
+)
+
+
+def check_damage(case: dict) -> None:
+    """A good file with some bytes changed, whole and cut."""
+    data = bytearray(FILES[case["suffix"]])
+    for position, value in case["changes"]:
+        data[position % len(data)] = value % 256
+    check(bytes(data[: round(case["share"] * len(data))]), case["suffix"])
+    check(bytes(data), case["suffix"])
 
 
 @settings(max_examples=200)
-@given(suffix=st.sampled_from(list(FILES)), bytes_changed=damage, share=st.floats(0, 1))
+@given(damage)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_row37_damaged_files_are_read_or_refused(suffix, bytes_changed, share):
-    data = bytearray(FILES[suffix])
-    for position, value in bytes_changed:
-        data[position % len(data)] = value
-    check(bytes(data[: round(share * len(data))]), suffix)
-    check(bytes(data), suffix)
+def test_row37_damaged_files_are_read_or_refused(case):
+    check_damage(case)
 
 
 @settings(max_examples=100)
