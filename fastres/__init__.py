@@ -6,6 +6,7 @@
 
 from .checkpoint import load_checkpoint
 from .errors import FastresError
+from .keras_import import from_keras
 from .optimize import FastModel, optimize
 from .resnet import (
     BasicBlock,
@@ -41,6 +42,7 @@ __all__ = [
     "ResNet",
     "Verification",
     "create_model",
+    "from_keras",
     "list_models",
     "load_checkpoint",
     "optimize",

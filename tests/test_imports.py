@@ -14,13 +14,14 @@ ORDER = (
     *("errors", "ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
     *("backends", "engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "shell", "optimize", "compile_backend"),
+    *("keras_file", "keras_layers", "keras_import"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
     *("environment", "timing", "results", "plots", "report_html", "report", "compare"),
     *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )
 KNOW_THE_KERNELS = {"tuning", "backends"}
-OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo")
+OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py")
 
 
 def sources():
