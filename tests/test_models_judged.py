@@ -1,0 +1,151 @@
+"""The ten networks on photographs: float32 against float64, bfloat16 step by step on the CPU."""
+
+import copy
+
+import pytest
+import torch
+from fused import executions, plain, rms
+from helpers import hostile_, real_images
+
+import fastres
+from fastres import fold
+from fastres.verify import verify_steps
+
+SLOW = {"resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
+# Seeds: many where a network is small. Steps: convolutions and the classifier.
+CASES = {
+    "resnet18": (10, 21),
+    "resnet34": (3, 37),
+    "resnet50": (2, 54),
+    "resnet101": (1, 105),
+    "resnet152": (1, 156),
+    "resnext50_32x4d": (2, 54),
+    "resnext101_32x8d": (1, 105),
+    "resnext101_64x4d": (1, 105),
+    "wide_resnet50_2": (1, 54),
+    "wide_resnet101_2": (1, 105),
+}
+PARAMETERS = [
+    pytest.param(name, *CASES[name], marks=pytest.mark.slow if name in SLOW else ())
+    for name in CASES
+]
+
+
+def judge_float32(model, x):
+    """At most twice the RMS error of PyTorch's own float32, whichever layout it runs in.
+
+    oneDNN's channels_last is up to twice less exact than its NCHW for small images, more exact for
+    others. One unit in the last place on top is a third of those errors; a wrong eps or a
+    forgotten mean misses by hundreds of times.
+    """
+    exact = plain(copy.deepcopy(model).double(), x.double())
+    layouts = (torch.contiguous_format, torch.channels_last)
+    errors = [rms(plain(model, x.contiguous(memory_format=f)) - exact) for f in layouts]
+    with executions() as ran, torch.inference_mode():
+        out = model(x)
+    assert len(ran) == 1
+    assert not ran[0].left
+    assert rms(out - exact) <= 2 * max(errors) + torch.finfo(torch.float32).eps * rms(exact)
+    assert torch.equal(out.argmax(1), exact.argmax(1))
+
+
+def judge_bfloat16(model, x, steps):
+    """Each step on its own inputs: a whole network's bfloat16 hides a dropped bias."""
+    fast = fastres.optimize(model, dtype=torch.bfloat16, verify=False)
+    found = verify_steps(fast.executor(), model, [x.bfloat16()])
+    assert len(found) == steps
+    assert [error for error in found if not error.ok] == []
+    out = fast(x)
+    assert out.dtype == torch.bfloat16
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "seeds", "steps"), PARAMETERS)
+def test_hostile_weights_and_real_images(name, seeds, steps):
+    for seed in range(seeds):
+        model = hostile_(getattr(fastres, name)(), seed)
+        x = real_images(2 if seeds > 1 else 1, 64)
+        judge_float32(model, x)
+    judge_bfloat16(model, x, steps)
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+@pytest.mark.parametrize("shortcut", ["A", "B"])
+def test_cifar_networks(name, shortcut):
+    model = hostile_(fastres.create_model(name, shortcut=shortcut), 3)
+    x = real_images(4, 32)
+    with executions() as ran, torch.inference_mode():
+        out = model(x)
+    assert len(ran) == 1
+    exact = plain(copy.deepcopy(model).double(), x.double())
+    assert rms(out - exact) <= 2 * rms(plain(model, x) - exact) + 1.2e-7 * rms(exact)
+
+
+def test_live_bfloat16_and_autocast():
+    """``.bfloat16()`` folds rounded parameters, autocast the float32 ones: both judged by steps."""
+    x = real_images(2, 64)
+    rounded = hostile_(fastres.resnet18()).bfloat16()
+    with torch.inference_mode():
+        rounded(x.bfloat16())
+    (runner,) = rounded._live()._runners.values()
+    found = verify_steps(runner.executor, rounded, [x.bfloat16()])
+    assert len(found) == 21
+    assert all(error.ok for error in found)
+    model = hostile_(fastres.resnet18())
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    assert out.dtype == torch.bfloat16
+    (runner,) = model._live()._runners.values()
+    assert all(e.ok for e in verify_steps(runner.executor, model, [x.bfloat16()]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bug", ["eps", "mean", "beta", "gamma", "bias twice", "residual first"])
+def test_the_judges_see_each_bug(monkeypatch, bug, dtype):
+    """The mutation suite of the fold, against both judges."""
+    model, x = hostile_(fastres.resnet18()), real_images(1, 64)
+    judged = judge_float32 if dtype is torch.float32 else lambda m, x: judge_bfloat16(m, x, 21)
+    judged(model, x)
+    model = copy.deepcopy(model)
+    _inject(monkeypatch, bug)
+    with pytest.raises(AssertionError):
+        judged(model, x)
+
+
+def _inject(monkeypatch, bug):
+    affine, conv = fold._affine, fold.folded_conv
+
+    def wrong(norm, lookup, channels, device):
+        changed = {
+            "eps": {"eps": norm.eps * 1.5},
+            "gamma": {"weight": None},
+            "beta": {"bias": None},
+        }
+        norm = copy.copy(norm)
+        for field, value in changed.get(bug, {}).items():
+            object.__setattr__(norm, field, value)
+        scale, shift = affine(norm, lookup, channels, device)
+        if bug == "mean":
+            shift = shift + lookup(norm.mean).double() * scale
+        return scale, shift
+
+    def twice(op, lookup, dtype):
+        weight, bias = conv(op, lookup, dtype)
+        return weight, 2 * bias
+
+    if bug == "bias twice":
+        monkeypatch.setattr(fold, "folded_conv", twice)
+    elif bug == "residual first":
+        monkeypatch.setattr("fastres.backends.OneDNNOps.conv", _relu_before_add)
+        monkeypatch.setattr("fastres.backends.AtenOps.conv", _relu_before_add)
+    else:
+        monkeypatch.setattr(fold, "_affine", wrong)
+
+
+def _relu_before_add(self, op, prepared, x, residual, in_place):
+    weight, bias = getattr(prepared, "dense", None), getattr(prepared, "bias", None)
+    if weight is None:
+        weight, bias = prepared
+    y = torch.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
+    y = y.relu() if op.relu else y
+    return y if residual is None else y + residual
