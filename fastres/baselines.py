@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -260,7 +261,9 @@ def _onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model
     if dtype is torch.bfloat16 or (dtype is torch.float16 and not cuda):
         raise Unavailable(f"onnxruntime has no {SHORT[dtype]} convolution for {provider}")
     twin = _twin(model, dtype, torch.contiguous_format)
-    exported: Any = torch.onnx.export(twin, (example.to(dtype),), dynamo=True, verbose=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        exported: Any = torch.onnx.export(twin, (example.to(dtype),), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3

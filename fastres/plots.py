@@ -170,7 +170,9 @@ def _lines(title: str, cases: Sequence[Case]) -> str:
         points = [place(b, rate) for b, rate in sorted(series[name].items())]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         drawn.append(f'<polyline points="{path}" fill="none" {style}/>')
-        drawn += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" {style}/>' for x, y in points]
+        drawn += [
+            f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3" {style}/>' for x, y in points
+        ]
         swatch = f'<svg width="34" height="10"><line x1="0" y1="5" x2="34" y2="5" {style}/></svg>'
         keys.append(f"<li>{swatch} {escape(name)}</li>")
     label = escape(f"Images per second over batch size, {title}")

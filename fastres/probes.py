@@ -138,7 +138,8 @@ def peak_bytes(call: Model, x: Tensor) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    watched = [ProfilerActivity.CPU]
+    with profile(activities=watched, profile_memory=True, acc_events=True) as profiler:
         call(x)
     inner: Any = profiler.profiler
     events = [e for e in inner.kineto_results.events() if e.name() == "[memory]"]

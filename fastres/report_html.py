@@ -52,6 +52,7 @@ ul.checks b { margin-right: .5rem; } .good { color: var(--good); } .bad { color:
 svg.chart { width: 100%; min-width: 34rem; height: auto; display: block; }
 svg text { font: 13px system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; fill: var(--ink); }
 svg .ours { fill: var(--ours); } svg .theirs { fill: var(--theirs); }
+svg .dot { fill: var(--paper); stroke-dasharray: none; }
 svg .grid { stroke: var(--line); } h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
 ul.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; }
 ul.legend svg { vertical-align: middle; } svg .whisker { stroke: var(--ink); stroke-width: 1.5; }
