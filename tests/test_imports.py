@@ -13,7 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     *("errors", "ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
     *("backends", "engine", "cuda_graph", "guards", "live"),
-    *("verify", "portable", "shell", "optimize", "compile_backend"),
+    *("verify", "portable", "fast_model", "shell", "optimize"),
+    "compile_backend",
     *("keras_file", "keras_layers", "keras_import"),
     *("checkpoint", "weights", "resnet", "pretrained", "digits", "describe"),
     *("environment", "timing", "results", "plots", "report_html", "report", "compare"),

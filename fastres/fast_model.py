@@ -1,0 +1,264 @@
+"""The fused copy of a module: a plan with its folded weights, callable as the module was."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import portable
+from .backends import select_ops
+from .cuda_graph import GraphRunner, warm_up
+from .engine import Executor
+from .errors import BackendError, InputError, InputTypeError
+from .fold import Weights
+from .guards import GRADIENT, ambient_reason, in_functorch
+from .plan import Plan, Step
+from .verify import Verification
+
+
+class FastModel(nn.Module):
+    """A fused copy of a module, for inference only; made by :func:`optimize`.
+
+    The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
+    dtype is fixed, under autocast too: folding again from the source is more exact than casting
+    what was folded. The source's plain attributes (such as timm's ``feature_info``) can be read
+    from the copy.
+
+    Args:
+        traced: the plan.
+        folded: weight and bias of each convolution and linear step, by the step's index.
+        kept: under their own paths, what the steps left to PyTorch need.
+        dtype: of weights and activations.
+        source_dtype: the source's; tensors of it are taken and cast.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``.
+        described: the source's plain attributes.
+
+    Attributes:
+        signature: that of the source's forward.
+        verification: the measured comparison with the source; None until it has run.
+    """
+
+    signature: ClassVar[inspect.Signature]
+
+    def __init__(
+        self,
+        traced: Plan,
+        folded: Mapping[int, Weights],
+        kept: nn.Module,
+        *,
+        dtype: torch.dtype,
+        source_dtype: torch.dtype,
+        backend: str,
+        described: Mapping[str, Any],
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.dtype = dtype
+        self.source_dtype = source_dtype
+        self.verification: Verification | None = None
+        self._described = dict(described)
+        self._plan = traced
+        self._pending: Callable[[FastModel, Sequence[Any]], None] | None = None
+        self.folded = nn.Module()
+        for index, (weight, bias) in folded.items():
+            self.folded.register_buffer(f"weight{index}", weight)
+            self.folded.register_buffer(f"bias{index}", bias)
+        self.kept = kept
+        self._index = {step.name: index for index, step in enumerate(traced.steps)}
+        self._runners: dict[torch.device, GraphRunner] = {}
+        self._program = portable.lower(traced)
+        self._on_triton = self._served_by_triton()
+        self.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's forward, without gradients.
+
+        Raises:
+            InputError, InputTypeError: an argument does not fit the model.
+            VerificationError: this is the first call and the outputs differ from the source's.
+        """
+        if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
+            return self._program(self, self._functional(), *args, **kwargs)
+        arguments = self._bind(args, kwargs)
+        if self._pending is not None and can_show_errors(arguments):
+            self._pending(self, arguments)
+            self._pending = None
+        return self.run(arguments)
+
+    def run(self, arguments: Sequence[Any]) -> Any:
+        """Run the plan on positional arguments, one per parameter of the source's forward."""
+        home = self._device(arguments)
+        runner = self._runner(home)
+        arguments = [self._cast(value) for value in arguments]
+        with torch.no_grad(), _without_autocast(home):
+            if len(arguments) == 1 and isinstance(arguments[0], Tensor):
+                return runner(arguments[0])
+            return runner.executor.run(arguments)
+
+    def plan(self) -> Plan:
+        """Each step, what computes it, what was left to PyTorch and why; ``str()`` is a table."""
+        return self._runner(self._home()).executor.plan
+
+    def executor(self) -> Executor:
+        """The plan with its weights, for looking at single steps."""
+        return self._runner(self._home()).executor
+
+    def warmup(self, shapes: Sequence[Sequence[int]]) -> FastModel:
+        """Run each input shape often enough that compiling and graph capture are behind it."""
+        warm_up(lambda x: self.run([x]), shapes, self._home(), self.dtype)
+        return self
+
+    def train(self, mode: bool = True) -> FastModel:
+        """Refuses training: the batch norms are gone.
+
+        Raises:
+            RuntimeError: for ``mode=True``.
+        """
+        if mode:
+            raise RuntimeError(
+                "a FastModel is for inference only; train the source and optimize it"
+            )
+        return super().train(False)
+
+    def _step_weights(self, step: Step) -> Weights:
+        index = self._index[step.name]
+        return getattr(self.folded, f"weight{index}"), getattr(self.folded, f"bias{index}")
+
+    def _runner(self, device: torch.device) -> GraphRunner:
+        if device not in self._runners:
+            ops = select_ops(self.backend, device, self.dtype)
+            executor = Executor(self._plan, self.kept, ops, self.dtype, self._step_weights)
+            self._runners[device] = GraphRunner(executor)
+        return self._runners[device]
+
+    def _home(self) -> torch.device:
+        return next((t.device for t in self.buffers()), torch.device("cpu"))
+
+    def _device(self, arguments: Sequence[Any]) -> torch.device:
+        home = self._home()
+        for parameter, value in zip(self._plan.parameters, arguments, strict=True):
+            if isinstance(value, Tensor) and value.device != home:
+                raise InputError(
+                    f"{parameter.name} must be on {home}, as the weights are; got {value.device}"
+                )
+            if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+                raise InputError(
+                    f"{parameter.name} requires grad, but a FastModel has no backward; "
+                    "use the source, or call it under torch.no_grad()"
+                )
+        return home
+
+    def _cast(self, value: Any) -> Any:
+        """Images in the source's dtype are taken as well as those in the model's own."""
+        if isinstance(value, Tensor) and value.dtype is self.source_dtype:
+            return value.to(self.dtype)
+        return value
+
+    def _functional(self) -> portable.Aten:
+        """What computes the steps of the portable program; an export must not need fastres."""
+        if not torch.compiler.is_compiling():
+            return _ANY_LAYOUT if in_functorch() else _ATEN
+        # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
+        exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
+
+    def _served_by_triton(self) -> bool:
+        try:
+            return select_ops(self.backend, self._home(), self.dtype).name == "triton"
+        except BackendError:
+            return False
+
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        bound = self.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        names = [parameter.name for parameter in self._plan.parameters]
+        return [bound.arguments[name] for name in names]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FastModel:
+        if fn(torch.empty(0, dtype=self.dtype, device=self._home())).dtype is not self.dtype:
+            raise InputTypeError(
+                f"the dtype of a FastModel is fixed ({self.dtype}); "
+                "call optimize(source, dtype=...) for another one"
+            )
+        self._runners.clear()
+        super()._apply(lambda t: _keeping_dtype(fn, t), recurse)
+        self._on_triton = self._served_by_triton()
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; the engine takes the new weights."""
+        self._runners.clear()
+        return super().load_state_dict(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        described = self.__dict__.get("_described", {})
+        return described[name] if name in described else super().__getattr__(name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return new, (self.signature,), self.__getstate__()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_runners": {}, "_pending": None, "_program": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._program = portable.lower(self._plan)
+
+
+def with_signature(signature: inspect.Signature) -> type[FastModel]:
+    """A FastModel whose forward shows this signature, as torch.export and its users look it up."""
+
+    def forward(self: FastModel, *args: Any, **kwargs: Any) -> Any:
+        return FastModel.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
+        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
+    members = {
+        "forward": forward,
+        "signature": inspect.Signature(plain),
+        "__module__": __name__,
+        "__doc__": FastModel.__doc__,
+    }
+    return type("FastModel", (FastModel,), members)
+
+
+def new(signature: inspect.Signature) -> FastModel:
+    kind = with_signature(signature)
+    return kind.__new__(kind)
+
+
+_ATEN = portable.Aten()
+_ANY_LAYOUT = portable.AnyLayout()
+_CUSTOM_OPS = portable.CustomOps()
+
+
+def _transformed(arguments: Sequence[Any]) -> bool:
+    """Whether something looks over the call's shoulder that cannot see into the engine."""
+    reasons = (ambient_reason(value) for value in arguments if isinstance(value, Tensor))
+    return any(reason not in (None, GRADIENT) for reason in reasons)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _keeping_dtype(fn: Any, tensor: Tensor) -> Tensor:
+    """``fn(tensor)`` for a move; a cast is not meant for biases, which are wider than the model."""
+    moved: Tensor = fn(tensor)
+    return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
+
+
+def can_show_errors(arguments: Sequence[Any]) -> bool:
+    """Whether there is something to compare: all tensors hold elements, and finite ones only."""
+    tensors = [value for value in arguments if isinstance(value, Tensor)]
+    return all(t.numel() > 0 and bool(torch.isfinite(t).all()) for t in tensors)
