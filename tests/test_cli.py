@@ -194,11 +194,11 @@ def test_verify_of_a_wrong_fold_fails_and_names_the_steps(run, monkeypatch):
     assert "conv1" in [step["step"] for step in read["wrong_steps"]]
 
 
-def test_bench_writes_all_three_forms(run, tmp_path):
+def test_bench_writes_all_forms_and_each_case_as_it_comes(run, tmp_path):
     code, out, _ = run("bench", "resnet18", *QUICK, "--json", "--output", str(tmp_path / "r"))
     read = json.loads(out)
     assert code == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"r.json", "r.md", "r.html"}
+    assert {p.name for p in tmp_path.iterdir()} == {"r.json", "r.jsonl", "r.md", "r.html"}
     assert json.loads((tmp_path / "r.json").read_text()) == read
     (case,) = read["cases"]
     assert [t["name"] for t in case["timings"]] == [
@@ -230,7 +230,7 @@ def test_bench_goes_on_after_a_case_that_does_not_fit(run):
     code, out, _ = run("bench", "resnet18", *arguments, "--json")
     read = json.loads(out)
     assert code == 1
-    assert read["checks"][0]["name"] == f"resnet18, batch {10**9}"
+    assert read["checks"][0]["name"] == f"resnet18, batch {10**9}, 32x32"
     assert "not measured: RuntimeError" in read["checks"][0]["detail"]
     assert [case["shape"][0] for case in read["cases"]] == [2]
 
