@@ -13,7 +13,7 @@ from fastres import bench, cli, report
 from fastres.results import Picture
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("demo", "bench", "verify", "classify", "summary", "plan", "env")
+COMMANDS = ("demo", "bench", "verify", "classify", "summary", "plan", "roofline", "env")
 QUICK = (
     *("--rounds", "1", "--seconds", "0", "--size", "32", "--batch", "2"),
     *("--device", "cpu", "--dtype", "float32"),
@@ -235,7 +235,9 @@ def test_bench_goes_on_after_a_case_that_does_not_fit(run):
     assert [case["shape"][0] for case in read["cases"]] == [2]
 
 
-def test_results_are_shown_even_when_they_cannot_be_written(run, monkeypatch):
+def test_results_are_shown_even_when_they_cannot_be_written(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
     def full(path, data):
         raise OSError(28, "No space left on device", str(path))
 
