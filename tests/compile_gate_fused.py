@@ -28,12 +28,13 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-gemm, stem = (import_module(f"fastres.kernels.{name}") for name in ("gemm", "stem"))
+gemm, rot2, stem = (import_module(f"fastres.kernels.{name}") for name in ("gemm", "rot2", "stem"))
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
 _tma.has_copy_engine = lambda device: True
-gemm.machine_of = lambda device: Machine(132, 227 * 1024)
+HOPPER = Machine(132, 227 * 1024)
+gemm.machine_of = rot2.machine_of = lambda device: HOPPER
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -153,9 +154,43 @@ def gemm_cases(full: bool) -> Iterator[Case]:
                 yield tile_case("gemm", what, row, target, kind, run)
 
 
+SEAMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
+"""Widths of the 3x3s on both sides of a seam, stages 1 to 3."""
+
+
+def rot2_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> None:
+    wide = 4 * channels
+    rot2.rot2(
+        fake(6272, channels, dtype=dtype),
+        fake(wide, channels, dtype=dtype),
+        fake(wide),
+        fake(6272, wide, dtype=dtype),
+        fake(reduced, wide, dtype=dtype),
+        fake(reduced),
+        config=row,
+    )
+
+
+def rot2_cases(full: bool) -> Iterator[Case]:
+    for row, (channels, reduced), target in product(rot2.CONFIGS, SEAMS, COPY_ENGINES):
+        if not rot2.fits(row, channels, reduced, HOPPER) or (target != "sm_90" and not full):
+            continue
+        for dtype in HALVES if full else HALVES[:1]:
+            yield Case(
+                "rot2",
+                f"{channels}>{reduced} {short(dtype)}",
+                " ".join(map(str, astuple(row))),
+                target,
+                partial(rot2_run, row, channels, reduced, dtype),
+                wgmma=target == "sm_90",
+                wide="UTMALDG",
+            )
+
+
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
+    yield from rot2_cases(full)
 
 
 def main() -> int:
