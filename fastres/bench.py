@@ -58,7 +58,7 @@ def benchmark(
     method: Method = DEFAULT_METHOD,
     weights: str | None = None,
     baselines: Sequence[str] = (),
-    probes: bool = False,
+    probes: float = 0.0,
     progress: Callable[[str], Progress] | None = None,
     on_case: Callable[[Case], None] | None = None,
     **kwargs: Any,
@@ -75,7 +75,8 @@ def benchmark(
         method: how often and how long.
         weights: name of pretrained weights; by default random ones with lively batch norms.
         baselines: names out of :data:`fastres.baselines.BASELINES`, besides eager PyTorch.
-        probes: also measure latency, memory and, on a GPU, sustained throughput.
+        probes: seconds per contender for the latency of up to 1,000 single calls, with which come
+            memory and, on a GPU, sustained throughput; 0 leaves them out.
         progress: called with a case's title, returns the callback for its rounds.
         on_case: called with each case as it is done.
         kwargs: arguments of the model, e.g. ``num_classes``.
@@ -198,7 +199,7 @@ def compare(
     method: Method,
     progress: Progress | None = None,
     baselines: Sequence[str] = (),
-    probes: bool = False,
+    probes: float = 0.0,
 ) -> Case:
     """Time one model, in eval mode, on float32 NCHW batches of images that take turns.
 
@@ -216,7 +217,7 @@ def compare(
             calls, images, check=judge, device=device, method=method, progress=progress
         )
         right = {n: call for n, call in calls.items() if n not in comparison.failures}
-        found = probe(right, images, sustained_seconds=lasting) if probes else {}
+        found = probe(right, images, budget=probes, sustained_seconds=lasting) if probes else {}
     if baselines:
         torch.compiler.reset()  # dynamo keeps only a few variants of one piece of code
     n, c, h, w = images[0].shape

@@ -84,7 +84,7 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 def _timings(report: dict[str, Any]) -> dict[Key, tuple[dict[str, Any], float]]:
     """Each timing with the noise of its run, as a factor from 1 on."""
-    found = {}
+    found: dict[Key, tuple[dict[str, Any], float]] = {}
     for case in report["cases"]:
         title = f"{case['model']} {'x'.join(map(str, case['shape']))} on {case['device']}"
         noise = case["noise"]

@@ -22,7 +22,8 @@ class Spec:
     Attributes:
         dtypes: names; empty for what is fast on the device.
         baselines: names out of :data:`fastres.baselines.BASELINES`.
-        probes: also latency, memory and, on a GPU, sustained throughput.
+        probes: seconds per contender for the latency of single calls, with which come memory and,
+            on a GPU, sustained throughput; 0 leaves them out.
         layers: also every step by itself.
     """
 
@@ -31,7 +32,7 @@ class Spec:
     size: int = 224
     dtypes: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
-    probes: bool = False
+    probes: float = 0.0
     layers: bool = False
 
     @property
@@ -64,7 +65,7 @@ def _quick(device: str) -> Preset:
     """Under a minute."""
     cuda = device == "cuda"
     model, batches = ("resnet50", (1, 32)) if cuda else ("resnet18", (1, 4))
-    specs = tuple(Spec(model, b, baselines=CHEAP, probes=True, layers=b == 1) for b in batches)
+    specs = tuple(Spec(model, b, baselines=CHEAP, probes=0.4, layers=b == 1) for b in batches)
     return Preset(specs, Method(rounds=8, budget=4.0, sample=0.02, warmup=0.1))
 
 
@@ -73,10 +74,10 @@ def _standard(device: str) -> Preset:
     if device == "cuda":
         return Preset(tuple(_standard_gpu()), Method(rounds=20, budget=8.0), cold=True)
     specs = (
-        Spec("resnet50", 1, baselines=STANDARD, probes=True, layers=True),
-        Spec("resnet50", 8, baselines=CHEAP, probes=True, layers=True),
-        Spec("resnet18", 1, baselines=CHEAP, probes=True),
-        Spec("resnet18", 8, baselines=CHEAP, probes=True),
+        Spec("resnet50", 1, baselines=STANDARD, probes=1.0, layers=True),
+        Spec("resnet50", 8, baselines=CHEAP, probes=1.0, layers=True),
+        Spec("resnet18", 1, baselines=CHEAP, probes=1.0),
+        Spec("resnet18", 8, baselines=CHEAP, probes=1.0),
         Spec("resnet50", 1, size=32),
     )
     return Preset(specs, Method(rounds=12, budget=15.0), cold=True)
@@ -85,7 +86,7 @@ def _standard(device: str) -> Preset:
 def _standard_gpu() -> Iterator[Spec]:
     for batch in BATCHES:
         edge = batch in (1, 256)
-        yield Spec("resnet50", batch, baselines=STANDARD, probes=True, layers=edge)
+        yield Spec("resnet50", batch, baselines=STANDARD, probes=1.0, layers=edge)
     for model in FAMILY:
         if model != "resnet50":
             yield from (Spec(model, batch, baselines=("cuDNN fused",)) for batch in (1, 256))
@@ -99,12 +100,12 @@ def _full(device: str) -> Preset:
     batches = BATCHES if device == "cuda" else (1, 8, 32)
     everything = tuple(BASELINES)
     specs = [
-        Spec(model, batch, 224, dtypes, everything, probes=True, layers=True)
+        Spec(model, batch, 224, dtypes, everything, probes=5.0, layers=True)
         for model in (*FAMILY, *COUSINS)
         for batch in batches
     ]
     specs += [
-        Spec("resnet50", batch, size, dtypes, STANDARD, probes=True)
+        Spec("resnet50", batch, size, dtypes, STANDARD, probes=5.0)
         for size in SIZES
         for batch in batches
     ]

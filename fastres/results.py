@@ -188,7 +188,7 @@ def footnote(case: Case) -> str:
     return text
 
 
-Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
+Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def probe_table(case: Case) -> Table:

@@ -213,7 +213,7 @@ def test_latency_quantiles_and_memory_of_a_known_call():
     found = probes.probe({"known": call, "OpenVINO fp32": lambda x: x}, [x], budget=0.3)
     known = found["known"]
     assert known.p50 < 0.02 <= known.p99 * 1.5
-    assert known.calls % probes.BLOCK == 0
+    assert known.calls >= probes.BLOCK
     # One vector of four million bytes and its double; the allocator rounds up a little.
     assert 8_000_000 <= known.peak_bytes <= 8_001_024
     assert found["OpenVINO fp32"].peak_bytes is None

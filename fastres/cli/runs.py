@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..results import Picture
 
 SHADES = " ░▒▓█" if OUT.encoding.startswith("utf") else " .:*#"
+LATENCY_SECONDS = 60.0
 NARROW = ("contender", "ms", "images/s", "speed-up", "error", "top-1")
 
 
@@ -70,7 +71,7 @@ def bench(
         str, typer.Option(help="Besides eager PyTorch: names separated by commas, or all.")
     ] = "",
     latency: Annotated[
-        bool, typer.Option("--latency", help="Also single calls: p50, p90, p99; and memory.")
+        bool, typer.Option("--latency", help="Also 1,000 single calls (p50, p90, p99), and memory.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 20,
     seconds: Annotated[float, typer.Option(min=0, help="Time for one case, roughly.")] = 20.0,
@@ -105,7 +106,7 @@ def bench(
         )
         kinds = tuple(dtype.split(",")) if dtype else ()
         specs = tuple(
-            Spec(model, n, size, kinds, names, probes=latency)
+            Spec(model, n, size, kinds, names, probes=LATENCY_SECONDS * latency)
             for model in models or ()
             for n in numbers(batch, "--batch")
         )
