@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "safetensors", "timm", "scikit-learn")
+PACKAGES = (
+    *("torch", "torchvision", "triton", "numpy", "safetensors", "timm", "scikit-learn"),
+    *("torch-tensorrt", "onnxruntime", "onnxruntime-gpu", "openvino"),
+)
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "KMP_AFFINITY",

@@ -56,8 +56,8 @@ def print_json(value: Any) -> None:
 
 
 def table(
-    header: tuple[str, ...],
-    rows: Sequence[tuple[str, ...]],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
     justify: Literal["left", "right"] = "right",
 ) -> Table:
     """A table whose first column is left-aligned; empty headings are not shown."""
