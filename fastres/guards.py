@@ -50,6 +50,8 @@ def ambient_reason(x: Any) -> str | None:
         return "a functorch transform is active"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
+    if _is_receiving_buffers():
+        return "DistributedDataParallel broadcasts buffers at each call"
     if nn_module._has_any_global_hook():
         return "a global module hook is registered"
     if torch.is_grad_enabled() and x.requires_grad:
@@ -60,6 +62,14 @@ def ambient_reason(x: Any) -> str | None:
 def in_functorch() -> bool:
     """Whether vmap, grad, jvp or another transform of torch.func is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_receiving_buffers() -> bool:
+    """Whether DDP has just overwritten batch norms; from torch 2.15 on no version shows it."""
+    if not torch.distributed.is_available():
+        return False
+    ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+    return ddp is not None and ddp.will_sync_module_buffers()
 
 
 def _in_function_mode() -> bool:
