@@ -199,7 +199,6 @@ def conv2d_kernel(
         pixel = m
     else:
         pixel = (m // (P * Q) * H + h0) * W + w0
-    x_row = pixel * (C * GROUPS) + group * C  # [BM]
     w_row = n * (R * S * C)  # [BN]
     k = tl.arange(0, BLOCK_K)
 
@@ -221,9 +220,9 @@ def conv2d_kernel(
                 h = h0[:, None] + r[None, :]
                 w = w0[:, None] + s[None, :]
                 x_ok = x_ok & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-            x_offset = x_row[:, None] + ((r * W + s) * (C * GROUPS) + c)[None, :]
             # Masked offsets stay inside too: a pipelined load may touch them.
-            x_offset = tl.where(x_ok, x_offset, c[None, :])
+            x_pixel = tl.where(x_ok, pixel[:, None] + (r * W + s)[None, :], 0)
+            x_offset = x_pixel * (C * GROUPS) + (group * C + c)[None, :]
             a = tl.load(x_ptr + x_offset, mask=x_ok, other=0.0)  # [BM, BK]
             w_offset = w_row[None, :] + (kk % WINDOW)[:, None]
             b = tl.load(w_ptr + w_offset, mask=(kk < WINDOW)[:, None], other=0.0)  # [BK, BN]
@@ -240,15 +239,16 @@ def conv2d_kernel(
             if not EVEN_C:  # the last step starts early and skips what is already summed
                 c = tl.minimum(c0, C - BLOCK_K) + k
                 c_ok = c >= c0
-            x_tap = x_row + (r * W + s) * (C * GROUPS)  # [BM]
+            x_pixel = pixel + (r * W + s)  # [BM]
             x_ok = tl.full((BLOCK_M,), True, tl.int1)
             if PAD_H + PAD_W > 0:
                 h = h0 + r
                 w = w0 + s
                 x_ok = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-                x_tap = tl.where(x_ok, x_tap, 0)
+                x_pixel = tl.where(x_ok, x_pixel, 0)  # masked offsets stay inside here too
+            x_offset = (x_pixel * (C * GROUPS) + group * C)[:, None] + c[None, :]
             x_mask = x_ok[:, None] & c_ok[None, :]
-            a = tl.load(x_ptr + x_tap[:, None] + c[None, :], mask=x_mask, other=0.0)  # [BM, BK]
+            a = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)  # [BM, BK]
             w_offset = w_row[None, :] + (tap * C + c)[:, None]
             b = tl.load(w_ptr + w_offset, mask=c_ok[:, None], other=0.0)  # [BK, BN]
             acc = dot(a, b, acc, PRECISION)

@@ -297,7 +297,7 @@ CONV_SHAPES = {
     "int64": ConvShape(256, 256, 3, batch=2**31 // (14 * 14 * 256) + 1),
     "split": ConvShape(256, 256, 3, batch=1, splits=4),
 }
-SINGLE_COPIES = ("stem", "stem4", "groups")  # too few channels for copies of 16 bytes
+COPY_CHANNELS = {"stem": 0, "stem4": 4, "groups": 4}  # neighbours in memory, elsewhere plenty
 
 DTYPES = {
     "half": (torch.float16, torch.bfloat16),
@@ -317,6 +317,7 @@ def conv_case(
     elif fitted is None or (CONV_SHAPES[shape].splits > 1 and not row.splittable):
         return None
     used = replace(fitted or row, splits=CONV_SHAPES[shape].splits)
+    bits = min(128, 8 * dtype.itemsize * COPY_CHANNELS.get(shape, 8))
     wgmma = kind != "ieee" and target == "sm_90" and row.block_m >= 64
     return Case(
         "conv2d",
@@ -325,7 +326,7 @@ def conv_case(
         target,
         lambda: CONV_SHAPES[shape].run(dtype, "ieee" if kind == "half" else kind, used),
         wgmma=wgmma and shape != "stem",
-        wide=r"LDGSTS\.E\S*\.128" if target == "sm_90" and shape not in SINGLE_COPIES else "",
+        wide=rf"LDGSTS\.E\S*\.{bits}" if target == "sm_90" and bits else "",
         ttir=r"arith\.muli %\S+ %\S+ : tensor<\d+xi64>" if shape == "int64" else "",
         unusable=unusable,
     )
