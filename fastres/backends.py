@@ -243,10 +243,9 @@ class TritonOps(AtenOps):
     ) -> tuple[Tensor, ...] | None:
         weight, bias = prepared[0]
         (x,) = inputs
-        planar = x.is_contiguous()
-        if not planar:
+        if not x.is_contiguous():
             x = x.contiguous(memory_format=CHANNELS_LAST)
-        packed = extra[0] if planar else extra[1]
+        packed = extra[0] if x.is_contiguous() else extra[1]  # a single pixel is both
         return (self.kernels.stem(x, weight, bias, packed=packed, precision=conv_precision()),)
 
     @contextmanager
