@@ -4,7 +4,7 @@
 ``fastres.optimize(model)`` makes a fused copy of any ResNet that torch.fx can trace.
 """
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import FastresError
 from .keras_import import from_keras
 from .optimize import FastModel, optimize
@@ -30,6 +30,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .serialize import load, save
 from .verify import Verification, verify
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "create_model",
     "from_keras",
     "list_models",
+    "load",
     "load_checkpoint",
     "optimize",
     "resnet18",
@@ -59,6 +61,8 @@ __all__ = [
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
+    "save",
+    "save_checkpoint",
     "verify",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -61,8 +61,8 @@ class FastModel(nn.Module):
         self.dtype = dtype
         self.source_dtype = source_dtype
         self.verification: Verification | None = None
-        self._described = dict(described)
-        self._plan = traced
+        self.described = dict(described)
+        self.traced = traced
         self._pending: Callable[[FastModel, Sequence[Any]], None] | None = None
         self.folded = nn.Module()
         for index, (weight, bias) in folded.items():
@@ -132,7 +132,7 @@ class FastModel(nn.Module):
     def _runner(self, device: torch.device) -> GraphRunner:
         if device not in self._runners:
             ops = select_ops(self.backend, device, self.dtype)
-            executor = Executor(self._plan, self.kept, ops, self.dtype, self._step_weights)
+            executor = Executor(self.traced, self.kept, ops, self.dtype, self._step_weights)
             self._runners[device] = GraphRunner(executor)
         return self._runners[device]
 
@@ -141,7 +141,7 @@ class FastModel(nn.Module):
 
     def _device(self, arguments: Sequence[Any]) -> torch.device:
         home = self._home()
-        for parameter, value in zip(self._plan.parameters, arguments, strict=True):
+        for parameter, value in zip(self.traced.parameters, arguments, strict=True):
             if isinstance(value, Tensor) and value.device != home:
                 raise InputError(
                     f"{parameter.name} must be on {home}, as the weights are; got {value.device}"
@@ -176,7 +176,7 @@ class FastModel(nn.Module):
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        names = [parameter.name for parameter in self._plan.parameters]
+        names = [parameter.name for parameter in self.traced.parameters]
         return [bound.arguments[name] for name in names]
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastModel:
@@ -196,7 +196,7 @@ class FastModel(nn.Module):
         return super().load_state_dict(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        described = self.__dict__.get("_described", {})
+        described = self.__dict__.get("described", {})
         return described[name] if name in described else super().__getattr__(name)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -207,7 +207,7 @@ class FastModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._program = portable.lower(self._plan)
+        self._program = portable.lower(self.traced)
 
 
 def with_signature(signature: inspect.Signature) -> type[FastModel]:

@@ -42,6 +42,20 @@ class _Pending:
         model.verification = check_against(self.source, model, arguments)
 
 
+class _ByPosition(nn.Module):
+    """A module whose last arguments, keyword-only ones, are passed by position."""
+
+    def __init__(self, module: nn.Module, keywords: Sequence[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.keywords = keywords
+
+    def forward(self, *arguments: Any) -> Any:
+        first = len(arguments) - len(self.keywords)
+        named = dict(zip(self.keywords, arguments[first:], strict=True))
+        return self.module(*arguments[:first], **named)
+
+
 def optimize(
     model: nn.Module,
     *,
@@ -136,6 +150,9 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     reference = source
     if model.dtype is not model.source_dtype:
         reference = copy.deepcopy(source).to(model.dtype)
+    keywords = [p.name for p in model.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if keywords:
+        reference = _ByPosition(reference, keywords)
     same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
     found = verify(reference, lambda *args: model.run(args), same)
     if not found.ok:
@@ -174,7 +191,7 @@ def _check_source(model: nn.Module) -> None:
 
 def _plain_attributes(source: nn.Module) -> dict[str, Any]:
     """Copies of the public attributes that say what a module is: sizes, names, configurations."""
-    own = set(vars(nn.Module())) | {"_plan"}
+    own = set(vars(nn.Module()))
     found = {}
     for name, value in vars(source).items():
         leaves = torch.utils._pytree.tree_leaves(value)
