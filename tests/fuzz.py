@@ -28,7 +28,8 @@ from stateful import Pair  # noqa: E402
 from fastres.checkpoint import atomic_write  # noqa: E402
 
 REGRESSIONS = HERE / "regressions"
-EXAMPLES = {"conv2d": 40, "graph_triton": 20, "resnet": 60, "life": 10}  # of a round; others 100
+EXAMPLES = {"conv2d": 40, "graph_triton": 20, "resnet_triton": 20, "resnet": 60, "life": 10}
+"""Cases of a round; of the others 100."""
 Property = tuple[Any, Callable[[Any], None]]
 
 
@@ -41,8 +42,7 @@ def properties() -> dict[str, Property]:
     try:
         import fuzz_kernels
     except ImportError:  # no Triton on this machine
-        del found["graph_triton"]
-        return found
+        return {name: value for name, value in found.items() if not name.endswith("_triton")}
     return {**fuzz_kernels.PROPERTIES, **found}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -302,11 +303,6 @@ def compare(output: Any, truth: list[Tensor], scale: float, allowed: float, case
         assert error <= allowed, f"off by {error:.3g} of the largest value, allowed {allowed:.3g}"
 
 
-def check_triton(case: Case) -> None:
-    """The same through the kernels, in Triton's interpreter where there is no GPU."""
-    check_graph(case, backend="triton")
-
-
 resnets = st.fixed_dictionaries(
     {
         "block": st.sampled_from(["BasicBlock", "Bottleneck"]),
@@ -322,13 +318,28 @@ resnets = st.fixed_dictionaries(
         "dtype": st.sampled_from(["float32", "float32", "float64"]),
         "images": st.integers(0, 3),
         "size": st.lists(st.integers(1, 33), min_size=2, max_size=2),
-        "channels_last": st.booleans(),
+        "layout": st.sampled_from(["contiguous", "channels_last", "cropped", "expanded"]),
         "seed": st.integers(0, 2**16),
     }
 )
 
 
-def check_resnet(case: Case) -> None:
+def tiny(case: Case) -> Case:
+    """The same network at a size that an interpreter bears."""
+    layers = [min(1, depth) for depth in case["layers"][:2]]
+    size = [1 + side % 9 for side in case["size"]]
+    return {**case, "layers": layers, "size": size, "planes": 4, "dtype": "float32"}
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "cropped":
+        return F.pad(x, (1, 2, 0, 1))[:, :, : x.shape[2], 1 : 1 + x.shape[3]]
+    return x[:, :1].expand_as(x) if layout == "expanded" else x
+
+
+def check_resnet(case: Case, backend: str = "auto") -> None:
     """A ResNet of our own with random arguments: the engine runs, and keeps the rule of two."""
     torch.manual_seed(case["seed"])
     basic = case["block"] == "BasicBlock"
@@ -339,13 +350,13 @@ def check_resnet(case: Case) -> None:
         groups=1 if basic else case["groups"],
         replace_stride_with_dilation=case["dilate"],
         stride_on="3x3" if basic else case["stride_on"],
+        backend=backend,
         **{name: case[name] for name in ("planes", "in_chans", "stem", "shortcut")},
     )
     dtype = getattr(torch, case["dtype"])
     model = hostile_(model, case["seed"]).to(dtype)
     x = torch.randn(case["images"], case["in_chans"], *case["size"]).to(dtype)
-    if case["channels_last"]:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x = laid_out(x, case["layout"])
     before = x.clone()
     assert_fused(model, x)
     assert torch.equal(x, before)
@@ -353,6 +364,7 @@ def check_resnet(case: Case) -> None:
 
 PROPERTIES = {
     "graph": (cases, check_graph),
-    "graph_triton": (cases, check_triton),
+    "graph_triton": (cases, partial(check_graph, backend="triton")),
     "resnet": (resnets, check_resnet),
+    "resnet_triton": (resnets.map(tiny), partial(check_resnet, backend="triton")),
 }

@@ -40,9 +40,10 @@ def test_row11_random_networks_are_the_same_function():
 
 
 @pytest.mark.interpreter
-def test_row11_random_networks_through_the_kernels():
+@pytest.mark.parametrize("name", ["graph_triton", "resnet_triton"])
+def test_row11_random_networks_through_the_kernels(name):
     pytest.importorskip("triton")
-    fuzz("graph_triton", 15)
+    fuzz(name, 10)
 
 
 def test_row11_random_resnets_keep_the_rule_of_two():

@@ -9,6 +9,8 @@ pytest.importorskip("hypothesis")
 
 from fuzz import REGRESSIONS, properties
 
+NEED_TRITON = {"conv2d", "linear", "pool", "global_pool", "elementwise"}
+NEED_TRITON |= {"graph_triton", "resnet_triton"}
 CASES = [
     (path.stem, index, case)
     for path in sorted(Path(REGRESSIONS).glob("*.json"))
@@ -28,4 +30,4 @@ def test_row11_found_before(name, index, case):
 
 def test_row11_every_kept_case_names_a_property():
     assert CASES
-    assert {name for name, _, _ in CASES} <= {*properties(), "conv2d", "graph_triton"}
+    assert {name for name, _, _ in CASES} <= {*properties(), *NEED_TRITON}
