@@ -6,6 +6,7 @@
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import FastresError
+from .features import Features, features
 from .keras_import import from_keras
 from .optimize import FastModel, optimize
 from .resnet import (
@@ -40,9 +41,11 @@ __all__ = [
     "Bottleneck",
     "FastModel",
     "FastresError",
+    "Features",
     "ResNet",
     "Verification",
     "create_model",
+    "features",
     "from_keras",
     "list_models",
     "load",

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .backends import CHANNELS_LAST, conv_precision, matmul_precision
 from .engine import Executor
@@ -26,7 +27,7 @@ Key: TypeAlias = tuple[Any, ...]
 class _Captured:
     graph: torch.cuda.CUDAGraph
     source: Tensor
-    output: Tensor
+    output: Any
     scratch: Any
 
 
@@ -34,7 +35,7 @@ class GraphRunner:
     """Runs an executor, through a graph once a shape has been seen before.
 
     Args:
-        executor: a plan with weights, with one image tensor in and one tensor out.
+        executor: a plan with weights, with one image tensor in; any nest of tensors out.
         limit: graphs kept; the least recently used one goes first.
     """
 
@@ -115,11 +116,11 @@ class GraphRunner:
         """Memory of the graph's own, so that its kernels need not clear any."""
         return self.executor.ops.scratch_held(x.device)
 
-    def _replay(self, entry: _Captured, x: Tensor) -> Tensor:
+    def _replay(self, entry: _Captured, x: Tensor) -> Any:
         self._wait()
         entry.source.copy_(x)
         entry.graph.replay()
-        output = entry.output.clone()
+        output = tree_map(_clone, entry.output)
         if self._last_use is None:
             self._last_use = torch.cuda.Event()
         self._last_use.record()
@@ -128,6 +129,10 @@ class GraphRunner:
     def _wait(self) -> None:
         if self._last_use is not None:
             torch.cuda.current_stream().wait_event(self._last_use)
+
+
+def _clone(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def warm_up(

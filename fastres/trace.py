@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -157,21 +157,67 @@ def trace(module: nn.Module, method: str = "forward") -> Graph:
     Raises:
         TraceError: control flow depends on data, or torch.fx fails otherwise.
     """
+    recorded, returned = _record(module, method)
+    return _Normalizer(module, recorded, returned).run()
+
+
+def _record(module: nn.Module, method: str) -> tuple[fx.Graph, Any]:
+    """torch.fx's program, and what the method returned, whose containers fx forgets."""
     tracer = _Tracer()
     tracer.traced_func_name = method
     _refuse_signature(module, method)
     try:
-        recorded = tracer.trace(module)
+        return tracer.trace(module), tracer.returned
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
         ) from error
-    return _Normalizer(module, recorded, tracer.returned).run()
 
 
 def from_fx(module: nn.Module, recorded: fx.Graph) -> Graph:
     """A program that torch.fx or Dynamo recorded; ``module`` owns what its get_attr nodes name."""
     return _Normalizer(module, recorded, None).run()
+
+
+def truncated(module: nn.Module, names: Sequence[str], keys: Sequence[str] | None) -> fx.Graph:
+    """``module.forward`` up to the named submodules, as a torch.fx program over the module.
+
+    The program returns their last outputs, in a list or, with ``keys``, in an OrderedDict.
+
+    Raises:
+        TraceError: torch.fx cannot record the module, or a submodule is never called.
+    """
+    recorded = _record(module, "forward")[0]
+    outputs = [_output_of(recorded, name) for name in names]
+    for node in reversed(list(recorded.nodes)):
+        if node in outputs:
+            break
+        recorded.erase_node(node)
+    if keys is None:
+        recorded.output(outputs)
+    else:
+        pairs = list(zip(keys, outputs, strict=True))
+        recorded.output(recorded.call_function(OrderedDict, (pairs,)))
+    for node in recorded.nodes:
+        node.type = None  # an annotation that is a string would keep the program from pickling
+    kept = ("placeholder", "output")
+    recorded.eliminate_dead_code(lambda node: node.op in kept or _mutates(node))
+    return recorded
+
+
+def _output_of(recorded: fx.Graph, name: str) -> fx.Node:
+    """The last value that was computed inside a submodule: what its last call returned."""
+    inside = [node for node in recorded.nodes if name in _scopes(node)]
+    if not inside:
+        raise TraceError(f"{name} is never called, or only inside a module that is kept whole")
+    return inside[-1]
+
+
+def _scopes(node: fx.Node) -> set[str]:
+    """Paths of the modules that a node was recorded in, and of the one that it calls."""
+    stack = node.meta.get("nn_module_stack") or {}
+    called = {str(node.target)} if node.op == "call_module" else set()
+    return called | {str(path) for path, _ in stack.values()}
 
 
 def _refuse_signature(module: nn.Module, method: str) -> None:

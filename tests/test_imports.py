@@ -15,6 +15,7 @@ ORDER = (
     *("backends", "engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "fast_model", "shell", "optimize"),
     "compile_backend",
+    "features",
     *("keras_file", "keras_layers", "keras_import"),
     *(
         "checkpoint",
