@@ -1,7 +1,7 @@
 """CUDA graphs per input shape: captured after a first call, replayed, bounded in number.
 
-All graphs of one cache share a memory pool. That is safe because a replay waits for the end of the
-last one's copy-out, and because the caller gets a copy.
+All graphs of one cache share a memory pool. That is safe because a call waits for the end of the
+last one's copy-out, on whatever stream that was, and because the caller gets a copy.
 """
 
 from __future__ import annotations
@@ -59,26 +59,40 @@ class GraphRunner:
         A call inside the user's own capture, of an empty batch, or of a plan with PyTorch calls in
         it runs step by step.
         """
-        if not self._capturable(x):
+        if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
             return self.executor.run([x])
         with self._lock, torch.cuda.device(x.device):
-            key = _key(x)
-            entry = self._graphs.get(key)
-            if entry is None and key not in self._seen:
-                self._remember(key)
-                return self.executor.run([x])
-            if entry is None:
-                entry = self._capture(key, x)
-            self._graphs.move_to_end(key)
-            return self._replay(entry, x)
+            self._wait()
+            try:
+                return self._run(x)
+            finally:
+                self._mark()
+
+    def _run(self, x: Tensor) -> Any:
+        key = _key(x)
+        entry = self._graphs.get(key)
+        if entry is None and (key not in self._seen or not self._capturable(x)):
+            self._remember(key)
+            return self.executor.run([x])
+        if entry is None:
+            entry = self._capture(key, x)
+        self._graphs.move_to_end(key)
+        return self._replay(entry, x)
 
     def has_graph(self, x: Tensor) -> bool:
         """Whether a call with ``x`` replays a graph that exists already."""
         return self._capturable(x) and _key(x) in self._graphs
 
-    def free(self) -> None:
-        """Drop all graphs and their memory."""
+    def refold(self) -> None:
+        """Fold the weights again, once no call uses the old ones any more."""
         with self._lock:
+            self._finish()
+            self.executor.refold()
+
+    def free(self) -> None:
+        """Drop all graphs and their memory, once no call uses them any more."""
+        with self._lock:
+            self._finish()
             self._graphs.clear()
             self._seen.clear()
             self._pool = None
@@ -94,11 +108,12 @@ class GraphRunner:
         self._seen.add(key)
 
     def _capture(self, key: Key, x: Tensor) -> _Captured:
+        if len(self._graphs) >= self.limit:
+            self._finish()
         while len(self._graphs) >= self.limit:
             self._graphs.popitem(last=False)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        self._wait()
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
             source = torch.empty_like(x).copy_(x)
             graph = torch.cuda.CUDAGraph()
@@ -117,18 +132,25 @@ class GraphRunner:
         return self.executor.ops.scratch_held(x.device)
 
     def _replay(self, entry: _Captured, x: Tensor) -> Any:
-        self._wait()
         entry.source.copy_(x)
         entry.graph.replay()
-        output = tree_map(_clone, entry.output)
+        return tree_map(_clone, entry.output)
+
+    def _mark(self) -> None:
+        """Remember, on the current stream, where the use of the engine's memory ends."""
         if self._last_use is None:
             self._last_use = torch.cuda.Event()
         self._last_use.record()
-        return output
 
     def _wait(self) -> None:
+        """Let the current stream wait for that."""
         if self._last_use is not None:
             torch.cuda.current_stream().wait_event(self._last_use)
+
+    def _finish(self) -> None:
+        """Let the host wait for it."""
+        if self._last_use is not None:
+            self._last_use.synchronize()
 
 
 def _clone(value: Any) -> Any:

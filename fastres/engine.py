@@ -7,7 +7,7 @@ torch's allocator reuses their buffers, inside a CUDA graph's private pool as we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +97,7 @@ class Executor:
                     self._prepare_group(group)
             if self.ops.fused_relu_drops_nan:
                 self._finite_weights = all(_is_finite(t) for pair in folded.values() for t in pair)
+        _settle(t for pair in folded.values() for t in pair if t is not None)
         self.folds += 1
 
     def _fold(self, step: Step) -> Weights:
@@ -366,6 +367,12 @@ def is_channels_last(value: Any) -> bool:
 
 def to_contiguous(value: Any) -> Any:
     return value.contiguous() if is_channels_last(value) else value
+
+
+def _settle(tensors: Iterable[Tensor]) -> None:
+    """Wait until folded weights are there, for calls on other streams know nothing of this one."""
+    for device in {t.device for t in tensors if t.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _relu_apart(steps: Sequence[Step]) -> Iterator[Step]:

@@ -109,6 +109,8 @@ class Live:
     def free(self) -> None:
         """Drop the plan, folded weights, graphs and workspaces."""
         with self._lock:
+            for runner in self._runners.values():
+                runner.free()
             self._runners.clear()
             self._stale.clear()
             self._unfoldable.clear()
@@ -139,10 +141,11 @@ class Live:
             return None
         try:
             if key not in self._runners:
+                _refuse_during_capture(x)
                 self._runners[key] = GraphRunner(Executor(self._plan, self.module, ops, dtype))
             elif key in self._stale:
                 _refuse_during_capture(x)
-                self._runners[key].executor.refold()
+                self._runners[key].refold()
             self._stale.discard(key)
         except FoldError as error:
             self._runners.pop(key, None)
@@ -321,7 +324,8 @@ def _autocasts(x: Tensor) -> bool:
 def _refuse_during_capture(x: Tensor) -> None:
     if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "the model's weights changed since its last call; call it once outside the capture"
+            "the model's weights are new or have changed since its last call; "
+            "call it once outside the capture"
         )
 
 
