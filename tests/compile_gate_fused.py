@@ -28,7 +28,8 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-gemm, rot2, stem = (import_module(f"fastres.kernels.{name}") for name in ("gemm", "rot2", "stem"))
+NAMES = ("gemm", "head", "rot2", "stem")
+gemm, head, rot2, stem = (import_module(f"fastres.kernels.{name}") for name in NAMES)
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
@@ -187,10 +188,29 @@ def rot2_cases(full: bool) -> Iterator[Case]:
             )
 
 
+def head_run(row: object, dtype: torch.dtype) -> None:
+    x = fake(32, 2048, 7, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    head.head(x, fake(1000, 2048, dtype=dtype), fake(1000), config=row)
+
+
+def head_cases(full: bool) -> Iterator[Case]:
+    for row, target, dtype in product(head.CONFIGS, TARGETS, (*HALVES, torch.float32)):
+        if full or dtype == torch.float16 or (target == "sm_90" and dtype == torch.float32):
+            yield Case(
+                "head",
+                short(dtype),
+                " ".join(map(str, astuple(row))),
+                target,
+                partial(head_run, row, dtype),
+                wide=r"(LDG|LDGSTS)\.E\S*\.128" if TARGETS[target].gpu.backend == "cuda" else "",
+            )
+
+
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
     yield from rot2_cases(full)
+    yield from head_cases(full)
 
 
 def main() -> int:

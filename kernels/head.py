@@ -1,0 +1,301 @@
+"""The head of a ResNet in one kernel: global average pooling and the classifier.
+
+    y[n, k] = sum_c mean over pixels of x[n, c, :, :] * w[k, c] + b[k]
+
+x (N, C, H, W) is dense NHWC (``channels_last``), w (K, C) and y (N, K) row-major; float32,
+float16 or bfloat16, b may be float32. Sums are float32; a mean is rounded once and that rounded
+value is multiplied. Rejected: other layouts and dtypes, images without pixels, ``out`` over an
+input. Method: programs share the channels, so that a small batch fills the GPU, and the last to
+arrive adds up their partial sums in a fixed order (conv.py's split reduction). Each tile of
+outputs pools anew, which large batches pay for: beyond about 32 images pool and multiply apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    check_device,
+    check_like,
+    check_out_memory,
+    check_shape,
+    check_tensor,
+    check_vector,
+    describe,
+    dot,
+    launch,
+    needs_int64,
+    rounded,
+    store_rounded,
+)
+from ._config import Machine, machine_of, split_elements
+from .conv import SCRATCH_COUNTS, _scratch, _sum_splits
+from .global_pool import global_avg_pool_ref
+from .linear import linear_ref
+from .pool import check_image
+
+
+@dataclass(frozen=True, slots=True)
+class HeadConfig:
+    """A program makes ``block_n`` outputs of ``block_m`` images from its part, of ``splits``, of
+    the channels; it reads ``block_p`` pixels of ``block_c`` channels at a time."""
+
+    block_m: int
+    block_n: int
+    block_c: int
+    block_p: int
+    splits: int
+    num_warps: int
+
+
+CONFIGS: tuple[HeadConfig, ...] = (
+    HeadConfig(1, 128, 64, 32, 16, 8),
+    HeadConfig(1, 64, 64, 32, 8, 8),
+    HeadConfig(1, 32, 64, 32, 4, 4),
+    HeadConfig(16, 64, 64, 8, 8, 8),
+    HeadConfig(16, 128, 64, 8, 16, 8),
+    HeadConfig(16, 256, 64, 8, 16, 8),
+    HeadConfig(16, 256, 64, 8, 4, 8),
+    HeadConfig(16, 256, 64, 8, 1, 8),
+)
+
+
+@triton.jit
+def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
+    """Sums over the pixels of the images [BM] and channels [BC]."""
+    if image.shape[0] == 1:  # a plane of two dimensions, which agrees with the weights' layout
+        total = tl.zeros((c.shape[0],), tl.float32)
+        for p0 in range(0, PIXELS, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            row = tl.sum(image) * PIXELS + tl.where(p < PIXELS, p, 0)  # [BP]
+            ok = (p < PIXELS)[:, None] & c_ok[None, :]
+            x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=ok, other=0.0)
+            total += tl.sum(x.to(tl.float32), axis=0)
+        return total[None, :]
+    total = tl.zeros((image.shape[0], c.shape[0]), tl.float32)
+    for p0 in range(0, PIXELS, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        row = image[:, None] * PIXELS + tl.where(p < PIXELS, p, 0)[None, :]  # [BM, BP]
+        ok = n_ok[:, None, None] & (p < PIXELS)[None, :, None] & c_ok[None, None, :]
+        x = tl.load(x_ptr + row[:, :, None] * C + c[None, None, :], mask=ok, other=0.0)
+        total += tl.sum(x.to(tl.float32), axis=1)
+    return total
+
+
+@triton.jit(do_not_specialize=["N", "PIXELS", "SPLITS"])
+def head_kernel(
+    x_ptr,  # [N, PIXELS, C]
+    w_ptr,  # [K, C]
+    b_ptr,  # [K] or None
+    y_ptr,  # [N, K]
+    scratch_ptr,  # as conv.py's, None without splits
+    N,
+    PIXELS,
+    C,
+    K,
+    SPLITS,  # programs that share the reduction of a tile
+    EVEN_C: tl.constexpr,  # C is a multiple of BLOCK_C
+    PRECISION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+) -> None:
+    # Programs that read the same images run together: outputs run faster than images.
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    split = tl.program_id(0) % SPLITS
+    tile = tl.program_id(0) // SPLITS
+    n = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_ok = n < N
+    k_ok = k < K
+    # Clamped as well as masked, and rows past the end repeat the first.
+    image = tl.where(n_ok, n, 0)
+    if INT64:
+        image = image.to(tl.int64)
+    output = tl.where(k_ok, k, 0)
+
+    steps = tl.cdiv(C, BLOCK_C)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(split * steps // SPLITS, (split + 1) * steps // SPLITS):
+        c = step * BLOCK_C + tl.arange(0, BLOCK_C)
+        c_ok = tl.full((BLOCK_C,), True, tl.int1)
+        if not EVEN_C:
+            c_ok = c < C
+            c = c % C
+        w_offset = output[:, None] * C + c[None, :]
+        w = tl.load(w_ptr + w_offset, mask=c_ok[None, :], other=0.0)  # [BN, BC]
+        total = _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P)  # [BM, BC]
+        mean = tl.div_rn(total, tl.broadcast_to(PIXELS.to(tl.float32), total.shape))
+        mean = rounded(mean, x_ptr.dtype.element_ty)
+        if BLOCK_M == 1:  # too few rows for a matrix product
+            acc += tl.sum(w.to(tl.float32) * mean.to(tl.float32), axis=1)[None, :]
+        else:
+            acc = dot(mean, w.T, acc, PRECISION)
+
+    last = True
+    if scratch_ptr is not None:
+        acc, last = _sum_splits(acc, scratch_ptr, tile, split, SPLITS)
+    if last:
+        if b_ptr is not None:
+            acc += tl.load(b_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
+        y_offset = image[:, None] * K + k[None, :]
+        store_rounded(y_ptr + y_offset, acc, n_ok[:, None] & k_ok[None, :])
+
+
+def head_ref(x: Tensor, w: Tensor, b: Tensor | None = None, *, upcast: bool = False) -> Tensor:
+    """The same in plain PyTorch, rounded after each step; with ``upcast`` in float64, but for the
+    means, which are rounded before they are multiplied, as in the kernel."""
+    mean = global_avg_pool_ref(x, upcast=upcast).flatten(1).to(x.dtype)
+    return linear_ref(mean, w, b, upcast=upcast)
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    batch: int
+    outputs: int
+    channels: int
+    pixels: int
+    itemsize: int
+
+    def tiles(self, row: HeadConfig) -> int:
+        return ceil(self.batch / row.block_m) * ceil(self.outputs / row.block_n)
+
+
+_SM_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
+_LATENCY = 1500  # cycles of a program that are spent waiting
+_SPLIT_OVERHEAD = 2500  # cycles to publish partial sums and to find them
+
+
+def estimated_cycles(row: HeadConfig, problem: _Problem, machine: Machine) -> float:
+    """Cycles for the whole head: waves of programs that read images and weights from L2."""
+    part = problem.channels / row.splits
+    images = min(row.block_m, problem.batch)
+    moved = (images * problem.pixels + row.block_n) * part * problem.itemsize
+    waves = ceil(problem.tiles(row) * row.splits / machine.sms)
+    overhead = _LATENCY + (_SPLIT_OVERHEAD if row.splits > 1 else 0)
+    return waves * moved / _SM_BYTES + overhead
+
+
+def _splittable(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
+    """Whether the partial sums fit the scratch memory that every launch may share."""
+    programs = problem.tiles(row) * row.splits
+    few = problem.tiles(row) <= SCRATCH_COUNTS.value
+    return few and programs * row.block_m * row.block_n <= split_elements(machine)
+
+
+@lru_cache(maxsize=256)
+def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
+    """The row of least estimated cycles, the first of equals."""
+    usable = [r for r in CONFIGS if r.splits == 1 or _splittable(r, problem, machine)]
+    return min(usable, key=lambda row: estimated_cycles(row, problem, machine))
+
+
+def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:
+    """Refuse what the kernel does not take; otherwise the shape of the output."""
+    check_image(x)
+    check_tensor("w", w, 2)
+    check_like("w", w, x)
+    check_shape("w", w, (w.shape[0], x.shape[1]))
+    if not w.is_contiguous():
+        raise ValueError(f"w must be contiguous, got {describe(w)}; use .contiguous()")
+    if b is not None:
+        check_vector("b", b, w.shape[0], x)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    return x.shape[0], w.shape[0]
+
+
+def head(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None = None,
+    *,
+    precision: str = "ieee",
+    out: Tensor | None = None,
+    config: HeadConfig | None = None,
+    scratch: Tensor | None = None,
+) -> Tensor:
+    """``linear(global_avg_pool(x), w, b)`` in one kernel.
+
+    Args:
+        x: (N, C, H, W), channels_last, float32, float16 or bfloat16.
+        w: (K, C), contiguous, of x's dtype.
+        b: (K,), float32 or x's dtype.
+        precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
+        out: where to write; must not overlap an input.
+        config: the row to use instead of the selected one.
+        scratch: as for :func:`conv2d`.
+
+    Returns:
+        (N, K) of x's dtype. A batch of 0 launches nothing.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
+    """
+    shape = _check(x, w, b, precision)
+    check_device(x)
+    if out is None:
+        out = x.new_empty(shape)
+    else:
+        check_tensor("out", out, 2)
+        check_like("out", out, x)
+        check_shape("out", out, shape)
+        if not out.is_contiguous():
+            raise ValueError(f"out must be contiguous, got {describe(out)}")
+        check_out_memory(out, apart={"x": x, "w": w, "b": b}, same={})
+    if not out.numel():
+        return out
+    batch, channels, height, width = x.shape
+    problem = _Problem(batch, shape[1], channels, height * width, x.element_size())
+    if config is None:
+        config = select_config(problem, machine_of(x.device))
+    launch(
+        head_kernel,
+        problem.tiles(config) * config.splits,
+        x.device,
+        x,
+        w,
+        b,
+        out,
+        _scratch(scratch, problem, config, x.device),
+        batch,
+        height * width,
+        channels,
+        shape[1],
+        config.splits,
+        EVEN_C=channels % config.block_c == 0,
+        PRECISION=precision,
+        INT64=needs_int64(x),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_C=config.block_c,
+        BLOCK_P=config.block_p,
+        num_warps=config.num_warps,
+    )
+    return out
+
+
+@torch.library.custom_op("fastres::head", mutates_args=(), device_types="cuda")
+def head_op(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> Tensor:
+    """:func:`head` as a functional operator for torch.compile and torch.export."""
+    return head(x, w, b, precision=precision)
+
+
+@head_op.register_fake
+def _(x, w, b, precision):
+    return x.new_empty(_check(x, w, b, precision))
+
+
+@head_op.register_kernel("cpu")
+def _(x, w, b, precision):
+    _check(x, w, b, precision)
+    return head_ref(x, w, b)
