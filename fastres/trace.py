@@ -11,6 +11,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
@@ -116,13 +117,34 @@ for _function in _ASSIGNMENTS:
     setattr(_Proxy, f"__{_function.__name__}__", _recorded(_function))
 
 
+_RECORDING = RLock()
+
+
 class _Tracer(fx.Tracer):
     """torch.fx's tracer that also keeps normalisation layers and opaque modules whole.
 
     ``returned`` is, at the end, what forward returned: fx itself forgets the types of containers.
+
+    While fx records, it replaces ``nn.Module.__call__`` and ``__getattr__`` for the whole process.
+    What other threads call meanwhile is handed on, and only one recording runs at a time.
     """
 
     returned: Any = None
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        with _RECORDING:
+            self._thread = get_ident()
+            return super().trace(*args, **kwargs)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
