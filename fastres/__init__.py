@@ -9,6 +9,7 @@ from .errors import FastresError
 from .features import Features, features
 from .keras_import import from_keras
 from .optimize import FastModel, optimize
+from .preprocess import Normalize
 from .resnet import (
     BasicBlock,
     Bottleneck,
@@ -42,6 +43,7 @@ __all__ = [
     "FastModel",
     "FastresError",
     "Features",
+    "Normalize",
     "ResNet",
     "Verification",
     "create_model",

@@ -393,7 +393,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def _to_channels_last(value: Any) -> Any:
-    is_image = isinstance(value, Tensor) and value.dim() == 4
+    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
     return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
 
 

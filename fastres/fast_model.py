@@ -17,6 +17,7 @@ from .engine import Executor
 from .errors import BackendError, InputError, InputTypeError
 from .fold import Weights
 from .guards import GRADIENT, ambient_reason, in_functorch
+from .ir import Conv2d
 from .plan import Plan, Step
 from .verify import Verification
 
@@ -110,7 +111,10 @@ class FastModel(nn.Module):
 
     def warmup(self, shapes: Sequence[Sequence[int]]) -> FastModel:
         """Run each input shape often enough that compiling and graph capture are behind it."""
-        warm_up(lambda x: self.run([x]), shapes, self._home(), self.dtype)
+        convolutions = [step.op for step in self.traced.steps if isinstance(step.op, Conv2d)]
+        bytes_in = any(op.images is not None for op in convolutions)
+        dtype = torch.uint8 if bytes_in else self.dtype
+        warm_up(lambda x: self.run([x]), shapes, self._home(), dtype)
         return self
 
     def train(self, mode: bool = True) -> FastModel:

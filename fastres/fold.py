@@ -3,7 +3,8 @@
     y = gamma * (conv(x, w) + b - mean) / sqrt(var + eps) + beta
       = conv(x, w * s) + (b - mean) * s + beta        with  s = gamma / sqrt(var + eps)
 
-(Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2.)
+(Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2.) The normalisation
+of 8-bit images goes into the first convolution: see :mod:`fastres.preprocess`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,18 @@ import torch
 from torch import Tensor
 
 from .errors import FoldError
-from .ir import BatchNorm2d, Call, Conv2d, Graph, Linear, Node, Operation, Ref, substitute
+from .ir import (
+    BatchNorm2d,
+    Call,
+    Conv2d,
+    Graph,
+    Linear,
+    Node,
+    Normalize,
+    Operation,
+    Ref,
+    substitute,
+)
 
 Lookup = Callable[[str], Tensor]
 Weights = tuple[Tensor, Tensor | None]
@@ -33,7 +45,29 @@ def fold(graph: Graph) -> Graph:
             if isinstance(conv.op, Conv2d) and users[conv.name] == [node.name]:
                 folded[conv.name] = replace(conv, op=replace(conv.op, norm=node.op))
                 renamed[node.name] = conv.name
-    return _rewrite(graph, folded, renamed)
+    return _fold_images(_rewrite(graph, folded, renamed))
+
+
+def _fold_images(graph: Graph) -> Graph:
+    """Normalisation into the convolution that is its only reader; else it stays a PyTorch call."""
+    users = graph.users()
+    nodes = {node.name: node for node in graph.nodes}
+    for node in graph.nodes:
+        if not isinstance(node.op, Normalize):
+            continue
+        (source,) = node.inputs
+        readers = users[node.name]
+        conv = nodes.get(readers[0]) if len(readers) == 1 else None
+        if conv is not None and isinstance(conv.op, Conv2d):
+            target, arguments = f"{node.op.module}.centered", (Ref(source), conv.op.padding)
+            op = replace(conv.op, padding=(0, 0), images=node.op)
+            nodes[conv.name] = replace(conv, op=op)
+            call = Call("call_module", target, arguments, any_layout=True)
+        else:
+            reason = "normalisation that does not directly precede a convolution of its own"
+            call = Call("call_module", node.op.module, (Ref(source),), {}, reason, any_layout=True)
+        nodes[node.name] = replace(node, op=call)
+    return replace(graph, nodes=tuple(nodes.values()))
 
 
 def _rewrite(graph: Graph, changed: dict[str, Node], renamed: dict[str, str]) -> Graph:
@@ -67,9 +101,7 @@ def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor,
         FoldError: a variance is negative or not finite, or the result overflows ``dtype``.
     """
     with torch.no_grad():
-        source = lookup(op.weight).detach()
-        weight = source.double()
-        bias = lookup(op.bias).detach().double() if op.bias else None
+        weight, bias = unnormalised_conv(op, lookup)
         if op.norm is not None:
             scale, shift = _affine(op.norm, lookup, weight.shape[0], weight.device)
             weight = weight * scale.reshape(-1, 1, 1, 1)
@@ -78,8 +110,28 @@ def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor,
         _refuse_overflow(op.weight, weight, dtype)
         if bias is None:
             return cast, None
-        _refuse_overflow(op.norm.mean if op.norm else str(op.bias), bias, dtype)
+        _refuse_overflow(op.norm.mean if op.norm else op.bias or op.weight, bias, dtype)
         return cast, bias.to(_bias_dtype(dtype), copy=True)
+
+
+def unnormalised_conv(op: Conv2d, lookup: Lookup) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias in float64, of the images as they come in, before any batch norm."""
+    weight = lookup(op.weight).detach().double()
+    bias = lookup(op.bias).detach().double() if op.bias else None
+    if op.images is None:
+        return weight, bias
+    mean, std = (lookup(f"{op.images.module}.{name}").double() for name in ("mean", "std"))
+    rest = 255 * mean - (255 * mean).round()
+    scale = 1 / (255 * std)
+    # Input channel c of the weight of output channel k is channel c of k's group.
+    per_group = (op.groups, op.out_channels // op.groups)
+    scale, rest = (
+        v.view(op.groups, 1, -1).expand(*per_group, -1).reshape(op.out_channels, -1, 1, 1)
+        for v in (scale, rest)
+    )
+    weight = weight * scale
+    shift = -(weight * rest).sum((1, 2, 3))
+    return weight, shift if bias is None else bias + shift
 
 
 def folded_linear(op: Linear, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

@@ -31,10 +31,18 @@ class BatchNorm2d:
 
 
 @dataclass(frozen=True)
+class Normalize:
+    """8-bit images to normalised ones, by the :class:`fastres.preprocess.Normalize` at a path."""
+
+    module: str
+
+
+@dataclass(frozen=True)
 class Conv2d:
     """Convolution, with the batch norm folded into it and the epilogue fused behind it.
 
-    With ``residual`` the node's second input is added before the ReLU.
+    With ``residual`` the node's second input is added before the ReLU. With ``images`` the first
+    input are centred and padded 8-bit images, and the rest of their normalisation is folded in.
     """
 
     weight: str
@@ -49,6 +57,7 @@ class Conv2d:
     norm: BatchNorm2d | None = None
     residual: bool = False
     relu: bool = False
+    images: Normalize | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,7 @@ class Call:
 
 Operation: TypeAlias = (
     Input
+    | Normalize
     | Conv2d
     | BatchNorm2d
     | Linear

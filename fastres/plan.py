@@ -360,6 +360,8 @@ def parameter_paths(op: Operation) -> Iterable[str]:
     """Dotted paths of the parameters and buffers that a step reads by name."""
     if isinstance(op, Conv2d):
         own: list[str | None] = [op.weight, op.bias]
+        if op.images is not None:
+            own += [f"{op.images.module}.mean", f"{op.images.module}.std"]
         if op.norm is not None:
             own += [op.norm.weight, op.norm.bias, op.norm.mean, op.norm.var]
     elif isinstance(op, BatchNorm2d):

@@ -23,6 +23,7 @@ from . import ir
 from .errors import CheckpointError
 from .ir import Call, Operation, Parameter, Ref
 from .plan import Plan, Step
+from .preprocess import Centered, Normalize
 
 
 def _words(text: str) -> frozenset[str]:
@@ -87,6 +88,7 @@ _OPERATIONS: dict[str, type] = {
         ir.Call,
     )
 }
+_PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize}
 _SPECIAL = (torch.dtype, torch.memory_format, torch.device)
 
 
@@ -211,8 +213,9 @@ def _encode_operation(op: Operation) -> dict[str, Any]:
     values = {field.name: getattr(op, field.name) for field in fields(op)}
     if isinstance(op, Call):
         values["target"] = _encode_target(op)
-    if isinstance(op, ir.Conv2d) and op.norm is not None:
-        values["norm"] = dict(vars(op.norm))
+    for name, part in _PARTS.items():
+        if isinstance(values.get(name), part):
+            values[name] = dict(vars(values[name]))
     return {"kind": type(op).__name__, "fields": {k: encode(v) for k, v in values.items()}}
 
 
@@ -220,8 +223,9 @@ def _decode_operation(kind: str, data: Mapping[str, Any]) -> Operation:
     if kind not in _OPERATIONS:
         raise CheckpointError(f"unknown operation {kind!r}")
     values = {name: decode(value) for name, value in data.items()}
-    if values.get("norm") is not None:
-        values["norm"] = ir.BatchNorm2d(**values["norm"])
+    for name, part in _PARTS.items():
+        if values.get(name) is not None:
+            values[name] = part(**values[name])
     op: Operation = _OPERATIONS[kind](**values)
     if isinstance(op, Call):
         return _with_target(op)
@@ -298,6 +302,8 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
         ValueError: it is another module, or has hooks or settings that its arguments do not say.
     """
     kind = type(module)
+    if isinstance(module, (Normalize, Centered)):
+        return {"type": kind.__name__, "arguments": _numbers(module)}
     if getattr(nn, kind.__name__, None) is not kind or kind.__name__ not in MODULES:
         raise ValueError(f"{kind.__module__}.{kind.__name__} is not among those a file may name")
     arguments = {}
@@ -315,8 +321,18 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
     return spec
 
 
+def _numbers(module: Normalize | Centered) -> dict[str, Any]:
+    if isinstance(module, Centered):
+        return {"mean": encode(module.numbers), "layout": module.layout}
+    mean, std = (encode(tuple(t.tolist())) for t in (module.mean, module.std))
+    return {"mean": mean, "std": std, "layout": module.layout}
+
+
 def decode_module(spec: Mapping[str, Any]) -> nn.Module:
     """The layer of :func:`encode_module`, in eval mode, its tensors still to be filled."""
+    own = {"Normalize": Normalize, "Centered": Centered}
+    if spec["type"] in own:
+        return own[spec["type"]](**{k: decode(v) for k, v in spec["arguments"].items()}).eval()
     if spec["type"] not in MODULES:
         raise CheckpointError(f"a file must not name the module {spec['type']!r}")
     arguments = {name: decode(value) for name, value in spec["arguments"].items()}

@@ -46,7 +46,7 @@ class Aten:
 
     def nhwc(self, value: Any) -> Any:
         """A 4-D tensor in channels_last memory; everything else as it is."""
-        is_image = isinstance(value, Tensor) and value.dim() == 4
+        is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
         return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
 
     def wants_nchw(self, *arguments: Any) -> bool:

@@ -22,6 +22,7 @@ from .ir import (
     GlobalAvgPool,
     Linear,
     MaxPool2d,
+    Normalize,
     Operation,
     Pair,
     ReLU,
@@ -29,6 +30,7 @@ from .ir import (
 
 FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
 NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d",)
+NORMALIZE = ("fastres.preprocess.Normalize",)
 
 
 def qualified_name(kind: type) -> str:
@@ -57,6 +59,8 @@ def from_module(module: nn.Module, path: str) -> list[Operation] | None:
         return [_frozen_norm(module, path)]
     if name in NORM_ACTS:
         return _norm_act(module, path)
+    if name in NORMALIZE:
+        return [Normalize(path)]
     return None
 
 

@@ -118,7 +118,7 @@ def _assemble(description: dict[str, Any], tensors: dict[str, Tensor]) -> FastMo
     model = with_signature(_decode_signature(description["signature"]))(
         plan,
         folded,
-        _kept(plan, description["modules"], tensors),
+        _kept(plan, description["modules"], tensors, dtype),
         dtype=dtype,
         source_dtype=plan_json.decode(description["source_dtype"]),
         backend=description["backend"],
@@ -147,7 +147,9 @@ def _encode_modules(model: FastModel) -> dict[str, Any]:
     return found
 
 
-def _kept(plan: Plan, modules: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def _kept(
+    plan: Plan, modules: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
     """What the steps left to PyTorch need: modules, parameters and buffers, under their paths."""
     kept = nn.Module()
     for step in plan.steps:
@@ -157,6 +159,7 @@ def _kept(plan: Plan, modules: dict[str, Any], tensors: dict[str, Tensor]) -> nn
             prefix = f"kept.{path}."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             module.load_state_dict(own, assign=True)
+            module.to(dtype)
             _holder(kept, path).add_module(path.rpartition(".")[2], module)
         else:
             for path in _paths(step.op):

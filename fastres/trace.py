@@ -35,6 +35,7 @@ from .ir import (
 from .recognise import (
     FROZEN_NORMS,
     NORM_ACTS,
+    NORMALIZE,
     Constant,
     from_function,
     from_module,
@@ -163,7 +164,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = qualified_name(type(m))
         return (
-            name in FROZEN_NORMS + NORM_ACTS + STOCHASTIC_DEPTH
+            name in FROZEN_NORMS + NORM_ACTS + NORMALIZE + STOCHASTIC_DEPTH
             or opaque_reason(m) is not None
             or super().is_leaf_module(m, module_qualified_name)
         )

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .engine import Executor
 from .errors import VerificationError
+from .fold import unnormalised_conv
 from .guards import unfused
 from .ir import BatchNorm2d, Conv2d, Linear, attribute
 from .plan import Step, describe
@@ -196,7 +197,11 @@ def _unfolded(step: Step, source: nn.Module, operands: list[Tensor], dtype: torc
         return y.relu() if op.relu else y
     assert isinstance(op, Conv2d)
     geometry = (op.stride, op.padding, op.dilation, op.groups)
-    y = F.conv2d(x, get(op.weight), get(op.bias), *geometry)  # type: ignore[arg-type]
+    weight, bias = get(op.weight), get(op.bias)
+    if op.images is not None:
+        found = unnormalised_conv(op, lambda path: attribute(source, path))
+        weight, bias = (None if v is None else v.to(dtype) for v in found)
+    y = F.conv2d(x, weight, bias, *geometry)  # type: ignore[arg-type]
     norm = op.norm
     if isinstance(norm, BatchNorm2d):
         statistics = (get(norm.mean), get(norm.var), get(norm.weight), get(norm.bias))

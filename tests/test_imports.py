@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import those before it and none behind it: data only ever moves to the right.
 ORDER = (
-    *("errors", "ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
+    *("errors", "preprocess", "ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
     *("backends", "engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "fast_model", "shell", "optimize"),
     "compile_backend",
