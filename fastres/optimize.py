@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -197,7 +198,8 @@ def _plain_attributes(source: nn.Module) -> dict[str, Any]:
         leaves = torch.utils._pytree.tree_leaves(value)
         opaque = any(callable(leaf) or isinstance(leaf, (Tensor, nn.Module)) for leaf in leaves)
         if not (name.startswith("_") or name in own or opaque):
-            found[name] = copy.deepcopy(value)
+            with suppress(Exception):  # locks, files and the like: nothing that a copy could be
+                found[name] = copy.deepcopy(value)
     return found
 
 
