@@ -366,7 +366,8 @@ def _is_dense(x: Tensor) -> bool:
 def check_backend(backend: str) -> str:
     """``backend`` itself, or ValueError when it is none of :data:`BACKENDS`."""
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        known = ", ".join(map(repr, BACKENDS))
+        raise ValueError(f"backend must be one of {known}, got {backend!r}")
     return backend
 
 

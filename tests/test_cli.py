@@ -45,7 +45,7 @@ MISTAKES = {
         f"device cuda:99 is not here: torch sees {torch.cuda.device_count()} CUDA devices"
     ),
     ("plan", "resnet18", "--backend", "cudnn"): (
-        "backend must be one of auto, triton, torch; got 'cudnn'"
+        "backend must be one of 'auto', 'triton', 'torch', got 'cudnn'"
     ),
     ("plan", "resnet18", "--checkpoint", "gone.pth"): "no checkpoint file at gone.pth",
     ("bench", "resnet18", "--batch", "1,x"): ("--batch takes integers such as 1,8,32; got '1,x'"),
