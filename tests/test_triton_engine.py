@@ -35,6 +35,9 @@ MEMORY = {
     "contiguous",
     "slice",
     "set_",
+    "zero_",
+    "zeros",
+    "new_zeros",
     "detach",
     "alias",
     "clone",
@@ -81,8 +84,8 @@ def assert_whole_network(name, size, device, launches, convolutions, **kwargs):
     assert not plan.left
     assert set(seen) <= MEMORY, "PyTorch computed something"
     assert all(s == "view" or s.startswith("triton ") for s in plan.served_by)
-    # Every convolution and the classifier, the global pool; the stem may take in the max pool.
-    assert convolutions + 2 <= sum(launches.values()) <= convolutions + 4
+    # One for most convolutions, though a kernel may serve two; pools and the classifier besides.
+    assert 0.75 * convolutions <= sum(launches.values()) <= convolutions + 4
     exact = plain(copy.deepcopy(model).double(), x.double())
     errors = [
         rms(plain(model, x.contiguous(memory_format=layout)) - exact)
