@@ -1,4 +1,4 @@
-"""Peak activation memory, measured in the allocator: input and weights exist before, and are out."""
+"""Peak activation memory on the CPU, against eager PyTorch and against what the plan foretells."""
 
 import pytest
 import torch
