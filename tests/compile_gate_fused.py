@@ -28,8 +28,8 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-NAMES = ("gemm", "head", "rot2", "stem")
-gemm, head, rot2, stem = (import_module(f"fastres.kernels.{name}") for name in NAMES)
+NAMES = ("gemm", "head", "hwnc", "rot2", "stem")
+gemm, head, hwnc, rot2, stem = (import_module(f"fastres.kernels.{name}") for name in NAMES)
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
@@ -206,11 +206,44 @@ def head_cases(full: bool) -> Iterator[Case]:
             )
 
 
+HWNC_PATHS = {"pixel": (256, 1), "row": (32, 1), "gathered": (32, 2)}
+"""Batch and stride that bring out each of the three ways to find a tile's input."""
+
+
+def hwnc_run(row: TileConfig, batch: int, stride: int, dtype: torch.dtype, precision: str) -> None:
+    batch = batch if batch == 256 else row.block_m // 2  # a tile holds more than a pixel's images
+    w = fake(256, 256, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    hwnc.conv2d_hwnc(
+        fake(14, 14, batch, 256, dtype=dtype),
+        w,
+        fake(256),
+        stride=stride,
+        padding=1,
+        residual=fake(14 // stride, 14 // stride, batch, 256, dtype=dtype),
+        relu=True,
+        precision=precision,
+        config=row,
+    )
+
+
+def hwnc_cases(full: bool) -> Iterator[Case]:
+    for kind, rows in hwnc.CONFIGS.items():
+        first = PRECISIONS[kind][0]
+        for row, target, (path, sizes) in product(rows, COPY_ENGINES, HWNC_PATHS.items()):
+            if not full and target != "sm_90" and path != "pixel":
+                continue
+            for dtype, precision in PRECISIONS[kind] if full else (first,):
+                what = f"{path} {short(dtype)} {precision}"
+                run = partial(hwnc_run, row, *sizes, dtype, precision)
+                yield tile_case("conv2d_hwnc", what, row, target, kind, run)
+
+
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
     yield from rot2_cases(full)
     yield from head_cases(full)
+    yield from hwnc_cases(full)
 
 
 def main() -> int:
