@@ -5,7 +5,10 @@
 """
 
 from .checkpoint import load_checkpoint, save_checkpoint
+from .describe import Summary, summary
+from .diagram import plot_model
 from .errors import FastresError
+from .export import export
 from .features import Features, features
 from .keras_import import from_keras
 from .optimize import FastModel, optimize
@@ -45,14 +48,17 @@ __all__ = [
     "Features",
     "Normalize",
     "ResNet",
+    "Summary",
     "Verification",
     "create_model",
+    "export",
     "features",
     "from_keras",
     "list_models",
     "load",
     "load_checkpoint",
     "optimize",
+    "plot_model",
     "resnet18",
     "resnet20",
     "resnet32",
@@ -68,6 +74,7 @@ __all__ = [
     "resnext101_64x4d",
     "save",
     "save_checkpoint",
+    "summary",
     "verify",
     "wide_resnet50_2",
     "wide_resnet101_2",

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .errors import MissingDependencyError
 
@@ -44,6 +43,8 @@ def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
             f"the summary is torchinfo's, which cannot be imported ({error}); "
             "install fastres[report]"
         ) from error
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
+
     columns = ("input_size", "output_size", "num_params", "kernel_size")
     described = torchinfo.summary(
         model,

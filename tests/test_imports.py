@@ -20,6 +20,8 @@ ORDER = (
     *(
         "checkpoint",
         "plan_json",
+        "export",
+        "diagram",
         "serialize",
         "weights",
         "resnet",

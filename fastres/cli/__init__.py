@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import FastresError, WeightsError
-from . import models, runs
+from . import files, models, runs
 from .console import ERR
 
 USER_ERRORS = (FastresError, ValueError, TypeError, RuntimeError, OSError)
@@ -52,6 +52,9 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "summary": (models.summary, "fastres summary resnet50 --size 224"),
     "plan": (models.plan, "fastres plan resnet50 --json"),
     "roofline": (models.roofline, "fastres roofline resnet50 --batch 256"),
+    "convert": (files.convert, "fastres convert resnet50.h5 fused.safetensors"),
+    "export": (files.export, "fastres export resnet50 resnet50.onnx --checkpoint resnet50.pth"),
+    "plot": (files.plot, "fastres plot resnet50 resnet50.svg --size 224"),
     "env": (models.env, "fastres env --json"),
 }
 for _name, (_command, _example) in COMMANDS.items():

@@ -1,0 +1,143 @@
+"""The commands that turn a network into a file: convert, export, plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .console import ERR, OUT, AsJson, Checkpoint, Dtype, Size, Weights, print_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..fast_model import FastModel
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="A network, e.g. resnet50, or a .h5, .keras or fused .safetensors file.",
+    ),
+]
+Target = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
+KERAS = (".h5", ".hdf5", ".keras")
+
+
+def convert(
+    source: Source,
+    target: Target,
+    dtype: Dtype = "float32",
+    size: Size = 224,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold and fuse a network and save it, for fastres.load: one .safetensors file, no pickle."""
+    from ..serialize import save
+
+    fast = _fused(source, dtype, size, weights, checkpoint)
+    save(fast, target)
+    plan = fast.plan()
+    found = {"path": str(target), "fused": len(plan.fused), "left_to_pytorch": len(plan.left)}
+    steps = f"{len(plan.fused)} fused steps, {len(plan.left)} left to PyTorch"
+    _say(found, f"wrote {target}: {steps}", as_json)
+
+
+def export(
+    source: Source,
+    target: Target,
+    size: Size = 224,
+    weights: Weights = None,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a fused network as .onnx, or as .pt2 for PyTorch without fastres, and check the file.
+
+    The batch size stays open; height and width are fixed by --size.
+    """
+    from ..bench import random_images
+    from ..export import export as write
+
+    fast = _fused(source, "float32", size, weights, checkpoint)
+    found = write(fast, target, random_images(2, _channels(fast), size)[0])
+    if found.max_abs is None:
+        text = "not run: install onnxruntime to have it checked"
+    else:
+        text = f"{found.checked_by} gives the same logits to {found.max_abs:.1g}"
+    _say(found.to_dict(), f"wrote {target}; {text}", as_json)
+
+
+def plot(
+    source: Source,
+    target: Target,
+    unfused: Annotated[bool, typer.Option("--unfused", help="The modules as written.")] = False,
+    size: Size = 224,
+    checkpoint: Checkpoint = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw a network as .svg, .png or .dot, by the steps that inference runs."""
+    from ..diagram import plot_model
+
+    network = _network(source, None, checkpoint)
+    shape = (1, _channels(network), size, size)
+    path = plot_model(network, target, fused=not unfused, input_size=shape)
+    _say({"path": str(path)}, f"wrote {path}", as_json)
+
+
+def _network(source: str, weights: str | None, checkpoint: Path | None) -> nn.Module:
+    """What the argument names: a Keras file, a fused file, or a network of the table."""
+    suffix = Path(source).suffix
+    if suffix in KERAS:
+        from ..keras_import import from_keras
+
+        return from_keras(source)
+    if suffix == ".safetensors":
+        from ..serialize import load
+
+        return load(source)
+    from ..pretrained import load_network
+
+    return load_network(source, weights=weights, checkpoint=checkpoint)
+
+
+def _fused(
+    source: str, dtype: str, size: int, weights: str | None, checkpoint: Path | None
+) -> FastModel:
+    """The network, folded in ``dtype`` and compared with its source on images of this size."""
+    from ..bench import calibrate_, parse_dtype, random_images
+    from ..fast_model import FastModel
+    from ..optimize import optimize
+    from ..resnet import ResNet
+
+    network = _network(source, weights, checkpoint)
+    if isinstance(network, FastModel):
+        return network
+    images = random_images(4, _channels(network), size)[0]
+    if isinstance(network, ResNet) and weights is None and checkpoint is None:
+        ERR.print("note: the parameters are random; give --weights or --checkpoint", markup=False)
+        calibrate_(network, images)
+    fast = optimize(network, example_input=images, dtype=parse_dtype(dtype))
+    assert isinstance(fast, FastModel)
+    return fast
+
+
+def _channels(network: nn.Module) -> int:
+    """Channels of the images, from the first convolution."""
+    from torch import nn
+
+    from ..ir import Conv2d
+    from ..plan import Plan
+
+    traced = getattr(network, "traced", None)
+    if isinstance(traced, Plan):
+        return next(s.op.in_channels for s in traced.steps if isinstance(s.op, Conv2d))
+    return next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
+
+
+def _say(found: dict[str, object], text: str, as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+    else:
+        OUT.print(text, markup=False)
