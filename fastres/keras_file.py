@@ -75,7 +75,7 @@ class KerasFile:
                 "(model.save, not save_weights)"
             )
         self.config = json.loads(file.attrs["model_config"])
-        self._groups = dict(_named_groups(self.config, file["model_weights"]))
+        self._groups = dict(_named_groups(self.config, _member(file, "model_weights")))
 
     def read(
         self, path: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
@@ -130,7 +130,7 @@ def _named_groups(config: Mapping[str, Any], weights: Any) -> Groups:
         name = layer_name(layer)
         if name not in weights:
             continue
-        group = weights[name]
+        group = _member(weights, name)
         names = [n.decode() if isinstance(n, bytes) else n for n in group.attrs["weight_names"]]
         if not sublayers(layer):
             yield (name,), {_variable(n): _dataset(group, n) for n in names}
@@ -153,11 +153,12 @@ def _paths(config: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[
 
 def _numbered_groups(config: Mapping[str, Any], weights: Any, above: tuple[str, ...]) -> Groups:
     """``.keras``: ``layers/conv2d_3/vars/0`` and so on; newer files name each layer as well."""
-    groups = weights["layers"]
+    members = _member(weights, "layers")
+    groups = {name: _member(members, name) for name in members}
     by_name = {
-        str(group["vars"].attrs["name"]): group
+        str(_member(group, "vars").attrs["name"]): group
         for group in groups.values()
-        if "vars" in group and "name" in group["vars"].attrs
+        if "vars" in group and "name" in _member(group, "vars").attrs
     }
     seen: Counter[str] = Counter()
     for layer in sublayers(config):
@@ -172,7 +173,7 @@ def _numbered_groups(config: Mapping[str, Any], weights: Any, above: tuple[str, 
             yield from _numbered_groups(layer, group, path)
         elif "vars" in group:
             names = _variables(layer)
-            yield path, {n: _dataset(group["vars"], str(i)) for i, n in enumerate(names)}
+            yield path, {n: _dataset(_member(group, "vars"), str(i)) for i, n in enumerate(names)}
 
 
 def _variables(layer: Mapping[str, Any]) -> list[str]:
@@ -191,10 +192,19 @@ def _variable(full: str) -> str:
 
 
 def _dataset(group: Any, name: str) -> Any:
+    for part in name.split("/"):
+        group = _member(group, part)
+    if group.external or group.is_virtual:
+        raise CheckpointError(f"{name} is kept in another file, which is not read")
+    return group
+
+
+def _member(group: Any, name: str) -> Any:
+    """What the file itself holds under ``name``; links, which may lead to any file, are refused."""
     import h5py
 
-    if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
-        raise CheckpointError(f"{name} is a link to another file, which is not followed")
+    if not isinstance(group.get(name, getlink=True), (h5py.HardLink, type(None))):
+        raise CheckpointError(f"{name} is a link, perhaps to another file, which is not followed")
     return group[name]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .errors import CheckpointError, FastresError
 from .keras_file import KerasFile, layer_name, sublayers
 from .keras_layers import LAYERS, MERGES, NO_SIDES, KerasImportError, Layer, Pair, Value
 
@@ -31,15 +32,18 @@ def from_keras(path: str | os.PathLike[str], *, input_size: Pair | None = None) 
         input_size: height and width, for models that leave them open but pad by them.
 
     Raises:
-        FileNotFoundError, MissingDependencyError, CheckpointError: as :class:`KerasFile`.
+        FileNotFoundError, MissingDependencyError, CheckpointError: as :class:`KerasFile`; also for
+            a configuration that no Keras would write.
         KerasImportError: a layer or an option that is not supported; the message names the layer.
     """
     builder = Builder(KerasFile(path), input_size)
-    config = builder.file.config
-    outputs = builder.model(Layer((), config["class_name"], config["config"]), config, None)
-    nodes = [builder.finished(value) for value in outputs]
-    builder.graph.output(nodes[0] if len(nodes) == 1 else nodes)
-    return fx.GraphModule(builder.root, builder.graph, "KerasModel").eval()
+    try:
+        return builder.build()
+    except FastresError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CheckpointError(f"{path} does not describe a Keras model ({reason})") from error
 
 
 class Builder:
@@ -52,6 +56,14 @@ class Builder:
         self.graph = fx.Graph()
         self.input: Value | None = None
         self.size_checked = False
+
+    def build(self) -> fx.GraphModule:
+        """The whole model."""
+        config = self.file.config
+        outputs = self.model(Layer((), config["class_name"], config["config"]), config, None)
+        nodes = [self.finished(value) for value in outputs]
+        self.graph.output(nodes[0] if len(nodes) == 1 else nodes)
+        return fx.GraphModule(self.root, self.graph, "KerasModel").eval()
 
     def model(
         self, layer: Layer, config: Mapping[str, Any], given: Sequence[Value] | None

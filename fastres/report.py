@@ -138,7 +138,7 @@ def started(path: Path) -> Callable[[Case], None]:
         "environment": environment().to_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_line(head), encoding="utf-8")
+    atomic_write(path, _line(head).encode())
 
     def append(case: Case) -> None:
         with path.open("a", encoding="utf-8") as file:

@@ -355,10 +355,11 @@ def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
 
 def scratch_size(problem: Problem, config: TileConfig) -> int:
     """Elements of float32 that this tile needs as ``scratch``; 0 unless it splits the reduction."""
-    if config.splits == 1:
-        return 0
-    tile = config.block_m * config.block_n
-    return SCRATCH_COUNTS.value + problem.tiles(config) * config.splits * tile
+    return _scratch_size(problem.tiles(config), config.splits, config.block_m * config.block_n)
+
+
+def _scratch_size(tiles: int, splits: int, block: int) -> int:
+    return SCRATCH_COUNTS.value + tiles * splits * block if splits > 1 else 0
 
 
 def new_scratch(device: torch.device) -> Tensor:
@@ -367,20 +368,21 @@ def new_scratch(device: torch.device) -> Tensor:
     return torch.zeros(size, dtype=torch.float32, device=device)
 
 
-def _scratch(
-    given: Tensor | None, problem: Problem, config: TileConfig, device: torch.device
+def split_scratch(
+    given: Tensor | None, tiles: int, splits: int, block: int, device: torch.device
 ) -> Tensor | None:
-    size = scratch_size(problem, config)
+    """Scratch memory for ``tiles`` of ``block`` elements in ``splits`` parts: ``given``, or new."""
+    size = _scratch_size(tiles, splits, block)
     if not size:
         return None
-    if problem.tiles(config) > SCRATCH_COUNTS.value:
+    if tiles > SCRATCH_COUNTS.value:
         raise ValueError(
-            f"config splits the reduction of {problem.tiles(config)} tiles; at most "
+            f"config splits the reduction of {tiles} tiles; at most "
             f"{SCRATCH_COUNTS.value} can be split"
         )
     if given is None:
         given = torch.empty(size, dtype=torch.float32, device=device)
-        given[: problem.tiles(config)].zero_()
+        given[:tiles].zero_()
     elif given.dtype != torch.float32 or given.device != device or given.numel() < size:
         raise ValueError(
             f"scratch must be {size} or more elements of float32 on {device}, got {describe(given)}"
@@ -454,7 +456,13 @@ def conv2d(
         b,
         residual,
         out,
-        _scratch(scratch, problem, config, x.device),
+        split_scratch(
+            scratch,
+            problem.tiles(config),
+            config.splits,
+            config.block_m * config.block_n,
+            x.device,
+        ),
         problem.m,
         x.shape[2],
         x.shape[3],

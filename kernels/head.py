@@ -36,7 +36,7 @@ from ._common import (
     store_rounded,
 )
 from ._config import Machine, machine_of, split_elements
-from .conv import SCRATCH_COUNTS, _scratch, _sum_splits
+from .conv import SCRATCH_COUNTS, _sum_splits, split_scratch
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
 from .pool import check_image
@@ -266,7 +266,13 @@ def head(
         w,
         b,
         out,
-        _scratch(scratch, problem, config, x.device),
+        split_scratch(
+            scratch,
+            problem.tiles(config),
+            config.splits,
+            config.block_m * config.block_n,
+            x.device,
+        ),
         batch,
         height * width,
         channels,

@@ -1,5 +1,6 @@
 """Baselines: each is listed with its reason or right, faults turn the gate red, runs go on."""
 
+import itertools
 import json
 import signal
 import time
@@ -203,7 +204,7 @@ def test_max_autotune_runs_last_for_two_batches_of_one_network():
 
 
 def test_latency_quantiles_and_memory_of_a_known_call():
-    pauses = iter([0.02] * 3 + [0.0] * 100_000)
+    pauses = itertools.cycle([0.02] + [0.0] * (probes.BLOCK - 1))
     x = torch.ones(1, 3, 8, 8)
 
     def call(x):
@@ -212,7 +213,7 @@ def test_latency_quantiles_and_memory_of_a_known_call():
 
     found = probes.probe({"known": call, "OpenVINO fp32": lambda x: x}, [x], budget=0.3)
     known = found["known"]
-    assert known.p50 < 0.02 <= known.p99 * 1.5
+    assert known.p50 < 0.02 <= known.p99
     assert known.calls >= probes.BLOCK
     # One vector of four million bytes and its double; the allocator rounds up a little.
     assert 8_000_000 <= known.peak_bytes <= 8_001_024

@@ -65,8 +65,9 @@ def test_row21_calls_leave_no_object_behind(calls):
     before = objects()
     calls(CALLS)
     left = objects() - before
-    # The interpreter itself keeps a few objects more or less; a leak would keep one per call.
-    assert sum(left.values()) < CALLS // 20, left.most_common(5)
+    # Python fills caches of its own (isinstance with abstract classes: up to 84 objects were
+    # seen, whatever the number of calls); a leak would keep at least one per call.
+    assert sum(left.values()) < CALLS // 5, left.most_common(5)
 
 
 def test_row21_calls_leave_no_memory_behind(calls):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from helpers import hostile_, real_images
 from torch import Tensor, nn
 from tutorials import MnistResNet18, d2l_resnet
 
+import fastres
 from fastres.ir import BatchNorm2d
 from fastres.plan import Plan, Step
 
@@ -117,6 +121,20 @@ def _retinanet() -> nn.Module:
         max_size=128,
         topk_candidates=50,
     )
+
+
+def _keras(build: Callable[[Any], Any]) -> Callable[[], nn.Module]:
+    """A Keras model saved by Keras and read by fastres."""
+
+    def read() -> nn.Module:
+        import keras_models
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.keras"
+            build(keras_models).save(path)
+            return fastres.from_keras(path)
+
+    return read
 
 
 _SE = frozenset({"sigmoid", "mul"})
@@ -227,6 +245,14 @@ CASES: tuple[Case, ...] = (
         frozenset({"Linear"}),
         shell=True,
     ),
+    Case("fastres", "resnet50", lambda: fastres.create_model("resnet50")),
+    Case(
+        "fastres",
+        "resnet20",
+        lambda: fastres.create_model("resnet20"),
+        frozenset({"getitem", "pad"}),
+        size=32,
+    ),
     Case("tutorial", "d2l ResNet-34, 1 channel", d2l_resnet, channels=1, size=96),
     Case("tutorial", "MNIST ResNet-18", MnistResNet18, channels=1, size=32),
     Case(
@@ -235,5 +261,29 @@ CASES: tuple[Case, ...] = (
         lambda: MnistResNet18(use_residual=False),
         channels=1,
         size=32,
+    ),
+)
+
+# Compared with Keras itself in test_keras.py; here for the table of models.
+KERAS_CASES: tuple[Case, ...] = (
+    Case(
+        "Keras",
+        "tutorial ResNet-50, 32x32",
+        _keras(lambda k: k.resnet50(32, 10, zero_padding=False, pool=1)),
+        frozenset({"Softmax"}),
+        size=32,
+    ),
+    Case(
+        "Keras",
+        "tutorial ResNet-50, 64x64",
+        _keras(lambda k: k.resnet50(64, 6, zero_padding=True, pool=2)),
+        frozenset({"Softmax"}),
+        size=64,
+    ),
+    Case(
+        "Keras",
+        "applications.ResNet50",
+        _keras(lambda k: k.keras.applications.ResNet50(weights=None)),
+        frozenset({"Softmax"}),
     ),
 )
