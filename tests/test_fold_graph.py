@@ -114,7 +114,7 @@ class Between(nn.Module):
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
-def test_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
+def test_row30_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
     module = hostile_(module).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     out, built = run(module, x)
@@ -130,7 +130,7 @@ def test_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
 
 
 @pytest.mark.parametrize("kind", ["training", "no statistics", "instance norm", "replaced forward"])
-def test_other_norms_are_left_to_pytorch(kind):
+def test_row31_other_norms_are_left_to_pytorch(kind):
     norm = nn.InstanceNorm2d(4) if kind == "instance norm" else nn.BatchNorm2d(4)
     if kind == "no statistics":
         norm = nn.BatchNorm2d(4, track_running_stats=False)
@@ -162,7 +162,7 @@ def norm_without_act(channels):
 
 
 @pytest.mark.parametrize("make", [nn.SyncBatchNorm, frozen, norm_act, norm_without_act])
-def test_norms_of_other_libraries(make):
+def test_row34_norms_of_other_libraries(make):
     module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), make(8))
     hostile_(module)
     if make is frozen:
@@ -191,7 +191,7 @@ def reference_of(module):
 
 
 @pytest.mark.parametrize("act", [nn.SiLU, nn.LeakyReLU])
-def test_norm_with_another_activation(act):
+def test_row34_norm_with_another_activation(act):
     timm = pytest.importorskip("timm.layers")
     module = nn.Sequential(nn.Conv2d(3, 8, 3), timm.BatchNormAct2d(8, act_layer=act))
     module = hostile_(module).double()
@@ -201,7 +201,7 @@ def test_norm_with_another_activation(act):
     torch.testing.assert_close(out, module(x).detach(), rtol=1e-12, atol=1e-12)  # float64
 
 
-def test_a_whole_network_in_float64():
+def test_row30_a_whole_network_in_float64():
     """Every norm of a ResNet-18 at once, against PyTorch's own fold-free answer."""
     module = hostile_(resnet18(num_classes=7)).double()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)

@@ -146,7 +146,7 @@ def test_tensor_subclasses():
 
 
 @pytest.mark.parametrize("start", [small, used])
-def test_parametrized_weights(start):
+def test_row34_parametrized_weights(start):
     model, x = start(), images()
     parametrizations.weight_norm(model.layer1[0].conv1)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def test_parametrized_weights(start):
     "register", ["register_forward_hook", "register_forward_pre_hook", "pruned", "weight_norm"]
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_hooks_of_submodules(start, register):
+def test_row34_hooks_of_submodules(start, register):
     model, x = start(), images()
     before = plain(model, x)
     layer = model.layer1[0].conv1
@@ -207,7 +207,7 @@ def test_hooks_of_the_root_run_around_the_engine():
 
 
 @pytest.mark.parametrize("path", ["bn1", "layer2.0.downsample.1", "layer1", "fc"])
-def test_training_submodules(path):
+def test_row31_training_submodules(path):
     model, x = used(), images()
     child = model.get_submodule(path).train()
     with executions() as ran, torch.no_grad():

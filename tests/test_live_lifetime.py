@@ -76,7 +76,7 @@ def test_weights_without_version_counters_run_as_pytorch(arrival):
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save"])
-def test_copies_after_use(how):
+def test_row26_copies_after_use(how):
     model, x = used(), images()
     with torch.no_grad():
         out = model(x)
@@ -134,7 +134,7 @@ def test_replaced_weights_are_let_go():
     assert old() is None
 
 
-def test_many_runs_and_sizes_leave_nothing_behind():
+def test_row21_many_runs_and_sizes_leave_nothing_behind():
     model = used()
     assert_fused(model, images(size=9))
     before = live_tensors()
@@ -146,14 +146,14 @@ def test_many_runs_and_sizes_leave_nothing_behind():
     assert len(runner.executor._checked) <= 257
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_row18_the_same_call_gives_the_same_bits():
     model, x = used(), images(4)
     with torch.no_grad():
         first = model(x)
         assert all(torch.equal(model(x), first) for _ in range(100))
 
 
-def test_images_do_not_see_each_other():
+def test_row18_images_do_not_see_each_other():
     model, x = used(), images(4)
     spoilt = x.clone()
     spoilt[1, 0, 3, 3] = float("nan")
@@ -168,14 +168,14 @@ def test_images_do_not_see_each_other():
     assert_close(turned, model, x)
 
 
-def test_two_models_do_not_mix():
+def test_row23_two_models_do_not_mix():
     first, second, x = used(), used(seed=5), images()
     for _ in range(2):
         assert_fused(first, x)
         assert_fused(second, x)
 
 
-def test_threads_share_a_model():
+def test_row23_threads_share_a_model():
     """First calls, later calls and refolds at once."""
     model = small()
     inputs = [images(1 + i % 3, 16 + i) for i in range(8)]

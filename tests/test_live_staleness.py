@@ -155,7 +155,7 @@ def _parameter_to_buffer(layer):
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_changed_weights_and_structure(change):
+def test_row35_changed_weights_and_structure(change):
     model, x = used(), images()
     before = plain(model, x)
     with torch.enable_grad():
@@ -171,13 +171,13 @@ def test_changed_weights_and_structure(change):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
-def test_dtype_conversions(dtype):
+def test_row35_dtype_conversions(dtype):
     model, x = used(), images()
     assert_fused(model.to(dtype), x.to(dtype))
     assert_fused(model.float(), x)
 
 
-def test_half_precision_of_data_alone():
+def test_row35_half_precision_of_data_alone():
     """``p.data = p.data.half()`` keeps identity and version."""
     model, x = used(), images()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -187,7 +187,7 @@ def test_half_precision_of_data_alone():
 
 
 @pytest.mark.parametrize("write", ["data", "numpy"])
-def test_refresh_after_changes_that_pytorch_cannot_see(write):
+def test_row35_refresh_after_changes_that_pytorch_cannot_see(write):
     model, x = used(), images()
     stale = plain(model, x)
     if write == "data":
@@ -200,7 +200,7 @@ def test_refresh_after_changes_that_pytorch_cannot_see(write):
     assert not torch.allclose(stale, plain(model, x), atol=1e-3)
 
 
-def test_functional_call_uses_the_tensors_given():
+def test_row35_functional_call_uses_the_tensors_given():
     model, other, x = used(), small(seed=4), images()
     state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -212,7 +212,7 @@ def test_functional_call_uses_the_tensors_given():
     assert_fused(model, x)
 
 
-def test_alternating_weights_are_never_mixed_up():
+def test_row35_alternating_weights_are_never_mixed_up():
     model, x = used(), images()
     states = [copy.deepcopy(small(seed=seed).state_dict()) for seed in (1, 2)]
     for turn in range(4):
@@ -220,7 +220,7 @@ def test_alternating_weights_are_never_mixed_up():
         assert_fused(model, x)
 
 
-def test_unchanged_weights_are_folded_once(monkeypatch):
+def test_row35_unchanged_weights_are_folded_once(monkeypatch):
     model, x = used(), images()
     folds = []
     refold = type(model._live()._runners.popitem()[1].executor).refold
@@ -233,7 +233,7 @@ def test_unchanged_weights_are_folded_once(monkeypatch):
     assert len(folds) == 1
 
 
-def test_a_users_plain_attribute_is_watched():
+def test_row35_a_users_plain_attribute_is_watched():
     class Scaled(ResNet):
         scale = 1.0
 
@@ -249,14 +249,14 @@ def test_a_users_plain_attribute_is_watched():
     assert isinstance(shortcut, resnet.ZeroPadShortcut)
 
 
-def test_a_shortcuts_attributes_are_watched():
+def test_row35_a_shortcuts_attributes_are_watched():
     model = used(shortcut="A")
     shortcut = model.layer2[0].downsample
     shortcut.before, shortcut.after = 0, 8
     assert_fused(model, images())
 
 
-def test_methods_patched_on_a_class_are_watched(monkeypatch):
+def test_row35_methods_patched_on_a_class_are_watched(monkeypatch):
     model = used()
     forward = BasicBlock.forward
     monkeypatch.setattr(BasicBlock, "forward", lambda self, x: 2 * forward(self, x))

@@ -61,7 +61,7 @@ def judge_bfloat16(model, x, steps):
 
 
 @pytest.mark.parametrize(("name", "seeds", "steps"), PARAMETERS)
-def test_hostile_weights_and_real_images(name, seeds, steps):
+def test_row41_hostile_weights_and_real_images(name, seeds, steps):
     for seed in range(seeds):
         model = hostile_(getattr(fastres, name)(), seed)
         x = real_images(2 if seeds > 1 else 1, 64)

@@ -222,7 +222,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", EVIL)
-def test_files_that_name_what_they_must_not_are_refused(name, path, monkeypatch):
+def test_row37_files_that_name_what_they_must_not_are_refused(name, path, monkeypatch):
     ran = []
     for target in ("os.system", "torch.load", "torch.hub.load"):
         monkeypatch.setattr(target, lambda *a, **k: ran.append(a))
@@ -233,13 +233,13 @@ def test_files_that_name_what_they_must_not_are_refused(name, path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_files_that_do_not_hold_together_are_refused(name, path):
+def test_row37_files_that_do_not_hold_together_are_refused(name, path):
     rewrite(path, BROKEN[name])
     with pytest.raises(CheckpointError, match=str(path)):
         fastres.load(path)
 
 
-def test_truncated_missing_and_plain_files(path, tmp_path, fast):
+def test_row37_truncated_missing_and_plain_files(path, tmp_path, fast):
     with pytest.raises(FileNotFoundError):
         fastres.load(tmp_path / "none.safetensors")
     data = path.read_bytes()
