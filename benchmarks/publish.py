@@ -26,7 +26,7 @@ from fastres.results import is_ours  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HISTORY = (
-    *("created", "commit", "torch", "model", "batch", "size", "contender"),
+    *("created", "commit", "torch", "model", "batch", "size", "form", "contender"),
     *("median_s", "p20_s", "p80_s", "images_per_second", "relative_rms_error"),
 )
 HEADER = (
@@ -78,7 +78,8 @@ def history_rows(report: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
                 relative = error and f"{error['rms'] / error['reference_rms']:.2e}"
                 times = (f"{t[key]:.6g}" for key in ("median", "p20", "p80"))
                 rate = f"{batch / t['median']:.5g}"
-                yield (*where, case["model"], batch, size, timing["name"], *times, rate, relative)
+                what = (case["model"], batch, size, case["form"], timing["name"])
+                yield (*where, *what, *times, rate, relative)
 
 
 def tables(results: Path = RESULTS) -> str:
@@ -121,7 +122,7 @@ def _rows(case: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     timed = {t["name"]: t["seconds"]["values"] for t in case["timings"] if t["seconds"]}
     for name in (t["name"] for t in case["timings"] if is_ours(t["name"])):
         kind = kind_of(name)
-        label = " ".join([kind, *name.split()[2:]])
+        label = " ".join(filter(None, [kind, *name.split()[2:], case["form"]]))
         what = (case["model"], str(batch), f"{height}x{width}", label)
         if name not in timed:
             yield (*what, "no time", "-", "-", "-", "-")

@@ -8,7 +8,8 @@ as flash-attention's tests have it). Speed is only measured for outputs that pas
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from .baselines import (
 from .environment import native_bf16
 from .errors import UnknownModelError
 from .optimize import optimize
-from .presets import Spec
+from .presets import PRODUCTS, Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe
 from .report import Report
 from .resnet import BasicBlock, Bottleneck, ResNet, create_model
@@ -36,7 +37,12 @@ from .results import Case, Check, OutputError
 from .roofline import Ceilings, roofline
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    **dict.fromkeys(PRODUCTS, torch.float32),
+}
 BASELINE = "eager fp32"
 RULE_OF_TWO = 2.0
 FLOOR_ULPS = 4.0
@@ -69,14 +75,16 @@ def benchmark(
         models: names that :func:`fastres.create_model` knows.
         batches: batch sizes.
         dtypes: of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
-            device. Plain eager float32 is the baseline in any case.
+            device. On CUDA also ``"tf32"`` and ``"ieee"``: float32 with all products made so, in a
+            run of its own; plain ``"float32"`` does what torch's flags say. Plain eager float32 is
+            the baseline in any case.
         size: height and width of the images.
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
         weights: name of pretrained weights; by default random ones with lively batch norms.
         baselines: names out of :data:`fastres.baselines.BASELINES`, besides eager PyTorch.
         probes: seconds per contender for the latency of up to 1,000 single calls, with which come
-            memory and, on a GPU, sustained throughput; 0 leaves them out.
+            memory and sustained throughput; 0 leaves them out.
         progress: called with a case's title, returns the callback for its rounds.
         on_case: called with each case as it is done.
         kwargs: arguments of the model, e.g. ``num_classes``.
@@ -86,7 +94,7 @@ def benchmark(
             known.
     """
     specs = [
-        Spec(name, batch, size, tuple(dtypes or ()), tuple(baselines), probes)
+        Spec(name, batch, size, tuple(dtypes or ()), tuple(baselines), probes, sustained=True)
         for name in models
         for batch in batches
     ]
@@ -107,9 +115,10 @@ def run(
 
     Args and raises: as :func:`benchmark`; ``cold`` also times fresh processes of the first model.
     """
-    for spec in specs:
-        _check_spec(spec)
     device = parse_device(device)
+    specs = [part for spec in specs for part in spec.by_products()]
+    for spec in specs:
+        _check_spec(spec, device)
     ceilings: dict[torch.dtype, Ceilings] = {}
     cases: list[Case] = []
     lost: list[Check] = []
@@ -142,12 +151,14 @@ def run(
     )
 
 
-def _check_spec(spec: Spec) -> None:
+def _check_spec(spec: Spec, device: torch.device) -> None:
     for name, value in (("batch", spec.batch), ("size", spec.size)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name in spec.dtypes:
         parse_dtype(name)
+    if spec.products and device.type != "cuda":
+        raise ValueError(f"dtype {spec.products!r} needs a CUDA device, got {device.type!r}")
     check_names(spec.baselines)
 
 
@@ -171,13 +182,25 @@ def _measure(
     dtypes = [parse_dtype(name) for name in spec.dtypes] or fast_dtypes(device)
     images = [x.to(device) for x in random_images(spec.batch, model.conv1.in_channels, spec.size)]
     source = weights or "random, with batch norms calibrated on random images"
-    case = compare(
-        spec.model, model, images, dtypes, source, method, progress, spec.baselines, spec.probes
-    )
+    method = replace(method, cold_cache=spec.cold_cache or method.cold_cache)
+    with float32_products(spec.products):
+        case = compare(
+            spec.model,
+            model,
+            images,
+            dtypes,
+            source,
+            method,
+            progress,
+            spec.baselines,
+            spec.probes,
+            SUSTAINED_SECONDS * spec.sustained,
+        )
+    case = replace(case, form=replace(spec, cold_cache=method.cold_cache).form)
     if not (spec.probes or spec.layers):
         return case
     floors, steps = {}, {}
-    with torch.inference_mode():
+    with torch.inference_mode(), float32_products(spec.products):
         for dtype in dtypes:
             if dtype not in ceilings:
                 ceilings[dtype] = measured_ceilings(device, dtype)
@@ -200,6 +223,7 @@ def compare(
     progress: Progress | None = None,
     baselines: Sequence[str] = (),
     probes: float = 0.0,
+    sustained_seconds: float = 0.0,
 ) -> Case:
     """Time one model, in eval mode, on float32 NCHW batches of images that take turns.
 
@@ -210,18 +234,39 @@ def compare(
     for dtype in dtypes:
         calls |= contenders_for(model, dtype, images[0])
         calls |= contenders(model, dtype, images[0], baselines)
-    lasting = SUSTAINED_SECONDS if device.type == "cuda" else 0.0
     with torch.inference_mode(), cudnn_benchmarking():
         judge = Judge(model, calls, images)
         comparison = measure(
             calls, images, check=judge, device=device, method=method, progress=progress
         )
         right = {n: call for n, call in calls.items() if n not in comparison.failures}
-        found = probe(right, images, budget=probes, sustained_seconds=lasting) if probes else {}
+        found = (
+            probe(right, images, budget=probes, sustained_seconds=sustained_seconds)
+            if probes
+            else {}
+        )
     if baselines:
         torch.compiler.reset()  # dynamo keeps only a few variants of one piece of code
     n, c, h, w = images[0].shape
     return Case(name, (n, c, h, w), weights, comparison, judge.errors, found)
+
+
+@contextmanager
+def float32_products(kind: str) -> Iterator[None]:
+    """Inside, float32 is multiplied in ``"tf32"`` or ``"ieee"``; for ``""`` as torch's flags say.
+
+    The flags are the process', and are put back.
+    """
+    cudnn: Any = torch.backends.cudnn
+    holders = (cudnn.conv, torch.backends.cuda.matmul) if kind else ()
+    before = [holder.fp32_precision for holder in holders]
+    try:
+        for holder in holders:
+            holder.fp32_precision = kind
+        yield
+    finally:
+        for holder, value in zip(holders, before, strict=True):
+            holder.fp32_precision = value
 
 
 def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dict[str, Model]:

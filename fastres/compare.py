@@ -86,7 +86,8 @@ def _timings(report: dict[str, Any]) -> dict[Key, tuple[dict[str, Any], float]]:
     """Each timing with the noise of its run, as a factor from 1 on."""
     found: dict[Key, tuple[dict[str, Any], float]] = {}
     for case in report["cases"]:
-        title = f"{case['model']} {'x'.join(map(str, case['shape']))} on {case['device']}"
+        parts = (case["model"], "x".join(map(str, case["shape"])), case.get("form"))
+        title = f"{' '.join(filter(None, parts))} on {case['device']}"
         noise = case["noise"]
         factor = max(noise["p80"], 1 / noise["p20"]) if noise else 1.0
         for timing in case["timings"]:

@@ -136,7 +136,8 @@ def over_batch(cases: Sequence[Case]) -> str:
     groups: dict[str, list[Case]] = {}
     for case in cases:
         _, channels, height, width = case.shape
-        groups.setdefault(f"{case.model}, {channels}x{height}x{width}", []).append(case)
+        form = f", {case.form}" if case.form else ""
+        groups.setdefault(f"{case.model}, {channels}x{height}x{width}{form}", []).append(case)
     return "".join(
         _lines(title, group)
         for title, group in groups.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .baselines import BASELINES, CHEAP, STANDARD
 from .timing import Method
@@ -13,6 +13,8 @@ COUSINS = ("resnext50_32x4d", "wide_resnet50_2")
 BATCHES = (1, 8, 32, 128, 256)
 SIZES = (160, 288, 384)
 AUTOTUNED = ("cuDNN fused", "max-autotune")
+PRODUCTS = {"tf32": "TF32", "ieee": "IEEE fp32"}
+"""Names of dtypes that are float32 with its products made in one way, whatever torch's flags."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,13 @@ class Spec:
     Attributes:
         dtypes: names; empty for what is fast on the device.
         baselines: names out of :data:`fastres.baselines.BASELINES`.
-        probes: seconds per contender for the latency of single calls, with which come memory and,
-            on a GPU, sustained throughput; 0 leaves them out.
+        probes: seconds per contender for the latency of single calls, with which comes memory;
+            0 leaves them out.
+        sustained: with the probes, also throughput without a pause.
         layers: also every step by itself.
+        products: how all contenders multiply float32, of :data:`PRODUCTS`; empty for what torch's
+            flags say.
+        cold_cache: the caches are emptied before each call.
     """
 
     model: str
@@ -34,10 +40,31 @@ class Spec:
     baselines: tuple[str, ...] = ()
     probes: float = 0.0
     layers: bool = False
+    sustained: bool = False
+    products: str = ""
+    cold_cache: bool = False
+
+    @property
+    def form(self) -> str:
+        """What sets the case apart from the usual one of its network and batch."""
+        return ", ".join(
+            filter(None, (PRODUCTS.get(self.products), "cold caches" * self.cold_cache))
+        )
 
     @property
     def title(self) -> str:
-        return f"{self.model}, batch {self.batch}, {self.size}x{self.size}"
+        """For people."""
+        title = f"{self.model}, batch {self.batch}, {self.size}x{self.size}"
+        return f"{title}, {self.form}" if self.form else title
+
+    def by_products(self) -> Iterator[Spec]:
+        """A case for each way of multiplying float32 that the dtypes name: flags are global."""
+        plain = tuple(name for name in self.dtypes if name not in PRODUCTS)
+        if plain or not self.dtypes:
+            yield replace(self, dtypes=plain)
+        for name in self.dtypes:
+            if name in PRODUCTS:
+                yield replace(self, dtypes=("float32",), products=name)
 
 
 @dataclass(frozen=True)
@@ -74,8 +101,8 @@ def _standard(device: str) -> Preset:
     if device == "cuda":
         return Preset(tuple(_standard_gpu()), Method(rounds=20, budget=8.0), cold=True)
     specs = (
-        Spec("resnet50", 1, baselines=STANDARD, probes=1.0, layers=True),
-        Spec("resnet50", 8, baselines=CHEAP, probes=1.0, layers=True),
+        Spec("resnet50", 1, baselines=STANDARD, probes=1.0, layers=True, sustained=True),
+        Spec("resnet50", 8, baselines=CHEAP, probes=1.0, layers=True, sustained=True),
         Spec("resnet18", 1, baselines=CHEAP, probes=1.0),
         Spec("resnet18", 8, baselines=CHEAP, probes=1.0),
         Spec("resnet50", 1, size=32),
@@ -86,7 +113,9 @@ def _standard(device: str) -> Preset:
 def _standard_gpu() -> Iterator[Spec]:
     for batch in BATCHES:
         edge = batch in (1, 256)
-        yield Spec("resnet50", batch, baselines=STANDARD, probes=1.0, layers=edge)
+        yield Spec("resnet50", batch, baselines=STANDARD, probes=1.0, layers=edge, sustained=True)
+    yield Spec("resnet50", 1, baselines=("cuDNN fused",), cold_cache=True)
+    yield Spec("resnet50", 32, dtypes=("tf32",), baselines=("cuDNN fused",))
     for model in FAMILY:
         if model != "resnet50":
             yield from (Spec(model, batch, baselines=("cuDNN fused",)) for batch in (1, 256))
@@ -96,11 +125,12 @@ def _standard_gpu() -> Iterator[Spec]:
 
 
 def _full(device: str) -> Preset:
-    dtypes = ("float32", "bfloat16") + (("float16",) if device == "cuda" else ())
-    batches = BATCHES if device == "cuda" else (1, 8, 32)
+    cuda = device == "cuda"
+    dtypes = ("float16", "bfloat16", "tf32", "ieee") if cuda else ("float32", "bfloat16")
+    batches = BATCHES if cuda else (1, 8, 32)
     everything = tuple(BASELINES)
     specs = [
-        Spec(model, batch, 224, dtypes, everything, probes=5.0, layers=True)
+        Spec(model, batch, 224, dtypes, everything, probes=5.0, layers=True, sustained=True)
         for model in (*FAMILY, *COUSINS)
         for batch in batches
     ]
@@ -109,4 +139,5 @@ def _full(device: str) -> Preset:
         for size in SIZES
         for batch in batches
     ]
+    specs.append(Spec("resnet50", 1, baselines=STANDARD, cold_cache=True))
     return Preset(tuple(specs), Method(), cold=True)

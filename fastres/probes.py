@@ -34,6 +34,7 @@ BLOCK = 10
 BLOCK_SECONDS = 0.2
 FOREIGN = ("onnxruntime", "OpenVINO", "TensorRT")
 COPIED_BYTES = 256 * 2**20
+L2_SET_BYTES, L2_READS = 16 * 2**20, 512
 REPEATS = 10
 SUSTAINED_SECONDS = 3.0
 COLD_SECONDS = 120.0
@@ -212,7 +213,7 @@ def _graph_seconds(call: Callable[[], Any]) -> float:
 
 
 def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """This machine's copy bandwidth and matrix throughput, the best of several tries.
+    """This machine's bandwidths and matrix throughput, the best of several tries.
 
     The copy is larger than the caches, on a GPU as on a CPU; inputs are random, since zeros are
     faster on a GPU.
@@ -224,7 +225,20 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     multiplied = _best(lambda: a @ b, device)
     name = f"{_machine(device)}, {NAMES.get(dtype, str(dtype))}, measured"
-    return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied)
+    cached = _l2_bandwidth(device) if device.type == "cuda" else None
+    return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied, cached)
+
+
+def _l2_bandwidth(device: torch.device) -> float | None:
+    """Bytes per second from the L2 cache to all multiprocessors; None without Triton."""
+    try:
+        from .kernels.cache_read import BLOCK, cache_read
+    except ImportError:
+        return None
+    x = torch.randn(L2_SET_BYTES // 4, device=device)
+    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
+    read = _best(lambda: cache_read(x, programs, L2_READS), device)
+    return 4 * BLOCK * programs * L2_READS / read
 
 
 def _machine(device: torch.device) -> str:

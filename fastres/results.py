@@ -115,6 +115,7 @@ class Case:
         floors: seconds per batch that no plan with one kernel per convolution can beat on this
             machine's measured ceilings, by dtype ("fp32").
         layers: by contender, where steps were timed one by one.
+        form: what sets the case apart from the usual one: how float32 is multiplied, cold caches.
     """
 
     model: str
@@ -125,11 +126,13 @@ class Case:
     probes: dict[str, Probe] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     layers: dict[str, tuple[LayerTime, ...]] = field(default_factory=dict)
+    form: str = ""
 
     @property
     def title(self) -> str:
         batch, _, height, width = self.shape
-        return f"{self.model}, batch {batch}, {height}x{width}"
+        title = f"{self.model}, batch {batch}, {height}x{width}"
+        return f"{title}, {self.form}" if self.form else title
 
     def images_per_second(self, timing: Timing) -> Samples:
         """Throughput, one value per round."""
@@ -139,6 +142,7 @@ class Case:
         """The fields, with the comparison written out."""
         return {
             "model": self.model,
+            "form": self.form,
             "shape": list(self.shape),
             "weights": self.weights,
             **self.comparison.to_dict(),
@@ -176,10 +180,12 @@ def footnote(case: Case) -> str:
     comparison = case.comparison
     noise = comparison.noise
     warmup = sum(timing.warmup for timing in comparison.timings)
+    cold = comparison.method.cold_cache
+    caches = "caches emptied before each call" if cold else "steady state, inputs taking turns"
     text = (
         f"{comparison.rounds} interleaved rounds in random order on {comparison.device}, "
-        f"{comparison.clock}; medians, and in brackets the 20th to 80th percentile; speed-up over "
-        f"{comparison.baseline}, by round; {comparison.baseline} against itself: "
+        f"{comparison.clock}, {caches}; medians, and in brackets the 20th to 80th percentile; "
+        f"speed-up over {comparison.baseline}, by round; {comparison.baseline} against itself: "
         f"{spread(noise, '{:.3f}x'.format)}; warm-up of {warmup:.1f} s not counted; "
         f"weights: {case.weights}; errors against float64."
     )
@@ -228,16 +234,20 @@ def cold_table(starts: Sequence[ColdStart]) -> Table:
 
 
 def ceiling_table(ceilings: Sequence[Ceilings]) -> Table:
-    """Measured memory bandwidth and matrix throughput."""
+    """Measured memory bandwidth, that of the last cache, and matrix throughput."""
     rows = [
         (
             c.name,
             f"{c.bytes_per_second / 1e9:,.1f} GB/s",
+            "not measured"
+            if c.cache_bytes_per_second is None
+            else f"{c.cache_bytes_per_second / 1e9:,.0f} GB/s",
             f"{c.flop_per_second / 1e12:,.2f} TFLOP/s",
         )
         for c in ceilings
     ]
-    return ("ceiling", "copy, read plus written", "large matrix product"), rows
+    header = ("ceiling", "copy, read plus written", "L2 to the cores", "large matrix product")
+    return header, rows
 
 
 def is_ours(contender: str) -> bool:

@@ -30,11 +30,16 @@ FUSIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a machine can do at most: bytes per second of memory, operations per second."""
+    """What a machine can do at most: bytes per second of memory, operations per second.
+
+    ``cache_bytes_per_second`` is what the last cache gives the cores (on a GPU, L2 to the
+    multiprocessors), or None where it was not measured; floors do not use it.
+    """
 
     name: str
     bytes_per_second: float
     flop_per_second: float
+    cache_bytes_per_second: float | None = None
 
 
 H200 = Ceilings("H200, fp16", 4.3e12, 790e12)

@@ -27,6 +27,7 @@ OutputCheck = Callable[[str, int, Y], str | None]
 Progress = Callable[[int, int], None]
 
 LEAST_ROUNDS = 5
+FLUSHED_BYTES = 256 * 2**20  # more than the last cache of any GPU or of most CPUs
 EVENT_SLACK_SECONDS = 1e-3
 
 
@@ -40,6 +41,8 @@ class Method:
         sample: a sample repeats the call until it lasts about this long.
         warmup: each contender is called for at least this long, and on every input, beforehand.
         seed: of the order within the rounds.
+        cold_cache: empty the caches before every call (on a GPU: "L2-cold"); otherwise the caches
+            hold what the calls before left in them, the steady state.
     """
 
     rounds: int = 20
@@ -47,6 +50,7 @@ class Method:
     sample: float = 0.05
     warmup: float = 0.3
     seed: int = 0
+    cold_cache: bool = False
 
     def __post_init__(self) -> None:
         if self.rounds < 1:
@@ -202,7 +206,7 @@ def measure(
         raise ValueError(f"baseline {baseline!r} is not one of {list(contenders)}")
 
     device = torch.device(device)
-    sample = _cuda_sample if device.type == "cuda" else _cpu_sample
+    sample = _sampler(device, method.cold_cache)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     runners = [_Runner(name, call, inputs, check) for name, call in contenders.items()]
     runners.append(_Runner(baseline, contenders[baseline], inputs, check))
@@ -325,6 +329,19 @@ class _Runner(Generic[X, Y]):
         self.failure = one_line(error)
 
 
+Sampler = Callable[[Callable[[X], Y], list[X]], tuple[float, Y]]
+
+
+def _sampler(device: torch.device, cold_cache: bool) -> Sampler[Any, Any]:
+    """What times the calls of a sample on this device."""
+    cuda = device.type == "cuda"
+    if not cold_cache:
+        return _cuda_sample if cuda else _cpu_sample
+    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    form = _cold_cuda_sample if cuda else _cold_cpu_sample
+    return lambda call, inputs: form(call, inputs, lambda: flushed.add_(1))
+
+
 def _cpu_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
     """Seconds that ``call`` takes over all inputs, and its last output."""
     started = time.perf_counter()
@@ -345,12 +362,48 @@ def _cuda_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
     torch.cuda.synchronize()
     wall = time.perf_counter() - started
     elapsed = begin.elapsed_time(end) / 1e3
+    _refuse_missed_work(elapsed, wall)
+    return elapsed, output
+
+
+def _cold_cpu_sample(
+    call: Callable[[X], Y], inputs: list[X], flush: Callable[[], Any]
+) -> tuple[float, Y]:
+    """Seconds of the calls alone; before each, ``flush`` fills the caches with something else."""
+    elapsed = 0.0
+    for x in inputs:
+        flush()
+        seconds, output = _cpu_sample(call, [x])
+        elapsed += seconds
+    return elapsed, output
+
+
+def _cold_cuda_sample(
+    call: Callable[[X], Y], inputs: list[X], flush: Callable[[], Any]
+) -> tuple[float, Y]:
+    """The same by CUDA events around each call, which is queued while the flush still runs."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in inputs]
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for x, (start, begin, end) in zip(inputs, events, strict=True):
+        start.record()
+        flush()
+        begin.record()
+        output = call(x)
+        end.record()
+    torch.cuda.synchronize()
+    wall = time.perf_counter() - started
+    _refuse_missed_work(sum(start.elapsed_time(end) for start, _, end in events) / 1e3, wall)
+    return sum(begin.elapsed_time(end) for _, begin, end in events) / 1e3, output
+
+
+def _refuse_missed_work(elapsed: float, wall: float) -> None:
+    """Raises RuntimeError where events saw too little of the seconds that passed."""
     if elapsed < wall / 2 - EVENT_SLACK_SECONDS:
         raise RuntimeError(
             f"the events saw {elapsed * 1e3:.3f} ms of {wall * 1e3:.3f} ms: "
             "work ran outside the timed stream"
         )
-    return elapsed, output
 
 
 def one_line(error: Exception) -> str:

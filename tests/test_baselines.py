@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastres import baselines, bench, cli, presets, probes
-from fastres.backends import AtenOps, CudnnOps
+from fastres.backends import AtenOps, CudnnOps, conv_precision, matmul_precision
 from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
@@ -192,8 +192,40 @@ def test_presets_name_what_exists(name, device):
     chosen = presets.preset(name, device)
     assert chosen.specs
     for spec in chosen.specs:
-        bench._check_spec(spec)
+        for part in spec.by_products():
+            bench._check_spec(part, torch.device(device))
         assert spec.model in list_models()
+
+
+def test_a_way_of_multiplying_float32_is_a_case_of_its_own():
+    spec = presets.Spec("resnet18", 2, dtypes=("tf32", "float16", "ieee"))
+    parts = list(spec.by_products())
+    assert [(p.dtypes, p.products) for p in parts] == [
+        (("float16",), ""),
+        (("float32",), "tf32"),
+        (("float32",), "ieee"),
+    ]
+    assert [p.title for p in parts] == [
+        "resnet18, batch 2, 224x224",
+        "resnet18, batch 2, 224x224, TF32",
+        "resnet18, batch 2, 224x224, IEEE fp32",
+    ]
+    assert list(presets.Spec("resnet18", 2).by_products()) == [presets.Spec("resnet18", 2)]
+
+
+@pytest.mark.parametrize("kind", ["tf32", "ieee"])
+def test_products_are_set_for_a_case_and_put_back(kind):
+    before = (conv_precision(), matmul_precision())
+    with bench.float32_products(kind):
+        assert (conv_precision(), matmul_precision()) == (kind, kind)
+    assert (conv_precision(), matmul_precision()) == before
+    with bench.float32_products(""):
+        assert (conv_precision(), matmul_precision()) == before
+
+
+def test_tf32_is_refused_where_there_is_none():
+    with pytest.raises(ValueError, match="dtype 'tf32' needs a CUDA device, got 'cpu'"):
+        bench.benchmark(["resnet18"], dtypes=["tf32"], device="cpu")
 
 
 def test_max_autotune_runs_last_for_two_batches_of_one_network():

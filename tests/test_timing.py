@@ -1,5 +1,6 @@
 """The stopwatch: what it interleaves, what it leaves out, and what it refuses to call a time."""
 
+import dataclasses
 import gc
 import json
 import time
@@ -190,6 +191,41 @@ def test_events_that_missed_the_work_are_not_believed(monkeypatch, milliseconds,
     else:
         with pytest.raises(RuntimeError, match="outside the timed stream"):
             timing._cuda_sample(lambda x: time.sleep(0.06), [None])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_with_cold_caches_each_call_follows_a_flush_that_is_not_timed(monkeypatch, device):
+    done = []
+
+    def flush():
+        time.sleep(0.05)
+        done.append("flush")
+
+    def call(x):
+        time.sleep(0.01)
+        done.append(x)
+        return x
+
+    class Clock(FakeEvent):
+        def record(self):
+            self.now = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.now - self.now) * 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    sample = timing._cold_cuda_sample if device == "cuda" else timing._cold_cpu_sample
+    seconds, output = sample(call, [1, 2, 3], flush)
+    assert done == ["flush", 1, "flush", 2, "flush", 3]
+    assert output == 3
+    assert 0.03 <= seconds < 0.15  # three calls, none of the three flushes
+
+
+def test_cold_caches_are_a_part_of_the_method():
+    method = dataclasses.replace(ONE_CALL, cold_cache=True, rounds=1)
+    found = measure({"a": lambda x: 1}, [None], check=right, method=method)
+    assert found.to_dict()["method"]["cold_cache"] is True
 
 
 def test_the_dict_is_json_with_the_raw_samples():

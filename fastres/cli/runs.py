@@ -61,7 +61,8 @@ def bench(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of float32, float16, bfloat16, separated by commas; by default what is fast here."
+            help="Of float32, float16, bfloat16, separated by commas; on a GPU also tf32 and ieee: "
+            "float32 multiplied so. By default what is fast here."
         ),
     ] = None,
     size: Size = 224,
@@ -72,6 +73,9 @@ def bench(
     ] = "",
     latency: Annotated[
         bool, typer.Option("--latency", help="Also 1,000 single calls (p50, p90, p99), and memory.")
+    ] = False,
+    cold_cache: Annotated[
+        bool, typer.Option("--cold-cache", help="Empty the caches before each timed call.")
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each contender.")] = 20,
     seconds: Annotated[float, typer.Option(min=0, help="Time for one case, roughly.")] = 20.0,
@@ -106,11 +110,11 @@ def bench(
         )
         kinds = tuple(dtype.split(",")) if dtype else ()
         specs = tuple(
-            Spec(model, n, size, kinds, names, probes=LATENCY_SECONDS * latency)
+            Spec(model, n, size, kinds, names, LATENCY_SECONDS * latency, sustained=latency)
             for model in models or ()
             for n in numbers(batch, "--batch")
         )
-        plan = Preset(specs, Method(rounds=rounds, budget=seconds))
+        plan = Preset(specs, Method(rounds=rounds, budget=seconds, cold_cache=cold_cache))
     paths = [output.with_name(output.name + suffix) for suffix in SUFFIXES] if output else []
     for path in paths:
         check_output(path)
