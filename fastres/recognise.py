@@ -6,7 +6,7 @@ Whatever is not recognised exactly, options included, gives None and stays a PyT
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -69,6 +69,8 @@ def _conv(m: Any, path: str) -> Operation | None:
     padding = (0, 0) if padding == "valid" else padding
     if m.padding_mode != "zeros" or padding is None:
         return None
+    if sees_only_padding(m.kernel_size, padding, m.dilation):
+        return None
     bias = f"{path}.bias" if m.bias is not None else None
     return Conv2d(
         f"{path}.weight",
@@ -81,6 +83,13 @@ def _conv(m: Any, path: str) -> Operation | None:
         m.dilation,
         m.groups,
     )
+
+
+def sees_only_padding(kernel: Sequence[int], padding: Pair, dilation: Pair) -> bool:
+    """Whether a dilated window may lie outside of the image: oneDNN reads past the end of
+    channels_last memory there and crashes the process (torch 2.11); in NCHW memory it does not."""
+    axes = zip(kernel, padding, dilation, strict=True)
+    return any(d > 1 and p > d * (k - 1) for k, p, d in axes)
 
 
 def _same_padding(m: nn.Conv2d) -> Pair | None:
@@ -296,6 +305,8 @@ def _conv_function(
     if w is None or (bias is not None and b is None) or any(p is None for p in pairs):
         return None
     k, c, *kernel = w[1]
+    if sees_only_padding(kernel, *pairs[1:]):  # type: ignore[arg-type]
+        return None
     bias_path = b[0] if b else None
     return Conv2d(w[0], bias_path, c * groups, k, tuple(kernel), *pairs, groups)  # type: ignore[arg-type,call-arg]
 

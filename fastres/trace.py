@@ -400,10 +400,15 @@ class _Normalizer:
         self._emit(node, node.name, call, inputs)
 
     def _any_layout(self, node: fx.Node) -> bool:
+        """Not for convolutions: oneDNN crashes on some in channels_last memory, which would not
+        have met them without fastres (see :func:`fastres.recognise.sees_only_padding`)."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            return opaque_reason(module) is None and type(module).__module__.startswith("torch.nn.")
-        if _label(node) in LAYOUT_METHODS:
+            known = opaque_reason(module) is None and type(module).__module__.startswith(
+                "torch.nn."
+            )
+            return known and type(module) is not nn.Conv2d
+        if _label(node) in {"conv2d", *LAYOUT_METHODS}:
             return False
         if node.op == "call_method":
             return True

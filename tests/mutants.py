@@ -2,12 +2,15 @@
 
 ``python tests/mutants.py``, or ``make mutants``, works on copies of the checkout in a temporary
 folder and writes docs/mutants.md. A mutant counts as killed when a test fails with it that passes
-without it. ``--only words`` runs those whose name or file has the words, and writes nothing.
+without it. Verdicts are kept in out/mutants.json as they come: ``--resume`` goes on with the
+mutants that are not there yet, ``--minutes`` stops after a while, and ``--only words`` judges those
+whose name or file has the words, again where they were judged before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
@@ -16,18 +19,22 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 
 ROOT = Path(__file__).parents[1]
 LIST = Path(__file__).with_suffix(".txt")
 PAGE = ROOT / "docs" / "mutants.md"
+KEPT = ROOT / "out" / "mutants.json"
 LIMIT = 600  # seconds for the tests of one mutant
 HEAD = """# The mutation suite
 
-Known bugs, injected one at a time by `make mutants` (`tests/mutants.py`); the ordinary tests must
-notice each. A bug counts as killed when a test fails with it that passes without it.
+Known bugs, injected one at a time by `make mutants` (`tests/mutants.py`, from `tests/mutants.txt`);
+the ordinary tests must notice each. A bug counts as killed when a test fails with it that passes
+without it. Seconds are of the tests until then, on two shared cores.
 
 """
 
@@ -41,6 +48,13 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names this very change; a verdict about another one does not count."""
+        return sha256(
+            "\0".join((self.file, self.name, self.old, self.new, *self.tests)).encode()
+        ).hexdigest()
 
 
 def read_mutants(text: str) -> list[Mutant]:
@@ -66,10 +80,12 @@ MUTANTS = read_mutants(LIST.read_text())
 class Verdict:
     """What became of a mutant: killed by a test, or the reason why not."""
 
-    mutant: Mutant
     killer: str = ""
     reason: str = ""
     seconds: float = 0.0
+
+
+Verdicts = dict[str, Verdict]
 
 
 def applies(mutant: Mutant, root: Path = ROOT) -> bool:
@@ -115,62 +131,96 @@ def first_failure(root: Path, tests: list[str], limit: float = LIMIT) -> tuple[s
     return "", "" if done.returncode == 0 else done.stdout.strip()[-300:]
 
 
-def judge(mutant: Mutant, clean: Path, mutated: Path) -> Verdict:
-    """Inject the bug, run the tests that should notice, take the bug out again."""
-    started = time.monotonic()
-    if not applies(mutant, mutated):
-        return Verdict(mutant, reason="the text to change is not there (once): update the mutant")
-    path = mutated / mutant.file
-    original = path.read_text()
-    path.write_text(original.replace(mutant.old, mutant.new))
-    try:
-        killer, reason = "", ""
-        for test in mutant.tests:
-            if not killer and not reason and (mutated / test).exists():
-                killer, reason = first_failure(mutated, [test])
-        if killer and first_failure(clean, [killer])[0]:
-            killer, reason = "", f"{killer} fails without the bug too"
-    finally:
-        path.write_text(original)
-    reason = reason or ("" if killer else "no test noticed")
-    return Verdict(mutant, killer, reason, time.monotonic() - started)
+class Workshop:
+    """Two copies of the checkout: one to spoil, and one to see whether a test passes without."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clean, self.mutated = folder / "clean", folder / "mutated"
+        self._passing: set[str] = set()
+        for copied in (self.clean, self.mutated):
+            copy_checkout(copied)
+
+    def judge(self, mutant: Mutant) -> Verdict:
+        """Inject the bug, run the tests that should notice, take the bug out again."""
+        if not applies(mutant, self.mutated):
+            return Verdict(reason="the text to change is not there (once): update the mutant")
+        started = time.monotonic()
+        path = self.mutated / mutant.file
+        original = path.read_text()
+        path.write_text(original.replace(mutant.old, mutant.new))
+        try:
+            verdict = self._noticed(mutant.tests)
+        finally:
+            path.write_text(original)
+        return Verdict(verdict.killer, verdict.reason, time.monotonic() - started)
+
+    def _noticed(self, tests: tuple[str, ...]) -> Verdict:
+        for test in tests:
+            killer, reason = first_failure(self.mutated, [test])
+            if killer and not self._passes(killer):
+                return Verdict(reason=f"{killer} fails without the bug too")
+            if killer or reason:
+                return Verdict(killer, reason)
+        return Verdict(reason="no test noticed")
+
+    def _passes(self, test: str) -> bool:
+        if test not in self._passing and first_failure(self.clean, [test]) == ("", ""):
+            self._passing.add(test)
+        return test in self._passing
 
 
-def judge_all(mutants: list[Mutant], jobs: int) -> list[Verdict]:
-    """All verdicts, in order; each job has copies of its own."""
+def judge_all(mutants: list[Mutant], known: Verdicts, jobs: int, minutes: float) -> None:
+    """Add the verdicts to ``known`` and to the file, each as it comes; no new one after a while."""
+    end, lock = time.monotonic() + 60 * minutes, Lock()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        pairs: Queue[tuple[Path, Path]] = Queue()
+        workshops: Queue[Workshop] = Queue()
         for index in range(jobs):
-            pair = Path(folder, f"clean{index}"), Path(folder, f"mutated{index}")
-            for copied in pair:
-                copy_checkout(copied)
-            pairs.put(pair)
+            workshops.put(Workshop(Path(folder, str(index))))
 
-        def work(mutant: Mutant) -> Verdict:
-            pair = pairs.get()
+        def work(mutant: Mutant) -> None:
+            if time.monotonic() >= end:
+                return
+            workshop = workshops.get()
             try:
-                verdict = judge(mutant, *pair)
+                verdict = workshop.judge(mutant)
             finally:
-                pairs.put(pair)
+                workshops.put(workshop)
+            with lock:
+                known[mutant.key] = verdict
+                keep(known)
             mark = "killed  " if verdict.killer else "SURVIVED"
             note = verdict.killer or verdict.reason
             print(f"{mark} {verdict.seconds:4.0f} s  {mutant.file}: {mutant.name} | {note}")
             sys.stdout.flush()
-            return verdict
 
         with ThreadPoolExecutor(jobs) as pool:
-            return list(pool.map(work, mutants))
+            list(pool.map(work, mutants))
 
 
-def page(verdicts: list[Verdict]) -> str:
+def kept() -> Verdicts:
+    """The verdicts of earlier runs."""
+    if not KEPT.exists():
+        return {}
+    return {key: Verdict(**verdict) for key, verdict in json.loads(KEPT.read_text()).items()}
+
+
+def keep(verdicts: Verdicts) -> None:
+    KEPT.parent.mkdir(exist_ok=True)
+    temporary = KEPT.with_suffix(".tmp")
+    temporary.write_text(json.dumps({key: asdict(v) for key, v in verdicts.items()}, indent=1))
+    temporary.replace(KEPT)
+
+
+def page(mutants: list[Mutant], verdicts: Verdicts) -> str:
     """docs/mutants.md."""
-    killed = sum(bool(v.killer) for v in verdicts)
-    lines = [HEAD + f"{killed} of {len(verdicts)} killed.", ""]
-    lines += ["| file | bug | noticed by |", "|---|---|---|"]
-    for v in verdicts:
-        what = f"`{v.killer}`" if v.killer else f"**survived**: {v.reason}"
+    found = [verdicts[m.key] for m in mutants]
+    killed = sum(bool(v.killer) for v in found)
+    lines = [f"{HEAD}{killed} of {len(found)} killed.", ""]
+    lines += ["| file | bug | noticed by | s |", "|---|---|---|---|"]
+    for mutant, verdict in zip(mutants, found, strict=True):
+        what = f"`{verdict.killer}`" if verdict.killer else f"**survived**: {verdict.reason}"
         what = what.replace("|", "\\|").replace("\n", " ")
-        lines.append(f"| {v.mutant.file} | {v.mutant.name} | {what} |")
+        lines.append(f"| {mutant.file} | {mutant.name} | {what} | {verdict.seconds:.0f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,14 +228,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="words of the names or files to run")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--resume", action="store_true", help="keep what earlier runs found")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin none after this")
     arguments = parser.parse_args()
+    known = kept() if arguments.resume or arguments.only else {}
     chosen = [m for m in MUTANTS if arguments.only in f"{m.file}: {m.name}"]
-    verdicts = judge_all(chosen, arguments.jobs)
-    survivors = [v for v in verdicts if not v.killer]
-    if not arguments.only:
-        PAGE.write_text(page(verdicts))
-    print(f"{len(verdicts) - len(survivors)} of {len(verdicts)} killed")
-    return 1 if survivors else 0
+    if arguments.resume:
+        chosen = [m for m in chosen if m.key not in known]
+    judge_all(chosen, known, arguments.jobs, arguments.minutes)
+    judged = [known[m.key] for m in MUTANTS if m.key in known]
+    killed = sum(bool(v.killer) for v in judged)
+    print(f"{killed} of {len(MUTANTS)} killed, {len(MUTANTS) - len(judged)} not judged yet")
+    if len(judged) == len(MUTANTS):
+        PAGE.write_text(page(MUTANTS, known))
+    return 0 if killed == len(MUTANTS) else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 The kernels run in Triton's interpreter where there is no GPU, on networks of a few channels.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from fused import assert_close, assert_fused, executions, images, small
@@ -134,3 +138,28 @@ def test_row14_a_spoilt_image_spoils_no_other(backend):
     assert out[1].isnan().all()
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
     assert_close(clean, model, x)
+
+
+BESIDE_THE_IMAGE = """
+import torch, fastres
+from torch import nn
+net = nn.Sequential(nn.Conv2d(16, 16, 2, (1, 2), 3, (1, 2)), nn.BatchNorm2d(16), nn.ReLU()).eval()
+x = torch.randn(2, 16, 7, 1)
+fast = fastres.optimize(net, example_input=x)
+for _ in range(20):
+    torch.testing.assert_close(fast(x), net(x))
+print(len(fast.plan().left))
+"""
+
+
+def test_row3_a_dilated_window_beside_the_image():
+    """oneDNN crashes the process on such a window in channels_last memory, so PyTorch keeps it."""
+    done = subprocess.run(
+        [sys.executable, "-c", BESIDE_THE_IMAGE],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 1

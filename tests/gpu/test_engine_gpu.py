@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from fastres.backends import _has_triton
 from fastres.verify import verify_steps
 
 pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parents[2]
 CUDA = torch.device("cuda", 0)
 BACKENDS = ["auto", "torch", *(["triton"] if _has_triton() else [])]
 HALVES = [torch.float16, torch.bfloat16]
@@ -187,6 +191,33 @@ def test_row26_copies_and_moves_of_fast_models():
     moved.to(CUDA)
     for _ in range(3):
         torch.testing.assert_close(moved(x), out)
+
+
+FORKED = """
+import os, sys
+sys.path[:0] = ["tests", "."]
+import torch
+from fused import images, small
+model, x = small().cuda(), images().cuda()
+with torch.no_grad():
+    expected = [model(x) for _ in range(3)][-1]
+    child = os.fork()
+    if child == 0:
+        try:
+            model(x)
+        except RuntimeError as error:
+            os._exit(0 if "forked subprocess" in str(error) and "spawn" in str(error) else 3)
+        os._exit(4)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert torch.equal(model(x), expected)
+sys.exit(status)
+"""
+
+
+def test_row26_a_fork_after_cuda_has_started_is_refused_with_advice():
+    """torch's own error, which advises spawn; the parent goes on as before."""
+    done = subprocess.run([sys.executable, "-c", FORKED], cwd=ROOT, check=False)
+    assert done.returncode == 0
 
 
 def test_row20_out_of_memory_leaves_the_model_usable():
