@@ -13,9 +13,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 try:
-    from hypothesis import settings
+    from hypothesis import Phase, settings
 
     settings.register_profile("fastres", derandomize=True, deadline=None, print_blob=True)
+    settings.register_profile(  # for mutants.py, which asks only whether a test fails
+        "unshrunk", settings.get_profile("fastres"), phases=[Phase.explicit, Phase.generate]
+    )
     settings.load_profile("fastres")
 except ImportError:  # the property tests skip themselves
     pass

@@ -1,0 +1,62 @@
+"""Rows 12, 13 and 16 through the CPU's engine: special values and extreme scales."""
+
+import math
+
+import pytest
+import torch
+from fused import assert_fused, images, plain, small
+from helpers import hostile_
+from torch import nn
+
+import fastres
+
+
+class Block(nn.Module):
+    """relu(norm(conv(x)) + x), the max pool of it, and the max pool of values far below zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+        self.low, self.pool = nn.Conv2d(6, 6, 1), nn.MaxPool2d(3, 2, 1)
+
+    def forward(self, x):
+        y = torch.relu(self.norm(self.conv(x)) + x)
+        return y, self.pool(y), self.pool(self.low(x))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row12_row13_special_values_go_where_torch_lets_them(value, dtype):
+    """Windows of the third output are all negative, and the padding must not win there."""
+    source = hostile_(Block()).to(dtype)
+    with torch.no_grad():
+        source.low.bias -= 100
+    fast = fastres.optimize(source, verify=False)
+    assert [reason for _, reason in fast.plan().left] == []
+    x = torch.randn(2, 6, 9, 9).to(dtype)
+    x[0, :, 3, 4] = value
+    for out, expected in zip(fast(x), plain(source, x), strict=True):
+        for what in (torch.isnan, torch.isposinf, torch.isneginf):
+            assert torch.equal(what(out), what(expected))
+        finite = expected.isfinite()
+        assert finite.any()
+        # bfloat16's roundings of one layer.
+        torch.testing.assert_close(out[finite], expected[finite], rtol=0.02, atol=0.05)
+    assert (out[finite] < -50).all()
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e4, 1e-38, 1e-42])
+def test_row16_scales_of_the_images(scale):
+    assert_fused(small(), scale * images())
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e4])
+def test_row16_scales_of_the_weights(scale):
+    """The next norm brings the values back to size, from a variance of the same scale squared."""
+    model = small()
+    with torch.no_grad():
+        model.conv1.weight.mul_(scale)
+        model.bn1.running_mean.mul_(scale)
+        model.bn1.running_var.mul_(scale**2)
+        model.bn1.eps = 1e-5 * scale**2
+    assert_fused(model, images())
