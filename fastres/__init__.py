@@ -4,6 +4,7 @@
 ``fastres.optimize(model)`` makes a fused copy of any ResNet that torch.fx can trace.
 """
 
+from .bench import benchmark
 from .checkpoint import load_checkpoint, save_checkpoint
 from .describe import Summary, summary
 from .diagram import plot_model
@@ -50,6 +51,7 @@ __all__ = [
     "ResNet",
     "Summary",
     "Verification",
+    "benchmark",
     "create_model",
     "export",
     "features",
