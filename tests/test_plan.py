@@ -70,13 +70,14 @@ def test_the_residual_is_overwritten_at_its_last_use_only():
 
         def forward(self, x):
             y = self.stem(x)
-            z = self.body(y) + y
+            z = self.body(y.relu()) + y
             return self.body(z) + y
 
     steps = build(Twice()).steps
-    assert [getattr(step.op, "residual", None) for step in steps] == [False, True, True]
-    assert [step.in_place for step in steps] == [False, False, True]
-    assert [set(step.frees) for step in steps] == [{"x"}, set(), {steps[0].name, steps[1].name}]
+    assert [getattr(step.op, "residual", None) for step in steps] == [False, None, True, True]
+    assert [step.in_place for step in steps] == [False, False, False, True]
+    stem, relu, first, _ = (step.name for step in steps)
+    assert [set(step.frees) for step in steps] == [{"x"}, set(), {relu}, {stem, first}]
 
 
 class Kept(nn.Module):
