@@ -145,8 +145,13 @@ def save_checkpoint(
 
 
 def atomic_write(path: PathLike, data: bytes) -> None:
-    """Replace the file at ``path`` by ``data`` so that a crash leaves the old file or the new."""
+    """Replace the file at ``path`` by ``data`` so that a crash leaves the old file or the new.
+
+    Raises FileNotFoundError where its folder is missing, OSError where it cannot be written.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:

@@ -64,7 +64,8 @@ class Layer:
         return "/".join(self.path)
 
     def refuse(self, why: str) -> KerasImportError:
-        return KerasImportError(f"layer {self.name!r} ({self.kind}) {why}")
+        what = f"layer {self.name!r}" if self.name else "the model"
+        return KerasImportError(f"{what} ({self.kind}) {why}")
 
     def pair(self, name: str) -> Pair:
         value = self.config[name]

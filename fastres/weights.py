@@ -93,7 +93,7 @@ def fetch(url: str, *, progress: bool = True, check_hash: bool = True) -> Mappin
             "elsewhere and load it with fastres.load_checkpoint"
         ) from error
     except Exception as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise WeightsError(
             f"the weights from {url} are damaged or not what was asked for: {reason}; "
             f"delete any copy in {torch.hub.get_dir()}/checkpoints and try again"

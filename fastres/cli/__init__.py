@@ -61,7 +61,7 @@ for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: {_example}")(_command)
 
 
-reports = typer.Typer(help="Compare reports.", no_args_is_help=True)
+reports = typer.Typer(help="Compare reports.")
 reports.command("compare", epilog="Example: fastres report compare old.json new.json")(
     runs.compare_reports
 )

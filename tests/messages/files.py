@@ -1,0 +1,305 @@
+"""Cases: checkpoints, fused models, weights, Keras files, images, pictures and exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from fused import images, small
+from torch import nn
+
+import fastres
+from fastres import classify, diagram, digits, plan_json, weights
+from fastres.checkpoint import load_state_dict, read_metadata, state_dict_from_file
+from fastres.export import export as write_export
+from messages.models import fast
+from messages.provoke import add, case, without
+
+
+def written(name: str, data: bytes = b"") -> Path:
+    path = Path(name)
+    path.write_bytes(data)
+    return path
+
+
+def saved(state: Any, name: str = "weights.pth") -> Path:
+    torch.save(state, name)
+    return Path(name)
+
+
+def load(path: Path | str, **kwargs: Any) -> Any:
+    return fastres.load_checkpoint(small(), path, **kwargs)
+
+
+add("load_checkpoint: no such file", lambda: load("gone.safetensors"))
+add("load_checkpoint: half a file", lambda: load(written("half.safetensors", b"\x10\0\0")))
+add("load_checkpoint: half a pickle", lambda: load(written("half.pth", b"\x80\x02")))
+add("load_checkpoint: a pickled model", lambda: load(saved(small(), "model.pth")))
+add("load_checkpoint: no tensors", lambda: load(saved({"epoch": 3})))
+add(
+    "load_checkpoint: an option",
+    lambda: load(saved({"a": torch.ones(1)}), num_classes_mismatch="ignore"),
+)
+add("load_checkpoint: other classes", lambda: load(saved(small(num_classes=7).state_dict())))
+add("read_metadata: half a file", lambda: read_metadata(written("half.safetensors", b"\x10")))
+add("state_dict_from_file: a folder", lambda: state_dict_from_file(Path(".")))
+add("save_checkpoint: no such folder", lambda: fastres.save_checkpoint({}, "gone/a.safetensors"))
+add("save_checkpoint: another suffix", lambda: fastres.save_checkpoint(small(), "weights.pth"))
+
+
+@case("load_checkpoint: all problems at once")
+def _() -> None:
+    state = small().state_dict()
+    del state["bn1.weight"], state["bn1.bias"]
+    state["stray"], state["bn1.running_mean"] = torch.ones(1), torch.ones(3)
+    state["bn1.running_var"] = -state["bn1.running_var"]
+    state["conv1.weight"][0, 0, 0, 0] = float("nan")
+    state["fc.bias"], state["fc.weight"] = [1, 2], state["fc.weight"].int()
+    load(saved(state))
+
+
+@case("load_checkpoint: a name that is there twice")
+def _() -> None:
+    state = small().state_dict()
+    load(saved(state | {"module.fc.bias": state["fc.bias"]}))
+
+
+@case("load_checkpoint: what torch itself refuses")
+def _() -> None:
+    model = small()
+    real = type(model).load_state_dict
+    answers = iter([RuntimeError("a hook of the model's says no"), None])
+
+    def refusing(self, state):
+        said = next(answers)
+        if said:
+            raise said
+        return real(self, state)
+
+    with mock.patch.object(type(model), "load_state_dict", refusing):
+        load_state_dict(model, small(seed=1).state_dict())
+
+
+def fused(change: Callable[[dict[str, Any]], Any] = lambda d: None, source: Any = None) -> Path:
+    """A fused model's file whose description was changed."""
+    fastres.save(fast(source), "fused.safetensors")
+    description = json.loads(read_metadata("fused.safetensors")["fastres"])
+    new = change(description)
+    text = new if isinstance(new, str) else json.dumps(description)
+    state = state_dict_from_file("fused.safetensors")
+    fastres.save_checkpoint(state, "forged.safetensors", metadata={"fastres": text})
+    return Path("forged.safetensors")
+
+
+def forged(name: str, change: Callable[[dict[str, Any]], Any], source: Any = None) -> None:
+    add(f"load: {name}", lambda: fastres.load(fused(change, source() if source else None)))
+
+
+def step(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda d: next(s for s in d["plan"]["steps"] if s["kind"] == kind)
+
+
+class Calls(nn.Module):
+    """A module, a function, a method and an attribute that stay with PyTorch."""
+
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv, self.inner = nn.Conv2d(3, 4, 3), inner or nn.Sigmoid()
+        self.size = (8, 8)
+
+    def forward(self, x):
+        return self.inner(torch.tanh(self.conv(x)).clamp(-1, 1) * x.shape[0])
+
+
+def calls() -> nn.Module:
+    return Calls().eval()
+
+
+def call(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def find(d: dict[str, Any]) -> dict[str, Any]:
+        fields = [s["fields"] for s in d["plan"]["steps"]]
+        return next(f for f in fields if f.get("kind") == kind)
+
+    return find
+
+
+forged("no description", lambda d: "{")
+forged("another format", lambda d: d.update(format=99))
+forged("no signature", lambda d: d.pop("signature"))
+forged("no steps", lambda d: d["plan"].pop("steps"))
+forged("an unknown kind of value", lambda d: d["plan"].update(output={"secret": 1}))
+forged("a dtype that is none", lambda d: d.update(dtype={"torch": ["dtype", "nn"]}))
+forged("an unknown operation", lambda d: step("Linear")(d).update(kind="Attention"))
+forged(
+    "a stride of zero",
+    lambda d: step("Conv2d")(d)["fields"].update(stride={"tuple": [0, 0]}),
+)
+forged("a function of the system", lambda d: call("call_method")(d).update(target="open"), calls)
+forged("an output of no step", lambda d: d["plan"].update(output={"ref": "nothing"}))
+forged("a step before its input", lambda d: d["plan"]["steps"].reverse())
+forged(
+    "an attribute that is not listed",
+    lambda d: call("call_function")(d).update(
+        target="builtins.getattr", args={"tuple": [1, "__class__"]}
+    ),
+    calls,
+)
+forged("a module of another package", lambda d: d["modules"]["inner"].update(type="Evil"), calls)
+
+
+@case("load: weights without a model")
+def _() -> None:
+    fastres.save_checkpoint(small(), "weights.safetensors")
+    fastres.load("weights.safetensors")
+
+
+@case("load: weights of another shape")
+def _() -> None:
+    fused()
+    metadata, state = (
+        read_metadata("forged.safetensors"),
+        state_dict_from_file("forged.safetensors"),
+    )
+    state["folded.weight0"] = state["folded.weight0"][:1]
+    fastres.save_checkpoint(state, "forged.safetensors", metadata=metadata)
+    fastres.load("forged.safetensors")
+
+
+class Own(nn.Module):
+    """Code that no file carries, called whole for its hook."""
+
+    def forward(self, x):
+        return x * 2
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda *_: None)
+    return module
+
+
+def user_function(x: torch.Tensor) -> torch.Tensor:
+    return x + 1
+
+
+torch.fx.wrap("user_function")
+
+
+class CallsOwnFunction(Calls):
+    """A function of the user's own."""
+
+    def forward(self, x):
+        return user_function(self.conv(x))
+
+
+class Slices(Calls):
+    """An argument that JSON cannot hold."""
+
+    def forward(self, x):
+        return torch.sub(self.conv(x), 1, alpha=2 + 1j)
+
+
+def stored(source: nn.Module) -> None:
+    fastres.save(fast(source.eval()), "fused.safetensors")
+
+
+add("save: a model that is not fused", lambda: fastres.save(small(), "model.safetensors"))
+add("save: a shell", lambda: fastres.save(shell_of_parts(), "model.safetensors"))
+add("save: a module of one's own", lambda: stored(Calls(hooked(Own()))))
+add("save: a layer with a hook", lambda: stored(Calls(hooked(nn.Sigmoid()))))
+add("save: a function of one's own", lambda: stored(CallsOwnFunction()))
+add("save: a value that cannot be stored", lambda: stored(Slices()))
+
+
+def shell_of_parts() -> nn.Module:
+    from messages.models import Parts
+
+    return fast(Parts().eval())
+
+
+add("weights: unknown name", lambda: fastres.resnet50(weights="V9"))
+add("weights: none published", lambda: fastres.create_model("resnet20", weights="DEFAULT"))
+add("weights: of another model", lambda: fastres.resnet50(weights=weights.get_weights("resnet18")))
+add("weights: no weights", lambda: fastres.resnet50(weights={"fc.bias": 1}))
+add("weights: twice", lambda: fastres.resnet50(weights="DEFAULT", pretrained=True))
+add("weights: other classes", lambda: fastres.resnet50(weights="DEFAULT", num_classes=7))
+add("weights: no such address", lambda: weights.fetch(Path("gone.pth").absolute().as_uri()))
+
+
+@case("weights: a file that is damaged")
+def _() -> None:
+    written("damaged.pth", b"\x80\x02")
+    hub = mock.patch.object(torch.hub, "get_dir", return_value=str(Path("hub").absolute()))
+    with hub:
+        weights.fetch(Path("damaged.pth").absolute().as_uri(), progress=False)
+
+
+@case("weights: without torchvision")
+def _() -> None:
+    with without("torchvision"), without("torchvision.models"):
+        weights._torchvision("models", "labels")
+
+
+def read_image(path: str) -> Any:
+    return classify.read_image(path, lambda image: torch.zeros(3, 8, 8))
+
+
+add("classify: no labels wanted", lambda: classify.classify(["photo.jpg"], top=0))
+add("classify: no such photograph", lambda: read_image("gone.jpg"))
+add("classify: no photograph", lambda: read_image(str(written("text.jpg", b"text"))))
+
+
+@case("classify: without Pillow")
+def _() -> None:
+    with without("PIL"):
+        read_image("photo.jpg")
+
+
+add("plot_model: another suffix", lambda: diagram.plot_model(small(), "model.gif"))
+add("plot_model: a fused model unfused", lambda: diagram.plot_model(fast(), "m.svg", fused=False))
+
+
+@case("plot_model: .png without Pillow")
+def _() -> None:
+    with without("PIL"):
+        diagram.plot_model(small(), "model.png")
+
+
+add("digits_split: no such part", lambda: digits.digits_split("test"))
+
+
+@case("digits_split: without scikit-learn")
+def _() -> None:
+    with without("sklearn.datasets"):
+        digits.digits_split()
+
+
+add("export: a model that is not fused", lambda: write_export(small(), "m.onnx", images()))
+add("export: another suffix", lambda: write_export(fast(), "m.pb", images()))
+add("export: one image", lambda: write_export(fast(), "m.onnx", images(1)))
+add("export: a model elsewhere", lambda: write_export(elsewhere(), "m.onnx", images()))
+
+
+def elsewhere() -> nn.Module:
+    model = fast()
+    model.register_buffer("there", torch.empty(1, device="meta"))
+    return model
+
+
+@case("export: without onnxscript")
+def _() -> None:
+    with without("onnxscript"):
+        write_export(fast(), "m.onnx", images())
+
+
+@case("export: a file that answers otherwise")
+def _() -> None:
+    wrong = (lambda x: torch.zeros(len(x), 5), "the program")
+    with mock.patch("fastres.export._runner", return_value=wrong):
+        write_export(fast(), "m.pt2", images())
+
+
+add("plan_json: a step before its time", lambda: plan_json.decode_plan({}))

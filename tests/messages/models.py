@@ -1,0 +1,275 @@
+"""Cases: building, calling, optimising and comparing models."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from fused import small
+from helpers import real_images
+from torch import nn
+
+import fastres
+from fastres import backends, fold, live
+from fastres.compile_backend import fastres as compile_backend
+from fastres.features import features
+from fastres.preprocess import Normalize
+from messages.provoke import add, case
+
+
+def images(n: int = 2, size: int = 16) -> torch.Tensor:
+    return real_images(n, size)
+
+
+def quiet(model: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return model(*args, **kwargs)
+
+
+def fast(source: nn.Module | None = None, **kwargs: Any) -> Any:
+    return fastres.optimize(source or small(), verify=False, **kwargs)
+
+
+RESNET = {
+    "no such stem": {"stem": "tiny"},
+    "no such stride_on": {"stride_on": "5x5"},
+    "no channels": {"in_chans": 0},
+    "classes that are no integer": {"num_classes": 2.5},
+    "no stages": {"layers": []},
+    "v1 of a BasicBlock": {"stride_on": "1x1"},
+    "two flags of dilation": {"replace_stride_with_dilation": [True, False]},
+    "groups of a BasicBlock": {"groups": 2},
+    "no such backend": {"backend": "tpu"},
+}
+for name, kwargs in RESNET.items():
+    arguments = {"layers": [1, 1], "num_classes": 5, "planes": 8, **kwargs}
+    add(f"ResNet: {name}", lambda a=arguments: fastres.ResNet(fastres.BasicBlock, **a))
+
+add("create_model: a name that is close", lambda: fastres.create_model("resnet5"))
+add("create_model: a name that is not", lambda: fastres.create_model("vgg"))
+add(
+    "create_model: an argument that makes the variant",
+    lambda: fastres.create_model("resnext50_32x4d", groups=2),
+)
+
+add("call: another rank", lambda: quiet(small(), images()[0]))
+add("call: another number of channels", lambda: quiet(small(), images()[:, :2]))
+add("call: another dtype", lambda: quiet(small(), images().double()))
+add("call: an image that is too small", lambda: quiet(small(stem="imagenet"), images()[..., :0]))
+add("call: no image at all", lambda: quiet(fast(), "photo.jpg"))
+
+
+@case("call: weights on another device")
+def _() -> None:
+    model = small()
+    with mock.patch.object(live.Live, "_first_weight", return_value=torch.empty(1, device="meta")):
+        quiet(model, images())
+
+
+@case("call: Triton on a CPU tensor")
+def _() -> None:
+    with mock.patch.object(backends, "_interpreting", return_value=False):
+        quiet(small(backend="triton"), images())
+
+
+@case("call: Triton that is not installed")
+def _() -> None:
+    saved = sys.modules.pop("fastres.kernels", None)
+    kept = fastres.__dict__.pop("kernels", None)
+    try:
+        with mock.patch.dict(sys.modules, {"fastres.kernels": None}):
+            backends.select_ops("triton", torch.device("cuda"), torch.float16)
+    finally:
+        if saved is not None:
+            sys.modules["fastres.kernels"] = saved
+        if kept is not None:
+            fastres.kernels = kept
+
+
+@case("call: new weights inside a capture")
+def _() -> None:
+    with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
+        live._refuse_during_capture(SimpleNamespace(device=torch.device("cuda")))
+
+
+class Branching(nn.Module):
+    """Python that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        return self.conv(x) if x.sum() > 0 else -self.conv(x)
+
+
+class Starred(nn.Module):
+    """Arguments that torch.fx records wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, *xs):
+        return self.conv(xs[0])
+
+
+class Parts(Branching):
+    """One part that can be fused, inside Python that cannot; ``also`` goes into the answer."""
+
+    def __init__(self, also: Any = None) -> None:
+        super().__init__()
+        self.conv, self.also = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), also
+
+    def forward(self, x):
+        found = super().forward(x)
+        return found if self.also is None else (found, self.also(self))
+
+
+add("plan: of a model in training mode", lambda: small().train().plan())
+add("warmup: of a model in training mode", lambda: small().train().warmup([(1, 3, 16, 16)]))
+add("LiveModule: without _forward_impl", lambda: live.LiveModule("auto")(images()))
+
+add("optimize: a name instead of a model", lambda: fastres.optimize("resnet18"))
+add("optimize: twice", lambda: fastres.optimize(fast()))
+add("optimize: training mode", lambda: fastres.optimize(small().train()))
+add("optimize: no such backend", lambda: fast(backend="cuda"))
+add("optimize: no such dtype", lambda: fast(dtype=torch.int8))
+add("optimize: Python that cannot be traced", lambda: fast(Branching().eval()))
+add("optimize: arguments that cannot be traced", lambda: fast(Starred().eval()))
+add(
+    "optimize: an example that is not finite",
+    lambda: fastres.optimize(small(), example_input=images() * float("inf")),
+)
+
+
+@case("optimize: hooks on the model")
+def _() -> None:
+    model = small()
+    model.register_forward_hook(lambda *_: None)
+    fastres.optimize(model)
+
+
+@case("optimize: a forward of the instance")
+def _() -> None:
+    model = small()
+    model.forward = lambda x: x
+    fastres.optimize(model)
+
+
+@case("optimize: two devices")
+def _() -> None:
+    fastres.optimize(nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, device="meta")).eval())
+
+
+@case("optimize: a negative variance")
+def _() -> None:
+    model = small()
+    model.layer2[0].bn2.running_var[1] = -1
+    fast(model)
+
+
+@case("optimize: a fold that float16 cannot hold")
+def _() -> None:
+    model = small()
+    with torch.no_grad():
+        model.bn1.bias[2] = 1e5
+    fast(model, dtype=torch.float16)
+
+
+def wrong_fold(dtype: torch.dtype) -> None:
+    exact = fold.folded_conv
+
+    def shifted(op, *rest):
+        weight, bias = exact(op, *rest)
+        return weight, bias + 1
+
+    with mock.patch.object(fold, "folded_conv", shifted):
+        fastres.optimize(small(), example_input=images(), dtype=dtype)
+
+
+add("optimize: an answer that is wrong", lambda: wrong_fold(torch.float32))
+
+
+@case("optimize: a step that is wrong")
+def _() -> None:
+    right = SimpleNamespace(ok=True, finite=True)
+    with mock.patch("fastres.optimize.verify", return_value=right):
+        wrong_fold(torch.bfloat16)
+
+
+@case("optimize: a source that changes before the first call")
+def _() -> None:
+    source = small()
+    copied = fastres.optimize(source)
+    with torch.no_grad():
+        source.fc.weight.mul_(2)
+    copied(images())
+
+
+add("FastModel: training", lambda: fast().train())
+add("FastModel: another dtype", lambda: fast().half())
+add("FastModel: an input that wants gradients", lambda: fast()(images().requires_grad_()))
+
+
+@case("FastModel: an input elsewhere")
+def _() -> None:
+    model = fast()
+    with mock.patch.object(type(model), "_home", return_value=torch.device("cuda:0")):
+        model(images())
+
+
+add("FastShell: training", lambda: fast(Parts().eval()).train())
+add("FastShell: another dtype", lambda: fast(Parts().eval()).half())
+
+
+ANSWERS = iter([[1], (1,), (1,), (1,)])
+
+
+@case("FastShell: an answer of another form")
+def _() -> None:
+    source = Parts(lambda x: next(ANSWERS)).eval()
+    fastres.optimize(source, example_input=images())
+
+
+add("verify: no tensor in the answer", lambda: fastres.verify(len, len, [images()]))
+add("verify: answers of other shapes", lambda: fastres.verify(torch.sin, torch.sum, [images()]))
+
+add("features: no model", lambda: features("resnet18", [1]))
+add("features: nothing wanted", lambda: features(small(), []))
+add("features: numbers and names", lambda: features(small(), [1, "layer1"]))
+add("features: no such module", lambda: features(small(), ["layer9"]))
+add("features: no such map", lambda: features(small(), [7]))
+add(
+    "features: numbers of another network", lambda: features(nn.Sequential(nn.Conv2d(3, 4, 1)), [0])
+)
+
+
+@case("features: a module that is never called")
+def _() -> None:
+    model = small()
+    model.spare = nn.Conv2d(3, 4, 1)
+    features(model.eval(), ["spare"])(images())
+
+
+add("compile: another option", lambda: torch_compile({"backend": "auto", "fast": True}))
+add("compile: another backend", lambda: torch_compile({"backend": "tpu"}))
+
+
+def torch_compile(options: dict[str, Any]) -> None:
+    graph = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1))
+    compile_backend(graph, [images()], options=options)
+
+
+add("Normalize: lengths that differ", lambda: Normalize([0.5], [0.2, 0.2]))
+add("Normalize: no spread", lambda: Normalize([0.5], [0.0]))
+add("Normalize: no such layout", lambda: Normalize([0.5], [0.2], layout="HWC"))
+add("Normalize: transforms without numbers", lambda: Normalize.like(object()))
+add("Normalize: floats", lambda: Normalize([0.5] * 3, [0.2] * 3)(images()))
+add(
+    "Normalize: another rank",
+    lambda: Normalize([0.5] * 3, [0.2] * 3)(images().to(torch.uint8)[0]),
+)

@@ -1,0 +1,138 @@
+"""Cases: timing, reports, tables of costs, and the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from fused import images, small
+from torch import nn
+
+from fastres import bench, cli, compare, demo, describe, presets, report, roofline, timing
+from fastres.timing import Method, Samples
+from messages.models import Branching
+from messages.provoke import Raised, add, case, places, without
+
+
+def written(content: Any) -> Path:
+    path = Path("report.json")
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def benchmark(*models: str, **kwargs: Any) -> Any:
+    return bench.benchmark(models or ("resnet18",), **kwargs)
+
+
+add("benchmark: no such network", lambda: benchmark("resnet5"))
+add("benchmark: no images", lambda: benchmark(batches=[0]))
+add("benchmark: no such dtype", lambda: benchmark(dtypes=["int8"]))
+add("benchmark: no such baseline", lambda: benchmark(baselines=["tensorflow"]))
+add("benchmark: products of a GPU", lambda: benchmark(dtypes=["tf32"]))
+add("benchmark: no device's name", lambda: benchmark(device="a GPU"))
+add("benchmark: another device", lambda: benchmark(device="meta"))
+add("benchmark: a GPU that is not here", lambda: benchmark(device="cuda:99"))
+add("preset: no such preset", lambda: presets.preset("slow", torch.device("cpu")))
+
+
+def measure(contenders: dict[str, Any], **kwargs: Any) -> Any:
+    brief = Method(rounds=1, budget=0.0, sample=0.0, warmup=0.0)
+    return timing.measure(contenders, [images()], check=lambda *_: None, method=brief, **kwargs)
+
+
+add("Method: no rounds", lambda: Method(rounds=0))
+add("Method: negative seconds", lambda: Method(budget=-1.0))
+add("Samples: none", lambda: Samples(()).quantile(0.5))
+add("measure: nothing to time", lambda: measure({}))
+add("measure: a baseline that is not there", lambda: measure({"a": torch.sin}, baseline="b"))
+add("measure: work outside of the stream", lambda: timing._refuse_missed_work(0.001, 2.0))
+
+
+@case("Comparison: a contender that is not there")
+def _() -> None:
+    measure({"a": torch.sin})["b"]
+
+
+def reported(**changes: Any) -> dict[str, Any]:
+    return report.Report.now("a title").to_dict() | changes
+
+
+add("report: another suffix", lambda: report.Report.now("a title").write("report.pdf"))
+add(
+    "report: a folder that is a file",
+    lambda: (written(""), report.check_output("report.json/a.md")),
+)
+add("compare: no JSON", lambda: compare.load(written("{")))
+add("compare: no report", lambda: compare.load(written({"schema": "other"})))
+add("compare: a later schema", lambda: compare.load(written(reported(schema_version=99))))
+
+
+@case("compare: another machine")
+def _() -> None:
+    old = reported()
+    new = json.loads(json.dumps(old))
+    new["environment"]["cpu"]["name"] = "another processor"
+    with mock.patch.object(compare, "machine", lambda r: r["environment"]["cpu"]["name"][:7]):
+        old["environment"]["cpu"]["name"] = "this processor"
+        compare.compare(old, new)
+
+
+add("roofline: no such fusion", lambda: roofline.roofline(small(), (1, 3, 8, 8), fusion="all"))
+add(
+    "roofline: work that is not known",
+    lambda: roofline.roofline(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid()).eval(), (1, 3, 8, 8)),
+)
+add(
+    "roofline: Python that cannot be traced",
+    lambda: roofline.roofline(Branching().eval(), (1, 3, 8, 8)),
+)
+
+
+@case("summary: without torchinfo")
+def _() -> None:
+    with without("torchinfo"):
+        describe.summary(small(), (1, 3, 8, 8))
+
+
+@case("demo: without scikit-learn")
+def _() -> None:
+    with without("sklearn.datasets"):
+        demo.photographs(1, 0)
+
+
+COMMANDS = (
+    *("nonsense", "plan", "plan a b", "plan resnet5", "plan resnet18 --dtype int8"),
+    *("plan resnet18 --device tpu", "plan resnet18 --device cuda:99", "plan resnet18 --fast"),
+    *("plan resnet18 --backend cudnn", "plan resnet18 --checkpoint gone.pth"),
+    *("verify resnet18 --weights V9", "verify resnet18 --batch 0", "verify resnet18 --size x"),
+    *("bench", "bench resnet18 --quick", "bench resnet18 --batch 1,x", "bench resnet5"),
+    *("bench resnet18 --batch 0", "bench resnet18 --dtype float31", "bench resnet18 --rounds 0"),
+    *("bench resnet18 --baselines tensorflow", "bench resnet18 --output missing/\0"),
+    *("demo --report report.pdf", "classify gone.jpg", "classify", "roofline resnet5"),
+    *("summary resnet5", "convert gone.h5 fused.safetensors", "convert resnet18 fused.pth"),
+    *("export resnet18 model.pb --size 32", "plot resnet18 model.gif", "plot gone.keras m.svg"),
+    *("plan resnet18 --checkpoint .", "plot resnet18 gone/model.svg", "report compare . ."),
+    *("report", "report compare gone.json gone.json", "report compare a.json"),
+)
+
+
+def said(command: str) -> Raised:
+    """What the command wrote to standard error, its exit code, and where that was noticed."""
+    wrote: list[str] = []
+    found: set[tuple[str, int]] = set()
+
+    def listen(text: str, **_: Any) -> None:
+        wrote.append(text)
+        found.update(places(sys.exc_info()[1]))
+
+    with mock.patch.object(cli.ERR, "print", listen):
+        code = cli.run(command.split(" "))
+    return Raised("\n".join([*wrote, f"exit code {code}"]), frozenset(found))
+
+
+for command in COMMANDS:
+    add(f"fastres {command}".replace("\0", "NUL"), lambda c=command: said(c))
