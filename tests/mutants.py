@@ -57,6 +57,10 @@ class Mutant:
         ).hexdigest()
 
 
+def files_of(names: str) -> tuple[str, ...]:
+    return tuple(f"tests/test_{name}.py" for name in names.split())
+
+
 def read_mutants(text: str) -> list[Mutant]:
     """The bugs of mutants.txt, in order."""
     found: list[Mutant] = []
@@ -65,11 +69,13 @@ def read_mutants(text: str) -> list[Mutant]:
         lines = block.strip("\n").split("\n")
         if lines[0].startswith("# "):
             file, _, names = lines[0][2:].partition(": ")
-            tests = tuple(f"tests/test_{name}.py" for name in names.split())
+            tests = files_of(names)
             continue
+        name, _, first = lines[0].partition(" @ ")
         old = "\n".join(line[2:] for line in lines[1:] if line.startswith("-"))
         new = "\n".join(line[2:] for line in lines[1:] if line.startswith("+"))
-        found.append(Mutant(lines[0], file, old if new else old + "\n", new, tests))
+        order = tuple(dict.fromkeys([*files_of(first), *tests]))
+        found.append(Mutant(name, file, old if new else old + "\n", new, order))
     return found
 
 

@@ -80,6 +80,23 @@ def test_the_residual_is_overwritten_at_its_last_use_only():
     assert [set(step.frees) for step in steps] == [{"x"}, set(), {relu}, {stem, first}]
 
 
+def test_a_convolution_takes_no_relu_beside_another_reader():
+    """What it computes before the ReLU is needed as well."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return torch.relu(y), y
+
+    conv, relu = build(Both()).steps
+    assert isinstance(relu.op, ReLU)
+    assert not conv.op.relu
+
+
 class Kept(nn.Module):
     """Sums whose operands must survive: the caller's image, an output, a view."""
 
