@@ -25,6 +25,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint types bench publish gpu clean
+.PHONY: fuzz mutants fault-matrix gpu-sanitize
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
@@ -34,7 +35,8 @@ help:
 	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
 	@echo "make fuzz    random cases for MINUTES=30; what fails is kept in tests/regressions"
-	@echo "make mutants inject known bugs, one by one; the tests must notice each"
+	@echo "make mutants inject known bugs, one by one; the tests must notice each: docs/mutants.md"
+	@echo "make fault-matrix  what can go wrong, and the tests that would notice: docs/fault-matrix.md"
 	@echo "make gpu-sanitize  the kernels under compute-sanitizer: memory, races, initialisation"
 	@echo "SETUP=0 uses \$$(PYTHON) as it is; without it the first call makes $(VENV)"
 
@@ -79,8 +81,13 @@ SEED ?= 0
 fuzz: $(READY)
 	$(TEST_ENV) $(RUN) tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
+MUTANTS_ARGS ?=
+
 mutants: $(READY)
-	$(TEST_ENV) $(RUN) tests/mutants.py
+	$(TEST_ENV) $(RUN) tests/mutants.py $(MUTANTS_ARGS)
+
+fault-matrix: $(READY)
+	$(TEST_ENV) $(RUN) tests/fault_matrix.py
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120
 
