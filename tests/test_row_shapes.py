@@ -163,3 +163,20 @@ def test_row3_a_dilated_window_beside_the_image():
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 1
+
+
+@pytest.mark.parametrize("stride_on", ["3x3", "1x1"])
+def test_row39_both_strides_are_as_torchvisions_moved_there(stride_on):
+    """torchvision has v1.5; v1 is the same network with the strides moved, which changes it."""
+    torchvision = pytest.importorskip("torchvision")
+    theirs = hostile_(torchvision.models.resnet50())
+    other = theirs(real_images(2, 64))
+    if stride_on == "1x1":
+        for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+        assert not torch.allclose(theirs(real_images(2, 64)), other, rtol=1e-2)
+    ours = hostile_(fastres.resnet50(stride_on=stride_on))
+    ours.load_state_dict(theirs.state_dict())
+    assert_fused(ours, real_images(2, 64))
+    with torch.no_grad():
+        assert_close(ours(real_images(2, 64)), theirs, real_images(2, 64))
