@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from fused import assert_fused, images, plain, small
+from fused import assert_close, assert_fused, images, plain, small
 from helpers import hostile_
 from torch import nn
 
@@ -60,3 +60,16 @@ def test_row16_scales_of_the_weights(scale):
         model.bn1.running_var.mul_(scale**2)
         model.bn1.eps = 1e-5 * scale**2
     assert_fused(model, images())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"divisor_override": 3}, {"count_include_pad": False}, {"ceil_mode": True}, {"padding": 0}],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_mean_keeps_its_divisor(options):
+    pool = nn.AvgPool2d(3, 2, **{"padding": 1, **options})
+    source = hostile_(nn.Sequential(nn.Conv2d(3, 6, 1), pool))
+    fast = fastres.optimize(source, verify=False)
+    assert not fast.plan().left
+    assert_close(fast(images()), source, images())
