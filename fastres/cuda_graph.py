@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .backends import CHANNELS_LAST, conv_precision, matmul_precision
+from .aten_ops import CHANNELS_LAST, conv_precision, matmul_precision
 from .engine import Executor
 
 Key: TypeAlias = tuple[Any, ...]

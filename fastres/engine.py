@@ -7,15 +7,15 @@ torch's allocator reuses their buffers, inside a CUDA graph's private pool as we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends import CHANNELS_LAST, AtenOps
+from .aten_ops import CHANNELS_LAST, AtenOps, residual_fits
 from .errors import InputError, InputTypeError
 from .fold import Weights, fold_step
 from .ir import (
@@ -33,11 +33,20 @@ from .ir import (
     attribute,
     substitute,
 )
-from .plan import Plan, Step
-from .tuning import Group, arrange, singly
+from .plan import Plan, Shape, Step
+from .tuning import Arrangement, Group, singly
 
 Restore = Callable[[Any], Any]
 Observer = Callable[[Step, list[Any], Any], None]
+
+
+@dataclass(frozen=True)
+class _Schedule:
+    """How the plan runs on inputs of one kind."""
+
+    arrangement: Arrangement
+    plan: Plan  # with what serves each step
+    as_given: frozenset[str]  # parameters that are read in any memory order
 
 
 class Executor:
@@ -51,6 +60,7 @@ class Executor:
         weights: gives a step's folded weights; by default they are folded from ``module``.
 
     Attributes:
+        plan: with what serves each step: for the last inputs, at first for one common image.
         folds: how often the weights have been folded.
     """
 
@@ -66,16 +76,15 @@ class Executor:
         self.ops = ops
         self.dtype = dtype
         self._weights = weights or self._fold
-        self.groups = _groups(plan, ops)
-        self.plan = replace(plan, served_by=_servers(self.groups, ops))
+        self.plan = plan
         self._prepared: dict[str, Any] = {}
         self._finite_weights = True
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
         self._apart = singly(_relu_apart(plan.steps))
-        self._as_given = _read_as_given(self.groups, plan, ops)
-        self._checked: set[Any] = set()
+        self._schedules: dict[Hashable, _Schedule] = {}
         self.folds = 0
         self.refold()
+        self.plan = self._schedule(common_shapes(plan)).plan
 
     def refold(self) -> None:
         """Read the module's parameters again, into the same storage.
@@ -89,11 +98,12 @@ class Executor:
                 for step in self.plan.steps
                 if isinstance(step.op, (Conv2d, Linear))
             }
+            self._device = next((w.device for w, _ in folded.values()), torch.device("cpu"))
             for step in self.plan.steps:
                 if isinstance(step.op, (Conv2d, Linear)):
                     self._prepared[step.name] = self._prepare(step, folded[step.name])
-            for group in self.groups:
-                if group.kernel:
+            if not self.plan.source_layout:
+                for group in self.ops.candidates(self.plan, self.dtype, self._device):
                     self._prepare_group(group)
             if self.ops.fused_relu_drops_nan:
                 self._finite_weights = all(_is_finite(t) for pair in folded.values() for t in pair)
@@ -132,13 +142,16 @@ class Executor:
         """
         names = [parameter.name for parameter in self.plan.parameters]
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
-        self._check(values)
+        schedule = self._checked_schedule(values)
+        self.plan = schedule.plan
         contiguous = not any(is_channels_last(v) for v in arguments)
-        restore = to_contiguous if contiguous else _unchanged
+        restore = _RESTORE[contiguous, schedule.arrangement.layout]
         if not self.plan.source_layout:
-            for name in values.keys() - self._as_given:
+            for name in values.keys() - schedule.as_given:
                 values[name] = _to_channels_last(values[name])
-        groups = self._schedule(arguments) if observe is None else singly(self.plan.steps)
+        groups = singly(self.plan.steps)
+        if observe is None:
+            groups = self._groups(schedule.arrangement, arguments)
         for group in groups:
             if not (group.kernel and self._run_group(group, values)):
                 for step in group.steps:
@@ -167,24 +180,51 @@ class Executor:
             observe(step, [values[name] for name in step.inputs], result)
         values[step.name] = restore(result) if self.plan.source_layout else result
 
-    def _schedule(self, arguments: Sequence[Any]) -> tuple[Group, ...]:
-        """The plan's groups, with ReLU apart where it could meet NaN and would drop it."""
+    def _groups(self, arrangement: Arrangement, arguments: Sequence[Any]) -> tuple[Group, ...]:
+        """The arrangement's groups, with ReLU apart where it could meet NaN and would drop it."""
         if not self.ops.fused_relu_drops_nan:
-            return self.groups
+            return arrangement.groups
         overflows = self.dtype is torch.float16
         finite = self._finite_weights and not overflows and all(map(_is_finite, arguments))
-        return self.groups if finite else self._apart
+        return arrangement.groups if finite else self._apart
 
-    def _check(self, values: Mapping[str, Any]) -> None:
-        key = tuple(
-            (tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else None
-            for v in values.values()
+    def _checked_schedule(self, values: Mapping[str, Any]) -> _Schedule:
+        """How to run on these values, whose kind is checked when it is first met."""
+        key = (
+            self.ops.setting(),
+            *(
+                (tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else None
+                for v in values.values()
+            ),
         )
-        if key not in self._checked:
+        found = self._schedules.get(key)
+        if found is None:
             check_inputs(self.plan, values, self.dtype)
-            if len(self._checked) > 256:
-                self._checked.clear()
-            self._checked.add(key)
+            if len(self._schedules) > 256:
+                self._schedules.clear()
+            tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+            device = next((t.device for t in tensors.values()), None)
+            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+            found = self._schedules[key] = self._schedule(shapes, device)
+        return found
+
+    def _schedule(
+        self, given: Mapping[str, Shape], device: torch.device | None = None
+    ) -> _Schedule:
+        """How to run on inputs of these shapes, by default on the weights' device."""
+        plan = self.plan
+        if plan.source_layout:
+            arrangement = Arrangement(singly(plan.steps))
+        else:
+            shapes = plan.shapes(*(given.get(p.name, ()) for p in plan.parameters))
+            arrangement = self.ops.arrange(plan, shapes, self.dtype, device or self._device)
+        served = replace(
+            plan,
+            served_by=_servers(arrangement.groups, self.ops),
+            reasons=_reasons(arrangement) if any(arrangement.why) else (),
+            chosen_for=tuple(given.values()) if any(arrangement.why) else (),
+        )
+        return _Schedule(arrangement, served, _read_as_given(arrangement.groups, plan, self.ops))
 
     def _lookup(self, path: str) -> Tensor:
         return attribute(self.module, path)
@@ -196,7 +236,7 @@ class Executor:
         if not op.residual:
             return self.ops.conv(op, prepared, x, None, False)
         residual = values[step.inputs[1]]
-        if _fits(op, x, residual):
+        if residual_fits(op, x, residual):
             return self.ops.conv(op, prepared, x, residual, step.in_place)
         bare = self.ops.conv(replace(op, relu=False, residual=False), prepared, x, None, False)
         return self._sum(bare, residual, op.relu, False)
@@ -311,44 +351,42 @@ def _check_image(name: str, x: Any, op: Conv2d, dtype: torch.dtype) -> None:
         raise InputTypeError(f"{name} must be {dtype}, the dtype of the weights; got {x.dtype}")
 
 
-def _fits(op: Conv2d, x: Tensor, residual: Any) -> bool:
-    """Whether the sum neither broadcasts nor promotes, so that it can be fused."""
-    if not isinstance(residual, Tensor) or residual.dtype is not x.dtype or residual.dim() != 4:
-        return False
-    same_images = residual.shape[0] == x.shape[0] and residual.shape[1] == op.out_channels
-    return same_images and all(
-        (x.shape[i + 2] + 2 * op.padding[i] - op.dilation[i] * (op.kernel[i] - 1) - 1)
-        // op.stride[i]
-        + 1
-        == residual.shape[i + 2]
-        for i in (0, 1)
-    )
+def common_shapes(plan: Plan) -> dict[str, Shape]:
+    """One image of 224x224 for each parameter that a convolution reads."""
+    found: dict[str, Shape] = {}
+    for parameter in plan.parameters:
+        readers = (s.op for s in plan.steps if parameter.name in s.inputs[:1])
+        channels = next((op.in_channels for op in readers if isinstance(op, Conv2d)), None)
+        if channels is not None:
+            found[parameter.name] = (1, channels, 224, 224)
+    return found
 
 
-def _groups(plan: Plan, ops: AtenOps) -> tuple[Group, ...]:
-    """The plan's steps, joined where the backend has a kernel for several at once."""
-    if plan.source_layout:
-        return singly(plan.steps)
-    return arrange(plan, ops.rules, ops.takes)
-
-
-def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> set[str]:
+def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> frozenset[str]:
     """The parameters that only kernels read which take any memory order."""
     readers = {p.name: [g for g in groups if p.name in g.inputs] for p in plan.parameters}
-    return {
+    return frozenset(
         name
         for name, read_by in readers.items()
         if read_by and all(group.kernel in ops.take_any_layout for group in read_by)
-    }
+    )
 
 
 def _servers(groups: Sequence[Group], ops: AtenOps) -> tuple[str, ...]:
     """What computes each step, for the plan's table."""
     return tuple(
-        f"{ops.name} {group.kernel}" if group.kernel else _server(ops, step.op)
+        ops.serves_group(group) if group.kernel else _server(ops, step.op)
         for group in groups
         for step in group.steps
     )
+
+
+def _reasons(arrangement: Arrangement) -> tuple[str, ...]:
+    """Why each step is served as it is, said once for a group."""
+    said: list[str] = []
+    for group, why in zip(arrangement.groups, arrangement.why, strict=True):
+        said += [why, *("as above" for _ in group.steps[1:])]
+    return tuple(said)
 
 
 def _server(ops: AtenOps, op: Operation) -> str:
@@ -367,6 +405,22 @@ def is_channels_last(value: Any) -> bool:
 
 def to_contiguous(value: Any) -> Any:
     return value.contiguous() if is_channels_last(value) else value
+
+
+def _is_hwnc(value: Any) -> bool:
+    """A 4-D tensor in [H, W, N, C] memory and in neither of the common orders."""
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.is_contiguous():
+        return False
+    hwnc = value.permute(2, 3, 0, 1).is_contiguous()
+    return hwnc and not value.is_contiguous(memory_format=CHANNELS_LAST)
+
+
+def _hwnc_to_contiguous(value: Any) -> Any:
+    return value.contiguous() if _is_hwnc(value) else to_contiguous(value)
+
+
+def _hwnc_to_channels_last(value: Any) -> Any:
+    return value.contiguous(memory_format=CHANNELS_LAST) if _is_hwnc(value) else value
 
 
 def _settle(tensors: Iterable[Tensor]) -> None:
@@ -399,3 +453,12 @@ def _to_channels_last(value: Any) -> Any:
 
 def _unchanged(value: Any) -> Any:
     return value
+
+
+_RESTORE: dict[tuple[bool, str], Restore] = {
+    (True, "nhwc"): to_contiguous,
+    (False, "nhwc"): _unchanged,
+    (True, "hwnc"): _hwnc_to_contiguous,
+    (False, "hwnc"): _hwnc_to_channels_last,
+}
+"""How a value gets the source's memory order: whether inputs are contiguous, the plan's layout."""

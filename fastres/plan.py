@@ -60,6 +60,8 @@ class Plan:
         parameters: what the caller hands in.
         output: a nest of references to values.
         served_by: names each step's kernel.
+        reasons: why that kernel, where there was a choice.
+        chosen_for: the input shapes that the choice was made for.
         source_layout: whether values stay in the memory format of the source's own.
     """
 
@@ -67,6 +69,8 @@ class Plan:
     parameters: tuple[Parameter, ...]
     output: Any
     served_by: tuple[str, ...] = ()
+    reasons: tuple[str, ...] = ()
+    chosen_for: tuple[Shape, ...] = ()
     source_layout: bool = False
 
     @property
@@ -110,7 +114,11 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: one row per step."""
         return {
-            "steps": [_row(step, self._server(i)) for i, step in enumerate(self.steps)],
+            "steps": [
+                _row(step, self._server(i)) | {"reason": self._reason(i)}
+                for i, step in enumerate(self.steps)
+            ],
+            "chosen_for": [list(shape) for shape in self.chosen_for],
             "fused": len(self.fused),
             "left_to_pytorch": [{"step": s.where or s.name, "reason": r} for s, r in self.left],
         }
@@ -118,14 +126,23 @@ class Plan:
     def _server(self, index: int) -> str:
         return self.served_by[index] if self.served_by else ""
 
+    def _reason(self, index: int) -> str:
+        return self.reasons[index] if self.reasons else ""
+
     def __str__(self) -> str:
-        header = ("step", "what", "served by", "in place", "source")
-        rows = [header] + [_cells(step, self._server(i)) for i, step in enumerate(self.steps)]
+        header: tuple[str, ...] = ("step", "what", "served by", "in place", "source", "why")
+        steps = enumerate(self.steps)
+        rows = [header] + [(*_cells(s, self._server(i)), self._reason(i)) for i, s in steps]
+        if not self.reasons:
+            header, rows = header[:-1], [row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
         left = [f"  {s.where or s.name}: {reason}" for s, reason in self.left]
         lines.append(f"{len(self.steps)} steps, {len(left)} left to PyTorch" + ":" * bool(left))
+        if self.chosen_for:
+            shapes = ", ".join("x".join(map(str, shape)) for shape in self.chosen_for)
+            left.append(f"kernels chosen for {shapes}")
         return "\n".join(line.rstrip() for line in lines + left)
 
 

@@ -1,4 +1,4 @@
-"""Which consecutive steps one kernel may serve together.
+"""Which consecutive steps one kernel may serve, alone or together, and what the choice may rest on.
 
 A rule looks at the steps from one position on and says how many of them its kernel takes. What a
 group means is exactly its steps run in order, so any backend may run them one by one instead.
@@ -6,13 +6,15 @@ group means is exactly its steps run in order, so any backend may run them one b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from hashlib import sha256
 
-from .ir import Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, refs
-from .plan import Plan, Step
+from .ir import Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, Operation, refs
+from .plan import Plan, Shape, Step
 
 Rule = Callable[[Sequence[Step], dict[str, int]], int]
+Shapes = Mapping[str, Shape | None]
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,130 @@ class Group:
     outputs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Arrangement:
+    """A plan's steps in groups.
+
+    Attributes:
+        why: for each group, the reason for its kernel; empty where there was no choice.
+        layout: memory order of the activations between the groups, ``"nhwc"`` or ``"hwnc"``.
+    """
+
+    groups: tuple[Group, ...]
+    why: tuple[str, ...] = ()
+    layout: str = "nhwc"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A group's work without its weights: what the choice of its kernel may rest on.
+
+    Attributes:
+        work: each step's geometry and sizes, the batch left out.
+        batch: images.
+        rows: pixels of the first step's result, over all images.
+        width: channels that the first step reads.
+        arithmetic: ``"half"``, ``"tf32"`` or ``"ieee"``.
+    """
+
+    work: tuple[str, ...]
+    batch: int
+    rows: int
+    width: int
+    arithmetic: str
+
+    @property
+    def key(self) -> str:
+        """Names the work, whatever the batch."""
+        return f"{'; '.join(self.work)} ({self.arithmetic})"
+
+
+def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
+    """The case that a group is for values of these shapes; None where they are not known."""
+    first = group.steps[0]
+    source, result = shapes.get(first.inputs[0]), shapes.get(first.name)
+    work = [_work(step, shapes) for step in group.steps]
+    if source is None or result is None or not all(work):
+        return None
+    rows = result[0] * (result[2] * result[3] if len(result) == 4 else 1)
+    return Case(tuple(work), source[0], rows, source[1], arithmetic)
+
+
+def network_case(plan: Plan, shapes: Shapes, arithmetic: str) -> Case | None:
+    """The case that a whole plan is, for choices that concern all of it."""
+    work = [_work(step, shapes) for step in plan.steps]
+    source = shapes.get(plan.parameters[0].name) if len(plan.parameters) == 1 else None
+    if source is None or len(source) != 4 or not all(work):
+        return None
+    digest = sha256("; ".join(work).encode()).hexdigest()[:16]
+    name = f"network of {len(work)} steps {digest}, images of {source[2]}x{source[3]}"
+    return Case((name,), source[0], source[0] * source[2] * source[3], source[1], arithmetic)
+
+
+def _work(step: Step, shapes: Shapes) -> str:
+    """``Conv2d 64>256 k1x1 s1x1 ...``, with the sizes of what goes in and comes out."""
+    source, result = shapes.get(step.inputs[0]), shapes.get(step.name)
+    if source is None or result is None:
+        return ""
+    sizes = "x".join(map(str, source[1:])) + ">" + "x".join(map(str, result[1:]))
+    return f"{_geometry(step.op)} {sizes}"
+
+
+def _geometry(op: Operation) -> str:
+    if not isinstance(op, Conv2d):
+        settings = [str(v) for v in astuple(op) if isinstance(v, (int, tuple))]
+        return " ".join([type(op).__name__, *settings])
+    window = " ".join(
+        f"{name}{pair[0]}x{pair[1]}"
+        for name, pair in (("k", op.kernel), ("s", op.stride), ("p", op.padding))
+    )
+    more = f" d{op.dilation[0]}x{op.dilation[1]} g{op.groups}"
+    ends = " residual" * op.residual + " relu" * op.relu
+    return f"Conv2d {window}{'' if more == ' d1x1 g1' else more}{ends}"
+
+
 def arrange(
-    plan: Plan, rules: Iterable[str], takes: Callable[[Group], bool] | None = None
+    plan: Plan,
+    rules: Iterable[str] | Mapping[str, str],
+    takes: Callable[[Group], bool] | None = None,
 ) -> tuple[Group, ...]:
     """The plan's steps in order, joined greedily by the named rules, the first that fits first.
 
     Args:
         plan: what runs.
-        rules: names out of :data:`RULES`, by preference.
+        rules: by preference, names out of :data:`RULES`, or names of kernels with their rules'.
         takes: may refuse a group, whose steps then stay by themselves; by default all are taken.
     """
-    chosen = [(name, RULES[name]) for name in rules]
     readers = count_readers(plan)
     groups: list[Group] = []
     position = 0
     while position < len(plan.steps):
         ahead = plan.steps[position:]
-        lengths = ((name, rule(ahead, readers)) for name, rule in chosen)
-        found = (_group(name, ahead[:length], readers) for name, length in lengths if length)
+        found = _groups_at(ahead, rules, readers)
         single = _group("", ahead[:1], readers)
         group = next((g for g in found if takes is None or takes(g)), single)
         groups.append(group)
         position += len(group.steps)
     return tuple(groups)
+
+
+def candidates(
+    plan: Plan, rules: Iterable[str] | Mapping[str, str], takes: Callable[[Group], bool]
+) -> tuple[Group, ...]:
+    """Every group of the plan that a rule finds and ``takes`` admits, overlapping ones too."""
+    readers = count_readers(plan)
+    found = (_groups_at(plan.steps[i:], rules, readers) for i in range(len(plan.steps)))
+    return tuple(group for groups in found for group in groups if takes(group))
+
+
+def _groups_at(
+    ahead: tuple[Step, ...], rules: Iterable[str] | Mapping[str, str], readers: dict[str, int]
+) -> Iterator[Group]:
+    """The groups that begin with the first of these steps."""
+    named = rules if isinstance(rules, Mapping) else {name: name for name in rules}
+    for name, rule in named.items():
+        if length := RULES[rule](ahead, readers):
+            yield _group(name, ahead[:length], readers)
 
 
 def singly(steps: Iterable[Step]) -> tuple[Group, ...]:
@@ -142,6 +245,16 @@ def _shifted_block(steps: Sequence[Step], readers: dict[str, int]) -> int:
     return 1 + end if chained else 0
 
 
+def _flat(steps: Sequence[Step], readers: dict[str, int]) -> int:
+    """A 1x1 convolution that keeps all pixels: a matrix product of rows."""
+    return int(bool(steps) and _is_conv(steps[0], kernel=1, stride=1))
+
+
+def _convolution(steps: Sequence[Step], readers: dict[str, int]) -> int:
+    """Any convolution by itself."""
+    return int(bool(steps) and isinstance(steps[0].op, Conv2d))
+
+
 def _is_conv(
     step: Step, *, kernel: int | None = None, stride: int | None = None, relu: bool | None = None
 ) -> bool:
@@ -164,4 +277,6 @@ RULES: dict[str, Rule] = {
     "expand_project": _expand_project,
     "expand_reduce": _expand_reduce,
     "shifted_block": _shifted_block,
+    "flat": _flat,
+    "convolution": _convolution,
 }

@@ -8,11 +8,19 @@ if __name__ != "fastres.kernels":
 
 from ._common import INTERPRETED, LAUNCHES
 from ._config import TileConfig
+from ._tma import has_copy_engine
 from .conv import conv2d, conv2d_ref, new_scratch
 from .elementwise import add_relu, add_relu_ref, relu, relu_ref
+from .gemm import gemm, gemm_pair
+from .gemm import supports as gemm_supports
 from .global_pool import global_avg_pool, global_avg_pool_ref
+from .head import head, head_ref
+from .hwnc import conv2d_hwnc
+from .hwnc import supports as hwnc_supports
 from .linear import linear, linear_ref
 from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
+from .rot2 import rot2
+from .rot2 import supports as rot2_supports
 from .stem import pack_stem_weight, stem, stem_ref
 
 __all__ = [
@@ -24,9 +32,17 @@ __all__ = [
     "avg_pool2d",
     "avg_pool2d_ref",
     "conv2d",
+    "conv2d_hwnc",
     "conv2d_ref",
+    "gemm",
+    "gemm_pair",
+    "gemm_supports",
     "global_avg_pool",
     "global_avg_pool_ref",
+    "has_copy_engine",
+    "head",
+    "head_ref",
+    "hwnc_supports",
     "linear",
     "linear_ref",
     "max_pool2d",
@@ -35,6 +51,8 @@ __all__ = [
     "pack_stem_weight",
     "relu",
     "relu_ref",
+    "rot2",
+    "rot2_supports",
     "stem",
     "stem_ref",
 ]

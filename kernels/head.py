@@ -2,7 +2,7 @@
 
     y[n, k] = sum_c mean over pixels of x[n, c, :, :] * w[k, c] + b[k]
 
-x (N, C, H, W) is dense NHWC (``channels_last``), w (K, C) and y (N, K) row-major; float32,
+x (N, C, H, W) is dense NHWC (``channels_last``) or HWNC, w (K, C) and y (N, K) row-major; float32,
 float16 or bfloat16, b may be float32. Sums are float32; a mean is rounded once and that rounded
 value is multiplied. Rejected: other layouts and dtypes, images without pixels, ``out`` over an
 input. Method: programs share the channels, so that a small batch fills the GPU, and the last to
@@ -68,13 +68,13 @@ CONFIGS: tuple[HeadConfig, ...] = (
 
 
 @triton.jit
-def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
-    """Sums over the pixels of the images [BM] and channels [BC]."""
+def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, STRIDE, C, BLOCK_P: tl.constexpr):
+    """Sums over the pixels of the images, given by their first rows [BM], and channels [BC]."""
     if image.shape[0] == 1:  # a plane of two dimensions, which agrees with the weights' layout
         total = tl.zeros((c.shape[0],), tl.float32)
         for p0 in range(0, PIXELS, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            row = tl.sum(image) * PIXELS + tl.where(p < PIXELS, p, 0)  # [BP]
+            row = tl.sum(image) + tl.where(p < PIXELS, p, 0) * STRIDE  # [BP]
             ok = (p < PIXELS)[:, None] & c_ok[None, :]
             x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=ok, other=0.0)
             total += tl.sum(x.to(tl.float32), axis=0)
@@ -82,22 +82,24 @@ def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
     total = tl.zeros((image.shape[0], c.shape[0]), tl.float32)
     for p0 in range(0, PIXELS, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        row = image[:, None] * PIXELS + tl.where(p < PIXELS, p, 0)[None, :]  # [BM, BP]
+        row = image[:, None] + tl.where(p < PIXELS, p, 0)[None, :] * STRIDE  # [BM, BP]
         ok = n_ok[:, None, None] & (p < PIXELS)[None, :, None] & c_ok[None, None, :]
         x = tl.load(x_ptr + row[:, :, None] * C + c[None, None, :], mask=ok, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=1)
     return total
 
 
-@triton.jit(do_not_specialize=["N", "PIXELS", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "PIXELS", "IMAGE", "STRIDE", "SPLITS"])
 def head_kernel(
-    x_ptr,  # [N, PIXELS, C]
+    x_ptr,  # [N, PIXELS, C] or [PIXELS, N, C]
     w_ptr,  # [K, C]
     b_ptr,  # [K] or None
     y_ptr,  # [N, K]
     scratch_ptr,  # as conv.py's, None without splits
     N,
     PIXELS,
+    IMAGE,  # rows from an image to the next
+    STRIDE,  # rows from a pixel to the next
     C,
     K,
     SPLITS,  # programs that share the reduction of a tile
@@ -133,7 +135,9 @@ def head_kernel(
             c = c % C
         w_offset = output[:, None] * C + c[None, :]
         w = tl.load(w_ptr + w_offset, mask=c_ok[None, :], other=0.0)  # [BN, BC]
-        total = _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P)  # [BM, BC]
+        total = _pixel_sums(
+            x_ptr, image * IMAGE, n_ok, c, c_ok, PIXELS, STRIDE, C, BLOCK_P
+        )  # [BM, BC]
         mean = tl.div_rn(total, tl.broadcast_to(PIXELS.to(tl.float32), total.shape))
         mean = rounded(mean, x_ptr.dtype.element_ty)
         if BLOCK_M == 1:  # too few rows for a matrix product
@@ -199,9 +203,18 @@ def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
     return min(usable, key=lambda row: estimated_cycles(row, problem, machine))
 
 
+def _is_hwnc(x: Tensor) -> bool:
+    """Images of a supported dtype, dense in that order and not in NHWC."""
+    if x.dim() != 4 or not x.numel() or x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    check_tensor("x", x, 4)
+    return x.permute(2, 3, 0, 1).is_contiguous()
+
+
 def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:
     """Refuse what the kernel does not take; otherwise the shape of the output."""
-    check_image(x)
+    if not _is_hwnc(x):
+        check_image(x)
     check_tensor("w", w, 2)
     check_like("w", w, x)
     check_shape("w", w, (w.shape[0], x.shape[1]))
@@ -227,7 +240,8 @@ def head(
     """``linear(global_avg_pool(x), w, b)`` in one kernel.
 
     Args:
-        x: (N, C, H, W), channels_last, float32, float16 or bfloat16.
+        x: (N, C, H, W), channels_last or dense in the order (H, W, N, C), float32, float16 or
+            bfloat16.
         w: (K, C), contiguous, of x's dtype.
         b: (K,), float32 or x's dtype.
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
@@ -275,6 +289,7 @@ def head(
         ),
         batch,
         height * width,
+        *((1, batch) if _is_hwnc(x) else (height * width, 1)),
         channels,
         shape[1],
         config.splits,

@@ -164,7 +164,7 @@ def test_checks_are_done_once_for_each_shape(monkeypatch):
     model = small()
     made = executor(model, method="_forward_impl")
     calls = []
-    check = Executor._check.__globals__["check_inputs"]
+    check = Executor._checked_schedule.__globals__["check_inputs"]
     monkeypatch.setattr(
         "fastres.engine.check_inputs", lambda *a: calls.append(a[1]["x"].shape) or check(*a)
     )

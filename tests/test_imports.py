@@ -12,13 +12,14 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it and none behind it: data only ever moves to the right.
 ORDER = (
     *("errors", "preprocess", "ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
-    *("backends", "engine", "cuda_graph", "guards", "live"),
+    *("checkpoint", "tables", "choices", "aten_ops"),
+    *("group_kernels", "triton_ops", "backends"),
+    *("engine", "cuda_graph", "guards", "live"),
     *("verify", "portable", "fast_model", "shell", "optimize"),
     "compile_backend",
     "features",
     *("keras_file", "keras_layers", "keras_import"),
     *(
-        "checkpoint",
         "plan_json",
         "export",
         "diagram",
@@ -33,7 +34,7 @@ ORDER = (
     *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )
-KNOW_THE_KERNELS = {"tuning", "backends"}
+KNOW_THE_KERNELS = {"probes", "triton_ops"}
 OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py")
 
 

@@ -52,6 +52,19 @@ def test_every_shape_is_exact(integers, poisoned, shape, dtype, config):
 
 
 @interpreter
+@pytest.mark.parametrize("config", [None, *SMALL], ids=["selected", "vector", "matrix"])
+def test_images_inside_the_pixels(integers, poisoned, config):
+    """[H, W, N, C] memory is read as it is: the same answer, nothing copied."""
+    x, w = integers(17, 40, 2, 8, dtype=HALF), integers(21, 40, dtype=HALF)
+    inside = x.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+    assert inside.stride() != x.stride()
+    guarded = poisoned((17, 21), HALF)
+    head(inside, w, out=guarded.out, config=config)
+    guarded.check()
+    assert torch.equal(guarded.out, expected(x, w))
+
+
+@interpreter
 @pytest.mark.parametrize("row", CONFIGS, ids=str)
 @pytest.mark.parametrize("channels", ["ragged", "even"])
 def test_row19_every_config_is_exact(integers, poisoned, row, channels):

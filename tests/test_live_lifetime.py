@@ -143,7 +143,7 @@ def test_row21_many_runs_and_sizes_leave_nothing_behind():
             model(torch.randn(1 + i % 5, 3, 8 + i % 50, 9))
     assert live_tensors() == before
     (runner,) = model._live()._runners.values()
-    assert len(runner.executor._checked) <= 257
+    assert len(runner.executor._schedules) <= 257
 
 
 def test_row18_the_same_call_gives_the_same_bits():

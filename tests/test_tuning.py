@@ -5,7 +5,10 @@ from torch import nn
 
 import fastres
 from fastres import fold, plan, trace
-from fastres.tuning import RULES, arrange
+from fastres.tuning import RULES, arrange, candidates
+
+JOINING = tuple(name for name in RULES if name not in ("flat", "convolution"))
+"""The rules that find several steps."""
 
 
 def plan_of(module):
@@ -65,7 +68,7 @@ class TwiceRead(nn.Module):
 
 
 def test_a_stem_read_twice_is_not_joined():
-    assert kernels(arrange(plan_of(TwiceRead()), RULES)) == []
+    assert kernels(arrange(plan_of(TwiceRead()), JOINING)) == []
 
 
 def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
@@ -82,3 +85,22 @@ def test_a_refused_group_stays_single_steps():
     groups = arrange(whole, tuple(RULES), lambda group: group.kernel == "pool_linear")
     assert kernels(groups) == ["pool_linear"]
     assert len(groups) == len(whole.steps) - 2
+
+
+def test_flat_convolutions_are_those_that_keep_all_pixels():
+    groups = arrange(plan_of(fastres.resnet50()), {"gemm": "flat"})
+    flat = [group.steps[0].op for group in groups if group.kernel == "gemm"]
+    assert len(flat) == 33, "two for each of 16 blocks, and the unstrided projection"
+    assert {op.kernel for op in flat} == {(1, 1)}
+    assert {op.stride for op in flat} == {(1, 1)}
+
+
+def test_candidates_overlap():
+    """Each place where a kernel could serve, whatever is chosen in the end."""
+    whole = plan_of(fastres.resnet50())
+    found = candidates(whole, {"rot2": "expand_reduce", "gemm": "flat"}, lambda group: True)
+    starts = [group.steps[0].name for group in found]
+    assert len(starts) == len(set(starts)) + sum(g.kernel == "rot2" for g in found)
+    assert {g.kernel for g in candidates(whole, tuple(RULES), lambda g: g.kernel == "flat")} == {
+        "flat"
+    }

@@ -1,0 +1,250 @@
+"""What every backend is made of, and those that call PyTorch: aten, oneDNN and cuDNN.
+
+Each is a class with one method per operation; activations are torch tensors, 4-D ones in
+channels_last memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fold import Weights
+from .ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
+from .plan import Plan, Shape
+from .tuning import Arrangement, Group, singly
+
+CHANNELS_LAST = torch.channels_last
+
+
+class AtenOps:
+    """Every step by plain PyTorch operators: any device, any dtype."""
+
+    name: ClassVar[str] = "torch"
+    fused_relu_drops_nan: ClassVar[bool] = False
+    take_any_layout: ClassVar[frozenset[str]] = frozenset()
+
+    def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
+        """Weights in the form that ``conv`` and ``linear`` take them."""
+        weight, bias = weights
+        return weight, None if bias is None else bias.to(weight.dtype)
+
+    def update(self, op: Conv2d | Linear, prepared: Any, weights: Weights) -> Any:
+        """New values, written into the same storage where captured graphs hold its address."""
+        fresh = self.prepare(op, weights)
+        for old, new in zip(prepared, fresh, strict=True):
+            if old is not None:
+                old.copy_(new)
+        return prepared
+
+    def conv(
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+    ) -> Tensor:
+        weight, bias = prepared
+        y = F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
+        if residual is not None:
+            y = residual.add_(y) if in_place else y.add_(residual)
+        return y.relu_() if op.relu else y
+
+    def linear(self, op: Linear, prepared: Any, x: Tensor) -> Tensor:
+        y = F.linear(x, *prepared)
+        return y.relu_() if op.relu else y
+
+    def add(self, x: Tensor, y: Tensor, relu: bool, in_place: bool) -> Tensor:
+        total = x.add_(y) if in_place else x + y
+        return total.relu_() if relu else total
+
+    def relu(self, x: Tensor, in_place: bool) -> Tensor:
+        return x.relu_() if in_place else x.relu()
+
+    def max_pool(self, op: MaxPool2d, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode)
+
+    def avg_pool(self, op: AvgPool2d, x: Tensor) -> Tensor:
+        return F.avg_pool2d(
+            x,
+            op.kernel,
+            op.stride,
+            op.padding,
+            op.ceil_mode,
+            op.count_include_pad,
+            op.divisor_override,
+        )
+
+    def global_avg_pool(self, op: GlobalAvgPool, x: Tensor) -> Tensor:
+        return x.mean(op.dims, keepdim=op.keepdim)
+
+    def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
+        """Every group, overlapping ones too, that a kernel here may be chosen for."""
+        return ()
+
+    def arrange(
+        self,
+        plan: Plan,
+        shapes: Mapping[str, Shape | None],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Arrangement:
+        """The plan's steps in the groups that serve values of these shapes best."""
+        return Arrangement(singly(plan.steps))
+
+    def setting(self) -> Hashable:
+        """What else than shapes an arrangement depends on and may change between calls."""
+        return None
+
+    def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
+        """What the group's kernel needs beside the ``prepared`` weights of its steps."""
+        return ()
+
+    def run_group(
+        self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
+    ) -> tuple[Tensor, ...] | None:
+        """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
+        return None
+
+    def serves_group(self, group: Group) -> str:
+        """The name of what computes a group, for the plan's table."""
+        return f"{self.name} {group.kernel}"
+
+    def scratch_held(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Scratch memory that the calls inside share, handed out to be kept as long as they run."""
+        return nullcontext()
+
+    def serves(self, op: Operation) -> str:
+        """The name of what computes a step, for the plan's table."""
+        return {Conv2d: "aten conv2d", Linear: "aten linear"}.get(type(op), "aten")
+
+
+class _Packed:
+    """A convolution's weights, put into oneDNN's own order for the first input size they meet.
+
+    Other sizes stay right: oneDNN reorders once more inside the call where it wants another order.
+    """
+
+    __slots__ = ("bias", "dense", "packed")
+
+    def __init__(self, dense: Tensor, bias: Tensor | None) -> None:
+        self.dense: Tensor | None = dense
+        self.bias = bias
+        self.packed: Tensor | None = None
+
+    def weight(self, op: Conv2d, x: Tensor) -> Tensor:
+        dense = self.dense
+        if self.packed is None and dense is not None:
+            geometry: Any = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
+            with torch.inference_mode(False):
+                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+                self.packed = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
+            self.dense = None
+        assert self.packed is not None
+        return self.packed
+
+
+class OneDNNOps(AtenOps):
+    """The CPU: convolution, bias, residual and ReLU in one oneDNN primitive, weights pre-packed.
+
+    oneDNN's fused ReLU makes 0 of NaN. The executor keeps a NaN that comes in with an image or a
+    weight; one born in between, by float32 overflow or in a PyTorch step, ends at the next ReLU.
+    """
+
+    name = "onednn"
+    fused_relu_drops_nan = True
+
+    def __init__(self) -> None:
+        mkldnn = torch.ops.mkldnn
+        self._plain = mkldnn._convolution_pointwise.default
+        self._add = mkldnn._convolution_pointwise.binary
+        self._add_in_place = mkldnn._convolution_pointwise_.binary
+
+    def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
+        weight, bias = super().prepare(op, weights)
+        return _Packed(weight, bias) if isinstance(op, Conv2d) else (weight, bias)
+
+    def update(self, op: Conv2d | Linear, prepared: Any, weights: Weights) -> Any:
+        return self.prepare(op, weights)
+
+    def conv(
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+    ) -> Tensor:
+        if x.shape[0] == 0:
+            return super().conv(op, self._unpacked(prepared, op, x), x, residual, in_place)
+        weight, bias = prepared.weight(op, x), prepared.bias
+        geometry = (op.padding, op.stride, op.dilation, op.groups)
+        if residual is None:
+            unary = "relu" if op.relu else "none"
+            return self._plain(x, weight, bias, *geometry, unary, [], "")
+        epilogue: Any = ("add", 1.0, "relu" if op.relu else None, [], None)
+        if not in_place and (residual.shape[1] == 1 or residual.shape[2:] == (1, 1)):
+            # Memory that is dense in both orders at once is only taken by the in-place form.
+            residual, in_place = residual.clone(), True
+        if in_place:
+            return self._add_in_place(residual, x, weight, bias, *geometry, *epilogue)
+        return self._add(x, residual, weight, bias, *geometry, *epilogue)
+
+    def _unpacked(self, prepared: _Packed, op: Conv2d, x: Tensor) -> Weights:
+        """Any weights of the right shape: an empty batch never reads them."""
+        shape = (op.out_channels, op.in_channels // op.groups, *op.kernel)
+        return x.new_zeros(shape), prepared.bias
+
+    def serves(self, op: Operation) -> str:
+        return "oneDNN conv" if isinstance(op, Conv2d) else super().serves(op)
+
+
+class CudnnOps(AtenOps):
+    """CUDA without Triton: cuDNN's own fused operators where it has them."""
+
+    name = "cudnn"
+
+    def conv(
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+    ) -> Tensor:
+        weight, bias = prepared
+        if not op.relu or bias is None or x.dtype is torch.float64 or not x.is_cuda:
+            return super().conv(op, prepared, x, residual, in_place)
+        geometry = (op.stride, op.padding, op.dilation, op.groups)
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
+        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
+
+    def serves(self, op: Operation) -> str:
+        fused = isinstance(op, Conv2d) and op.relu
+        return "cuDNN fused conv" if fused else super().serves(op)
+
+
+def residual_fits(op: Conv2d, x: Tensor, residual: Any) -> bool:
+    """Whether the sum neither broadcasts nor promotes, so that it can be fused."""
+    if not isinstance(residual, Tensor) or residual.dtype is not x.dtype or residual.dim() != 4:
+        return False
+    same_images = residual.shape[0] == x.shape[0] and residual.shape[1] == op.out_channels
+    return same_images and all(
+        (x.shape[i + 2] + 2 * op.padding[i] - op.dilation[i] * (op.kernel[i] - 1) - 1)
+        // op.stride[i]
+        + 1
+        == residual.shape[i + 2]
+        for i in (0, 1)
+    )
+
+
+def conv_precision() -> str:
+    """``"tf32"`` or ``"ieee"``: what torch's flags allow fp32 convolutions on CUDA."""
+    cudnn: Any = torch.backends.cudnn
+    return _first_set(cudnn.conv.fp32_precision, cudnn.fp32_precision)
+
+
+def matmul_precision() -> str:
+    """``"tf32"`` or ``"ieee"``: what torch's flags allow fp32 matrix products on CUDA."""
+    cuda: Any = torch.backends.cuda
+    return _first_set(cuda.matmul.fp32_precision)
+
+
+def _first_set(*levels: str) -> str:
+    everywhere: Any = torch.backends
+    for level in (*levels, everywhere.fp32_precision):
+        if level != "none":
+            return "tf32" if level == "tf32" else "ieee"
+    return "ieee"

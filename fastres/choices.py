@@ -1,0 +1,284 @@
+"""The choice of a kernel for a case: what the user forces, else what was measured, else the table.
+
+Measurements live in one JSON file for all machines and versions. Writers merge under a lock and
+replace the file whole, so that two at once lose nothing and a reader never sees half of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from .checkpoint import atomic_write
+from .tables import KERNELS, shipped
+from .tuning import Case
+
+FORMAT = 1
+APART = "apart"
+PATH_VARIABLE = "FASTRES_TUNED"
+FORCE_VARIABLE = "FASTRES_KERNELS"
+NEAREST = 2.0
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was found for one case at one batch size.
+
+    Attributes:
+        seconds: of one call, by kernel; ``"apart"`` stands for the best way without the kernel.
+        excluded: kernels that are out, each with the reason: a wrong answer, an error.
+    """
+
+    seconds: dict[str, float]
+    excluded: dict[str, str] = field(default_factory=dict)
+
+    def fastest(self, barred: Iterable[str] = ()) -> str:
+        """The kernel of least time but for those ``barred``; ``""`` if none is left."""
+        usable = {name: s for name, s in self.seconds.items() if name not in barred}
+        return min(usable, key=usable.__getitem__, default="")
+
+    def sentence(self, kernel: str) -> str:
+        """How ``kernel`` did against the best of the others, in words."""
+        if kernel not in self.seconds:
+            return f"measured here: {self.excluded.get(kernel, 'not timed')}"
+        took = f"measured here: {self.seconds[kernel] * 1e6:.1f} us"
+        rival = self.fastest(barred=(kernel,))
+        ratio = f", {self.seconds[rival] / self.seconds[kernel]:.2f}x {rival}" if rival else ""
+        return took + ratio
+
+
+Measured: TypeAlias = Mapping[str, Mapping[int, Measurement]]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a kernel serves a case, and why."""
+
+    chosen: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What decides between kernels on one machine.
+
+    Attributes:
+        architecture: such as ``"sm_90"`` or ``"gfx942"``.
+        measured: by the case's key and the batch size.
+        forced: kernels to use wherever they can run (True), or never (False).
+        forced_by: who says so.
+        barred: kernels that cannot be had, though they were measured.
+    """
+
+    architecture: str
+    measured: Measured = field(default_factory=dict)
+    forced: Mapping[str, bool] = field(default_factory=dict)
+    forced_by: str = "asked for"
+    barred: frozenset[str] = frozenset()
+
+    def decide(self, kernel: str, case: Case | None) -> Decision:
+        """Whether ``kernel`` serves the case; a case that is not known rests on what is forced."""
+        if kernel in self.forced:
+            return Decision(self.forced[kernel], self.forced_by)
+        if case is None:
+            return Decision(False, "sizes not known")
+        found = _nearest(self.measured.get(case.key, {}), case.batch)
+        if found is not None:
+            return Decision(found.fastest(self.barred) == kernel, found.sentence(kernel))
+        row = shipped(self.architecture, kernel, case)
+        return Decision(row is not None, row.evidence if row else "")
+
+
+def only(*kernels: str, architecture: str = "sm_90") -> Choices:
+    """These kernels wherever they can run, and no other choice."""
+    check_kernels(kernels)
+    return Choices(architecture, forced={name: name in kernels for name in KERNELS})
+
+
+def check_kernels(names: Iterable[str], argument: str = "kernels") -> None:
+    """Raises ValueError for a name that is not in :data:`KERNELS`."""
+    for name in names:
+        if name not in KERNELS:
+            raise ValueError(f"{argument} takes names out of {', '.join(KERNELS)}; got {name!r}")
+
+
+def standard(device: torch.device, barred: frozenset[str] = frozenset()) -> Choices:
+    """The choices in force on a device: the environment's, the cache's, the shipped table's.
+
+    Args:
+        barred: kernels that cannot be had.
+
+    Raises:
+        ValueError: FASTRES_KERNELS names what does not exist.
+    """
+    return Choices(
+        architecture_of(device),
+        load(cache_path(), lambda: machine(device)),
+        forced(os.environ.get(FORCE_VARIABLE, "")),
+        FORCE_VARIABLE,
+        barred,
+    )
+
+
+def forced(text: str) -> dict[str, bool]:
+    """``"conv2d_hwnc,-rot2"`` as ``{"conv2d_hwnc": True, "rot2": False}``."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    check_kernels((name.removeprefix("-") for name in names), FORCE_VARIABLE)
+    return {name.removeprefix("-"): not name.startswith("-") for name in names}
+
+
+def _nearest(by_batch: Mapping[int, Measurement], batch: int) -> Measurement | None:
+    """The measurement at the closest batch size, no more than a factor of two away."""
+
+    def distance(other: int) -> float:
+        return max(other, batch) / max(1, min(other, batch))
+
+    closest = min(by_batch, key=distance, default=None)
+    return None if closest is None or distance(closest) > NEAREST else by_batch[closest]
+
+
+def architecture_of(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``; Triton's interpreter on a CPU plays a GPU with a copy engine."""
+    if device.type != "cuda":
+        return "sm_90"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def machine(device: torch.device) -> str:
+    """What a measurement holds for: the GPU, its driver and the versions of all that runs."""
+    from importlib import metadata
+
+    from . import __version__
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = "none"
+    parts = (name, f"driver {_driver()}", f"torch {torch.__version__}", f"triton {triton}")
+    return "; ".join((*parts, f"fastres {__version__}"))
+
+
+def _driver() -> str:
+    """The version of NVIDIA's kernel module, or else what torch was built for."""
+    try:
+        line = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
+    except OSError:
+        return str(torch.version.hip or torch.version.cuda or "none")
+    return next((word for word in line.split() if word[:1].isdigit() and "." in word), line)
+
+
+def cache_path() -> Path:
+    """FASTRES_TUNED, or ``fastres/tuned.json`` in the user's cache folder."""
+    given = os.environ.get(PATH_VARIABLE)
+    if given:
+        return Path(given)
+    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(folder) / "fastres" / "tuned.json"
+
+
+def load(path: Path, machine_name: Callable[[], str]) -> Measured:
+    """What was measured on this machine with these versions; nothing where there is no file.
+
+    A file that cannot be understood, or that holds nothing for this machine, is ignored with one
+    warning.
+    """
+    try:
+        status = path.stat()
+    except OSError:
+        return {}
+    return _load(path, status.st_mtime_ns, status.st_size, machine_name())
+
+
+@lru_cache(maxsize=16)
+def _load(path: Path, changed: int, size: int, machine_name: str) -> Measured:
+    try:
+        machines = _machines(path)
+    except (OSError, ValueError) as error:
+        warnings.warn(f"fastres ignores {path}: {error}", stacklevel=2)
+        return {}
+    if machine_name not in machines:
+        warnings.warn(
+            f"fastres ignores {path}: it was measured on another machine or with other versions "
+            f"than {machine_name}; run `fastres tune` here",
+            stacklevel=2,
+        )
+    return machines.get(machine_name, {})
+
+
+def _machines(path: Path) -> dict[str, dict[str, dict[int, Measurement]]]:
+    """The file's content. Raises ValueError for anything that fastres did not write."""
+    try:
+        content = json.loads(path.read_text())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
+        return {
+            str(name): {
+                str(key): {int(batch): _measurement(entry) for batch, entry in batches.items()}
+                for key, batches in cases.items()
+            }
+            for name, cases in content["machines"].items()
+        }
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"not a file of measurements ({type(error).__name__})") from error
+
+
+def _measurement(entry: Mapping[str, Any]) -> Measurement:
+    seconds = {str(name): float(value) for name, value in entry["seconds"].items()}
+    if not all(0 < value < float("inf") for value in seconds.values()):
+        raise ValueError(f"seconds must be positive, got {seconds}")
+    excluded = {str(name): str(reason) for name, reason in entry["excluded"].items()}
+    return Measurement(seconds, excluded)
+
+
+def store(path: Path, machine_name: str, found: Measured) -> None:
+    """Merge measurements into the file; a case measured before is replaced.
+
+    A file that cannot be understood is replaced as a whole.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        try:
+            machines = _machines(path)
+        except (OSError, ValueError):
+            machines = {}
+        cases = machines.setdefault(machine_name, {})
+        for key, batches in found.items():
+            cases.setdefault(key, {}).update(batches)
+        content = {"format": FORMAT, "machines": _plain(machines)}
+        atomic_write(path, json.dumps(content, indent=1).encode())
+
+
+def _plain(machines: Mapping[str, Measured]) -> dict[str, Any]:
+    return {
+        name: {
+            key: {str(batch): asdict(batches[batch]) for batch in sorted(batches)}
+            for key, batches in cases.items()
+        }
+        for name, cases in machines.items()
+    }
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process at a time; the lock ends with its holder, however that ends."""
+    import fcntl
+
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,105 @@
+"""Which kernel serves which work on which GPU, as shipped: one row per choice, with its evidence.
+
+A row is in force for the GPUs named in :data:`TABLES`; what no row admits is served step by step
+by ``conv2d`` and the other kernels for single operations. ``predicted`` stands for the model of
+tiles, waves and traffic in :mod:`fastres.forecast`, on 132 SMs; a row that was measured names the
+GPU. What ``fastres tune`` has measured on the machine at hand goes before these rows, and the
+environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
+``-``, names never to use, such as ``FASTRES_KERNELS=conv2d_hwnc,-rot2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tuning import Case
+
+KERNELS: dict[str, str] = {
+    "shifted_block": "3x3, expansion, sum and the next reduction of a bottleneck",
+    "rot2": "expansion, sum and the next block's reduction",
+    "gemm_pair": "expansion and projection of a block's first sum",
+    "stem": "7x7 convolution and max pool",
+    "head": "average pool and classifier",
+    "conv2d_hwnc": "convolution in the layout [H, W, N, C], and that layout for the whole network",
+    "gemm": "1x1 convolution as a product of rows moved by the copy engine",
+    "cudnn": "one convolution by cuDNN; never with backend='triton'",
+}
+"""What may be chosen beside the kernels for single operations, the first that fits first."""
+
+HALF = ("half",)
+TENSOR = ("half", "tf32")
+ANY = ("half", "tf32", "ieee")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A kernel is chosen for cases within these bounds, which both ends belong to.
+
+    Attributes:
+        arithmetic: of which kinds.
+        widths: channels that the first step reads; empty for any.
+        batch: images.
+        rows: pixels of the first step's result, over all images.
+        evidence: how it is known to be faster.
+    """
+
+    kernel: str
+    evidence: str
+    arithmetic: tuple[str, ...] = ANY
+    widths: tuple[int, ...] = ()
+    batch: tuple[int, float] = (1, float("inf"))
+    rows: tuple[int, float] = (1, float("inf"))
+
+    def admits(self, kernel: str, case: Case) -> bool:
+        """Whether the row chooses this kernel for the case."""
+        return (
+            kernel == self.kernel
+            and case.arithmetic in self.arithmetic
+            and (not self.widths or case.width in self.widths)
+            and self.batch[0] <= case.batch <= self.batch[1]
+            and self.rows[0] <= case.rows <= self.rows[1]
+        )
+
+
+PORTABLE = (
+    Row("stem", "predicted: the largest activation is neither written nor read"),
+    Row("head", "predicted: one launch instead of two", batch=(1, 8)),
+)
+COPY_ENGINE = (
+    *PORTABLE,
+    Row("gemm_pair", "predicted: the projection is neither written nor read", TENSOR),
+    Row(
+        "gemm",
+        "predicted: conv2d's tiles, without its address arithmetic",
+        TENSOR,
+        batch=(16, float("inf")),
+    ),
+    Row("rot2", "predicted: 1.3x at batch 32", HALF, (64,), rows=(32 * 56 * 56, float("inf"))),
+    Row("rot2", "predicted: 1.2x at batch 128", HALF, (128,), rows=(128 * 28 * 28, float("inf"))),
+)
+TABLES: dict[str, tuple[Row, ...]] = {
+    "sm_80": PORTABLE,
+    "sm_89": PORTABLE,
+    "sm_90": COPY_ENGINE,
+    "sm_100": COPY_ENGINE,
+    "gfx942": PORTABLE,
+}
+"""Rows by architecture; their order has no meaning.
+
+Not chosen because unmeasured and doubtful: ``conv2d_hwnc``, ``cudnn``, ``shifted_block``, and
+``rot2`` of width 256, whose prediction is within 2 % of its parts'.
+"""
+
+_LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}
+
+
+def family(architecture: str) -> str:
+    """The key of :data:`TABLES` for a GPU; ``""`` for one that has no rows."""
+    architecture = _LIKE.get(architecture, architecture)
+    return architecture if architecture in TABLES else ""
+
+
+def shipped(architecture: str, kernel: str, case: Case) -> Row | None:
+    """The row by which the kernel serves the case on this architecture, if there is one."""
+    rows = TABLES.get(family(architecture), PORTABLE)
+    return next((row for row in rows if row.admits(kernel, case)), None)

@@ -1,0 +1,215 @@
+"""Networks through every kernel for groups of steps, forced one by one and all together."""
+
+import copy
+
+import pytest
+import torch
+from fused import plain, rms
+from helpers import hostile_, real_images
+from torch import nn
+
+import fastres
+from fastres import BasicBlock, Bottleneck, ResNet, fold, plan, trace
+from fastres.choices import only
+from fastres.engine import Executor
+from fastres.tables import KERNELS
+from fastres.triton_ops import TritonOps
+
+kernels = pytest.importorskip("fastres.kernels")
+pytestmark = pytest.mark.interpreter
+LAUNCHES = kernels.LAUNCHES
+
+HALF = torch.float16
+
+
+def bottlenecks(planes=64, **kwargs):
+    """Two stages of bottlenecks, the first with a seam between blocks: wide enough for all."""
+    net = ResNet(Bottleneck, [2, 1], num_classes=8, planes=planes, **kwargs)
+    return hostile_(net)
+
+
+def basic(**kwargs):
+    return hostile_(ResNet(BasicBlock, [1, 1], num_classes=8, planes=64, **kwargs))
+
+
+def executor(model, dtype, *kernels, device="cpu"):
+    """The model with these kernels wherever they can run, and no others."""
+    built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
+    ops = TritonOps(cudnn=True, choices=only(*kernels))
+    return Executor(built, model.to(device), ops, dtype)
+
+
+@torch.no_grad()
+def assert_right(made, model, x):
+    """No more than twice the error of eager PyTorch in the same dtype, against float64.
+
+    The floor is a rounding of the logits in that dtype, and in float32 of the order of sums too.
+    """
+    rounded = copy.deepcopy(model).to(made.dtype)
+    exact = plain(copy.deepcopy(rounded).double(), x.double())
+    out = made.run([x])
+    assert out.dtype is made.dtype
+    error = rms(plain(rounded, x) - exact)
+    assert rms(out - exact) <= 2 * error + 4 * torch.finfo(made.dtype).eps * rms(exact)
+    return out
+
+
+# kernel: network, dtype, name of what is launched, how often (a classifier is a conv2d as well)
+SERVED = {
+    "stem": (basic, torch.float32, "stem_kernel", 1),
+    "head": (basic, HALF, "head_kernel", 1),
+    "gemm": (bottlenecks, HALF, "gemm_kernel", 7),
+    "gemm_pair": (bottlenecks, HALF, "gemm_kernel", 2),
+    "rot2": (bottlenecks, HALF, "rot2_kernel", 2),
+    "conv2d_hwnc": (bottlenecks, HALF, "conv2d_hwnc_kernel", 4),
+    "cudnn": (basic, torch.float32, "conv2d_kernel", 1),
+}
+
+
+@pytest.mark.parametrize("kernel", SERVED)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_kernel_at_a_time(kernel, batch, device):
+    network, dtype, launched, times = SERVED[kernel]
+    model = network().to(device)
+    x = real_images(batch, 32).to(device, dtype)
+    made = executor(model, dtype, kernel, device=device)
+    LAUNCHES.clear()
+    assert_right(made, model, x)
+    assert LAUNCHES[launched] == times
+    served = set(made.plan.served_by)
+    assert any(kernel in name.lower() for name in served), served
+    assert set(made.plan.reasons) == {"", "asked for", "as above"} - (
+        set() if kernel in ("stem", "head", "gemm_pair", "rot2") else {"as above"}
+    )
+
+
+def test_hwnc_converts_the_stem_once_and_gives_the_sources_layout_back(device):
+    """The layout is the network's own affair: outputs have the strides of the source's."""
+
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = bottlenecks()
+            self.stem = nn.Sequential(net.conv1, net.bn1, nn.ReLU(), net.maxpool)
+            self.blocks = nn.Sequential(net.layer1, net.layer2)
+
+        def forward(self, x):
+            return self.blocks(self.stem(x))
+
+    model = Features().eval().to(device)
+    built = plan.build(fold.fold(trace.trace(model)))
+    made = Executor(
+        built, model, TritonOps(choices=only("stem", "conv2d_hwnc", "gemm", "gemm_pair")), HALF
+    )
+    x = real_images(2, 32).to(device, HALF)
+    assert made.plan.served_by.count("triton stem_hwnc") == 2
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        for view in (x, x.contiguous(memory_format=torch.channels_last)):
+            out = made.run([view])
+            expected = copy.deepcopy(model).to(HALF)(view)
+            assert out.stride() == expected.stride()
+            assert rms(out - exact) <= 2 * rms(expected - exact) + 4e-3 * rms(exact)
+
+
+NETWORKS = {
+    "resnet18": ("stem,head,gemm,conv2d_hwnc", "stem,head,gemm"),
+    "resnet50": ("stem,head,gemm,gemm_pair,rot2,conv2d_hwnc", "stem,head,gemm,gemm_pair,rot2"),
+}
+
+
+@pytest.mark.parametrize("hwnc", [True, False], ids=["hwnc", "nhwc"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet18", 32), pytest.param("resnet50", 64, marks=pytest.mark.slow)],
+)
+def test_whole_networks(name, size, hwnc, device, monkeypatch):
+    """As users force them, through the environment; in fp16, which all of the kernels take."""
+    forced = NETWORKS[name][0 if hwnc else 1]
+    monkeypatch.setenv("FASTRES_KERNELS", forced)
+    model = hostile_(fastres.create_model(name)).to(device, HALF)
+    built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
+    made = Executor(built, model, TritonOps(), HALF)
+    x = real_images(2, size).to(device, HALF)
+    LAUNCHES.clear()
+    assert_right(made, model, x)
+    assert set(forced.split(",")) <= {n.split()[-1].replace("stem_", "") for n in served(made)} | {
+        "stem",
+        "gemm",
+    }
+    others = LAUNCHES["conv2d_kernel"]
+    assert others == (0 if hwnc else {"resnet18": 19, "resnet50": 16}[name])
+
+
+def served(made):
+    return [name for name in made.plan.served_by if name and name != "view"]
+
+
+@pytest.mark.parametrize(
+    ("batch", "planes"), [(33, 64), (100, 16), (255, 16)], ids=["hwnc", "nhwc", "nhwc-most"]
+)
+def test_ragged_batches(batch, planes, device):
+    """More images than a tile has rows, in no multiple of it.
+
+    The layout [H, W, N, C] wants 64 channels; a program of the stem never sees two images.
+    """
+    model = bottlenecks(planes).to(device)
+    x = real_images(batch, 7).to(device, HALF)
+    every = (name for name in KERNELS if name not in ("cudnn", "shifted_block", "stem"))
+    chosen = [name for name in every if planes == 64 or name != "conv2d_hwnc"]
+    LAUNCHES.clear()
+    assert_right(executor(model, HALF, *chosen, device=device), model, x)
+    assert LAUNCHES["conv2d_hwnc_kernel"] == (3 if planes == 64 else 0)
+    assert LAUNCHES["rot2_kernel"] == LAUNCHES["head_kernel"] == 1
+
+
+def test_an_empty_batch_and_misaligned_images(device):
+    model = bottlenecks(stem="cifar").to(device)
+    every = tuple(name for name in KERNELS if name != "cudnn")
+    made = executor(model, HALF, *every, device=device)
+    with torch.no_grad():
+        assert made.run([torch.empty(0, 3, 8, 8, dtype=HALF, device=device)]).shape == (0, 8)
+    first = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU()).to(device)
+    built = plan.build(fold.fold(trace.trace(first.eval())))
+    single = Executor(built, first, TritonOps(choices=only("gemm")), HALF)
+    x = torch.randn(2 * 8 * 9 + 1, device=device).to(HALF)[1:].view(2, 3, 3, 8).permute(0, 3, 1, 2)
+    LAUNCHES.clear()
+    with torch.no_grad():
+        out = single.run([x])
+    assert LAUNCHES == {"conv2d_kernel": 1}, "the copy engine cannot read these rows"
+    torch.testing.assert_close(out, first.half()(x), rtol=1e-3, atol=1e-3)  # two ulp of fp16
+
+
+def test_a_residual_that_broadcasts_is_not_fused(device):
+    class Broadcast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+        def forward(self, x):
+            return torch.relu(self.b(torch.relu(self.a(x))) + x.mean((2, 3), keepdim=True))
+
+    model = Broadcast().eval().to(device)
+    built = plan.build(fold.fold(trace.trace(model)))
+    made = Executor(built, model, TritonOps(choices=only("gemm")), torch.float32)
+    x = torch.randn(2, 16, 5, 4, device=device)
+    LAUNCHES.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(made.run([x]), model(x), rtol=1e-5, atol=1e-6)  # 16 products
+    assert LAUNCHES["gemm_kernel"] == 1
+    assert LAUNCHES["conv2d_kernel"] == 1
+
+
+def test_new_weights_reach_every_kernel(device):
+    """Refolding writes into the same storage, as captured graphs need, prepared extras too."""
+    model = bottlenecks().to(device)
+    made = executor(model, HALF, "stem", "gemm_pair", "gemm", "rot2", "cudnn", device=device)
+    x = real_images(1, 32).to(device, HALF)
+    before = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}
+    assert_right(made, model, x)
+    hostile_(model, seed=5)
+    made.refold()
+    assert_right(made, model, x)
+    after = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}
+    assert before == after
+    assert any(before.values())
