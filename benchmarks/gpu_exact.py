@@ -1,0 +1,301 @@
+"""Every configuration row of every kernel on whole numbers, where results are exact.
+
+Outputs start as NaN, so that an element nobody wrote is seen. Rows that are wrong or that kill the
+process are named; one row is one case, so that the others still get their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, replace
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu_contest import Case, Setting, compile_ahead, integers, row_text, tensors
+from fastres.kernels._config import machine_of
+
+# The package gives some of these names to functions.
+NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "rot2", "shifted")
+conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2, shifted = (
+    import_module(f"fastres.kernels.{name}") for name in NAMES
+)
+stem = import_module("fastres.kernels.stem")
+
+Trial = Callable[[Setting], None]
+FLOAT = torch.float32
+DTYPES = {
+    "half": (torch.float16, torch.bfloat16),
+    "tf32": (FLOAT,),
+    "ieee": (FLOAT,),
+    "single": (FLOAT,),
+}
+
+
+class NotExact(AssertionError):
+    """A kernel's output differs from the exact one."""
+
+
+def agree(got: Any, want: Any) -> None:
+    """Raises NotExact unless the tensors are equal, ``want`` rounded once."""
+    for out, exact in zip(tensors(got), tensors(want), strict=True):
+        wrong = out != exact.to(out.dtype)
+        if bool(wrong.any()):
+            raise NotExact(f"{int(wrong.sum())} of {out.numel()} elements differ")
+
+
+def poison(like: Tensor) -> Tensor:
+    return torch.full_like(like, float("nan"))
+
+
+def fitted(row: Any, setting: Setting) -> Any:
+    """The row as this GPU would run it, or None."""
+    return row.fitted(setting.dtype.itemsize, machine_of(setting.device).shared_limit)
+
+
+def precision(kind: str) -> str:
+    return "tf32" if kind == "tf32" else "ieee"
+
+
+def conv_trial(kind: str, row: Any, splits: int) -> Trial:
+    def run(setting: Setting) -> None:
+        used = replace(fitted(row, setting), splits=splits)
+        channels, outputs = row.block_k + 8, 72
+        x, w = integers(setting, 3, channels, 9, 7), integers(setting, outputs, channels, 3, 3)
+        b, residual = integers(setting, outputs, dtype=FLOAT), integers(setting, 3, outputs, 9, 7)
+        given = {"padding": 1, "residual": residual, "relu": True}
+        want = conv.conv2d_ref(x, w, b, upcast=True, **given)
+        out = poison(residual)
+        agree(conv.conv2d(x, w, b, precision=precision(kind), config=used, out=out, **given), want)
+
+    return run
+
+
+def gemm_trial(kind: str, row: Any) -> Trial:
+    def run(setting: Setting) -> None:
+        used = fitted(row, setting)
+        rows, channels, outputs = row.block_m + 5, row.block_k + 8, row.block_n + 8
+        x, w = integers(setting, rows, channels), integers(setting, outputs, channels)
+        b, residual = integers(setting, outputs, dtype=FLOAT), integers(setting, rows, outputs)
+        want = gemm.gemm_ref(x, w, b, residual=residual, relu=True, upcast=True)
+        given = {"relu": True, "precision": precision(kind), "config": used}
+        agree(gemm.gemm(x, w, b, residual=residual, out=poison(residual), **given), want)
+        if row.persistent:
+            return
+        for stride in (1, 2):
+            images = (rows, stride, stride, 1)
+            x2 = integers(setting, rows * stride**2, 40)
+            w2 = integers(setting, outputs, 40)
+            where = {"images": images, "stride": stride}
+            want = gemm.gemm_pair_ref(x, w, x2, w2, b, relu=True, upcast=True, **where)
+            agree(gemm.gemm_pair(x, w, x2, w2, b, out=poison(residual), **where, **given), want)
+
+    return run
+
+
+def sparse(setting: Setting, outputs: int, channels: int) -> Tensor:
+    """Weights of which two in a row count, so that no sum leaves float16's whole numbers."""
+    w = torch.zeros(outputs, channels, device=setting.device)
+    i = torch.arange(outputs, device=setting.device)
+    w[i, (7 * i) % channels] = 1.0
+    w[i, (11 * i + 5) % channels] -= 2.0
+    return w.to(setting.dtype)
+
+
+def rot2_trial(row: Any, channels: int, reduced: int) -> Trial:
+    def run(setting: Setting) -> None:
+        rows, wide = row.block_m + 3, 4 * channels
+        inputs = (
+            integers(setting, rows, channels),
+            integers(setting, wide, channels),
+            integers(setting, wide, dtype=FLOAT),
+            integers(setting, rows, wide),
+            sparse(setting, reduced, wide),
+            integers(setting, reduced, dtype=FLOAT),
+        )
+        want = rot2.rot2_ref(*inputs, upcast=True)
+        out = tuple(poison(t.to(setting.dtype)) for t in want)
+        agree(rot2.rot2(*inputs, out=out, config=row), want)
+
+    return run
+
+
+def shifted_trial(kind: str, row: Any, channels: int, reduced: int) -> Trial:
+    def run(setting: Setting) -> None:
+        wide = 4 * channels
+        t, x = integers(setting, 3, channels, 9, 7), integers(setting, 3, wide, 9, 7)
+        w2 = sparse(setting, channels, 9 * channels).view(channels, 3, 3, channels)
+        w2 = w2.permute(0, 3, 1, 2)
+        w3, w1 = sparse(setting, wide, channels), None
+        b2, b3, b1 = (integers(setting, n, dtype=FLOAT) for n in (channels, wide, max(1, reduced)))
+        if reduced:
+            w1 = sparse(setting, reduced, wide)
+        inputs = (t, w2, b2, w3, b3, x, w1, b1 if reduced else None)
+        want = shifted.shifted_block_ref(*inputs, upcast=True)
+        out = tuple(None if y is None else poison(y.to(setting.dtype)) for y in want)
+        got = shifted.shifted_block(
+            *inputs, precision=precision(kind), out=out if reduced else (out[0], None), config=row
+        )
+        agree(got, want)
+
+    return run
+
+
+def hwnc_trial(kind: str, row: Any) -> Trial:
+    def run(setting: Setting) -> None:
+        used = fitted(row, setting)
+        w, b = integers(setting, 72, 64, 3, 3), integers(setting, 72, dtype=FLOAT)
+        for batch, stride in ((row.block_m, 1), (20, 1), (20, 2)):
+            x = integers(setting, batch, 64, 4, 3).permute(2, 3, 0, 1).contiguous()
+            given = {"stride": stride, "padding": 1, "relu": True}
+            want = hwnc.conv2d_hwnc_ref(x, w, b, upcast=True, **given)
+            out = poison(want.to(setting.dtype))
+            how = {"precision": precision(kind), "config": used, "out": out}
+            agree(hwnc.conv2d_hwnc(x, w, b, **how, **given), want)
+
+    return run
+
+
+def stem_trial(row: Any) -> Trial:
+    def run(setting: Setting) -> None:
+        w, b = integers(setting, 64, 3, 7, 7), integers(setting, 64, dtype=FLOAT)
+        for x in (
+            integers(setting, 2, 3, 37, 41).contiguous(),
+            integers(setting, 2, 3, 37, 41),
+            integers(setting, 2, 3, 37, 41, dtype=FLOAT).contiguous(),
+        ):
+            want = stem.stem_ref(x, w, b, upcast=True)
+            agree(stem.stem(x, w, b, out=poison(want.to(w.dtype)), config=row), want)
+
+    return run
+
+
+def head_trial(row: Any) -> Trial:
+    def run(setting: Setting) -> None:
+        # Sums of 64 pixels, in multiples of it: the means are whole numbers.
+        x = 64 * integers(setting, 5, 256, 1, 1).expand(-1, -1, 8, 8)
+        x = torch.where(torch.arange(64, device=x.device).view(8, 8) == 9, x, 0 * x)
+        x = x.contiguous(memory_format=torch.channels_last)
+        w, b = sparse(setting, 72, 256), integers(setting, 72, dtype=FLOAT)
+        want = head.head_ref(x, w, b, upcast=True)
+        agree(head.head(x, w, b, out=poison(want.to(w.dtype)), config=row), want)
+
+    return run
+
+
+def image_trial(call: Callable[..., Any], ref: Callable[..., Any], row: Any) -> Trial:
+    """A kernel on one image batch; the pixels are few enough for a mean to be exact."""
+
+    def run(setting: Setting) -> None:
+        x = 4 * integers(setting, 3, 40, 8, 8)
+        agree(call(x, config=row), ref(x))
+
+    return run
+
+
+def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
+    """(kernel, dtype, row, trial) of every row that ships."""
+    for kind, rows in conv.CONFIGS.items():
+        for dtype in DTYPES[kind]:
+            for row in rows:
+                yield f"conv2d {kind}", dtype, row, conv_trial(kind, row, 1)
+                if row.splittable:
+                    yield f"conv2d {kind} split", dtype, row, conv_trial(kind, row, 4)
+    for kind, rows in gemm.CONFIGS.items():
+        for dtype in DTYPES[kind]:
+            yield from ((f"gemm {kind}", dtype, row, gemm_trial(kind, row)) for row in rows)
+    for kind, rows in hwnc.CONFIGS.items():
+        for dtype in DTYPES[kind]:
+            yield from ((f"conv2d_hwnc {kind}", dtype, row, hwnc_trial(kind, row)) for row in rows)
+    for dtype in DTYPES["half"]:
+        for row in rot2.CONFIGS:
+            yield "rot2", dtype, row, rot2_trial(row, 64, 64)
+    for kind, rows in shifted.CONFIGS.items():
+        for dtype in DTYPES[kind]:
+            for row in rows:
+                yield f"shifted {kind}", dtype, row, shifted_trial(kind, row, 64, 64)
+                yield f"shifted {kind} tail", dtype, row, shifted_trial(kind, row, 64, 0)
+    for kind, rows in stem.CONFIGS.items():
+        for dtype in DTYPES[kind]:
+            yield from ((f"stem {kind}", dtype, row, stem_trial(row)) for row in rows)
+    for dtype in (*DTYPES["half"], FLOAT):
+        yield from (("head", dtype, row, head_trial(row)) for row in head.CONFIGS)
+    yield from image_trials()
+
+
+def image_trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
+    def max_pool(x: Tensor, **given: Any) -> Tensor:
+        return pool.max_pool2d(x, 3, stride=2, padding=1, **given)
+
+    def avg_pool(x: Tensor, **given: Any) -> Tensor:
+        return pool.avg_pool2d(x, 2, **given)
+
+    def avg_pool_ref(x: Tensor) -> Tensor:
+        return pool.avg_pool2d_ref(x, 2)
+
+    def max_pool_ref(x: Tensor) -> Tensor:
+        return pool.max_pool2d_ref(x, 3, stride=2, padding=1)
+
+    def add(x: Tensor, **given: Any) -> Tensor:
+        return elementwise.add_relu(x, x, **given)
+
+    def add_ref(x: Tensor) -> Tensor:
+        return (x + x).relu()
+
+    pairs: Sequence[tuple[str, Any, Any, Any]] = (
+        ("max_pool2d", max_pool, max_pool_ref, pool.CONFIGS),
+        ("avg_pool2d", avg_pool, avg_pool_ref, pool.CONFIGS),
+        ("add_relu", add, add_ref, elementwise.CONFIGS),
+        (
+            "global_avg_pool",
+            global_pool.global_avg_pool,
+            global_pool.global_avg_pool_ref,
+            global_pool.CONFIGS,
+        ),
+    )
+    for name, call, ref, rows in pairs:
+        for row in rows:
+            yield name, torch.float16, row, image_trial(call, ref, row)
+
+
+def usable(name: str, row: Any, setting: Setting) -> bool:
+    """Whether this GPU is offered the row at all."""
+    machine = machine_of(setting.device)
+    if name.startswith("rot2"):
+        return bool(rot2.fits(row, 64, 64, machine))
+    if name.startswith("shifted"):
+        reduced = 0 if name.endswith("tail") else 64
+        kind = name.split()[1]
+        return bool(shifted.fits(row, 64, 64, reduced, kind, machine))
+    return not hasattr(row, "fitted") or fitted(row, setting) is not None
+
+
+def title(name: str, dtype: torch.dtype, row: Any) -> str:
+    return f"{name} {str(dtype).removeprefix('torch.')} {row_text(row)}"
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    """One case compiles all rows side by side, then each row is one; the first of each if tiny."""
+    every, seen = [], set()
+    for name, dtype, row, trial in trials():
+        if setting.tiny and (name in seen or dtype == torch.bfloat16):
+            continue
+        seen.add(name)
+        every.append((title(name, dtype, row), replace(setting, dtype=dtype), name, row, trial))
+
+    def attempt(here: Setting, name: str, row: Any, trial: Trial) -> dict[str, Any]:
+        if not usable(name, row, here):
+            return {"exact": None, "reason": f"not offered here: {astuple(row)}"}
+        torch.manual_seed(0)
+        trial(here)
+        return {"exact": True}
+
+    def compile_all() -> dict[str, Any]:
+        chosen = [(here, trial) for _, here, name, row, trial in every if usable(name, row, here)]
+        return compile_ahead(setting, [lambda h=h, t=t: t(h) for h, t in chosen])
+
+    yield Case("compile all rows", compile_all)
+    for text, here, name, row, trial in every:
+        yield Case(text, lambda a=(here, name, row, trial): attempt(*a))
