@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,13 @@ import torch
 from torch import Tensor
 
 from fastres import kernels as k
-from fastres.kernels import _tma, gemm, head, hwnc, rot2
+from fastres.kernels import _tma
 from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
+
+# The package gives some of these names to functions.
+NAMES = ("gemm", "head", "hwnc", "rot2", "shifted")
+gemm, head, hwnc, rot2, shifted = (import_module(f"fastres.kernels.{name}") for name in NAMES)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NHWC = torch.channels_last
@@ -76,6 +81,10 @@ def others(dtype: torch.dtype) -> Iterator[Call]:
     yield "global_avg_pool", k.global_avg_pool, k.global_avg_pool_ref, (square,), {}
     classifier = whole(21, 19, dtype=dtype)
     yield "head", head.head, head.head_ref, (square, classifier, bias), {}
+    t, w2 = whole(1, 16, 5, 3, dtype=dtype), whole(16, 16, 3, 3, dtype=dtype)
+    w3, x2 = whole(64, 16, dtype=dtype), whole(1, 64, 5, 3, dtype=dtype)
+    block = (t, w2, None, w3, None, x2, torch.eye(16, 64, dtype=dtype, device=DEVICE))
+    yield "shifted_block", shifted.shifted_block, shifted.shifted_block_ref, block, {}
     first = whole(10, 3, 7, 7, dtype=dtype)
     shift = whole(10, dtype=torch.float32)
     image = whole(1, 3, 13, 18, dtype=dtype)
