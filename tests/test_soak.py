@@ -116,7 +116,7 @@ def test_row21_fifty_batch_sizes_share_one_plan(model):
     with torch.inference_mode():
         for n in range(1, 300):
             model(torch.randn(1, 3, 8, n))
-    assert len(runner.executor._checked) <= 257
+    assert len(runner.executor._schedules) <= 257
     assert not runner.shapes
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -13,7 +14,7 @@ from helpers import real_images
 from torch import nn
 
 import fastres
-from fastres import backends, fold, live
+from fastres import backends, choices, fold, live
 from fastres.compile_backend import fastres as compile_backend
 from fastres.features import features
 from fastres.preprocess import Normalize
@@ -93,6 +94,20 @@ def _() -> None:
 def _() -> None:
     with mock.patch.object(torch.cuda, "is_current_stream_capturing", return_value=True):
         live._refuse_during_capture(SimpleNamespace(device=torch.device("cuda")))
+
+
+def measurements(content: str) -> None:
+    Path("tuned.json").write_text(content)
+    choices._machines(Path("tuned.json"))
+
+
+add("kernels: no such kernel", lambda: choices.only("winograd"))
+add("measurements: no such thing", lambda: measurements("[]"))
+add("measurements: another format", lambda: measurements('{"format": 99}'))
+add(
+    "measurements: negative seconds",
+    lambda: choices._measurement({"seconds": {"apart": -1}, "excluded": {}}),
+)
 
 
 class Branching(nn.Module):
