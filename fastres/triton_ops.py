@@ -101,7 +101,7 @@ class TritonOps(AtenOps):
 
     def _rules(self, device: torch.device, layout: str | None = None) -> dict[str, str]:
         """The rule of each kernel that runs here, in networks of this or of any layout."""
-        copies = self.kernels.has_copy_engine(device)
+        copies = device.type == "cpu" or self.kernels.has_copy_engine(device)
         return {
             kernel.name: kernel.rule
             for kernel in GROUP_KERNELS

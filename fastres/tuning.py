@@ -75,7 +75,7 @@ def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
     first = group.steps[0]
     source, result = shapes.get(first.inputs[0]), shapes.get(first.name)
     work = [_work(step, shapes) for step in group.steps]
-    if source is None or result is None or not all(work):
+    if not source or not result or not all(work):
         return None
     rows = result[0] * (result[2] * result[3] if len(result) == 4 else 1)
     return Case(tuple(work), source[0], rows, source[1], arithmetic)
@@ -95,7 +95,8 @@ def network_case(plan: Plan, shapes: Shapes, arithmetic: str) -> Case | None:
 def _work(step: Step, shapes: Shapes) -> str:
     """``Conv2d 64>256 k1x1 s1x1 ...``, with the sizes of what goes in and comes out."""
     source, result = shapes.get(step.inputs[0]), shapes.get(step.name)
-    if source is None or result is None:
+    others = [shapes.get(name) for name in step.inputs[1:]]
+    if not source or not result or not all(others):
         return ""
     sizes = "x".join(map(str, source[1:])) + ">" + "x".join(map(str, result[1:]))
     return f"{_geometry(step.op)} {sizes}"

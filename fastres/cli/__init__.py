@@ -16,6 +16,7 @@ import typer
 
 from ..errors import FastresError, WeightsError
 from . import files, models, runs
+from . import tune as tuning
 from .console import ERR
 
 USER_ERRORS = (FastresError, ValueError, TypeError, RuntimeError, OSError)
@@ -52,6 +53,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "summary": (models.summary, "fastres summary resnet50 --size 224"),
     "plan": (models.plan, "fastres plan resnet50 --json"),
     "roofline": (models.roofline, "fastres roofline resnet50 --batch 256"),
+    "tune": (tuning.tune, "fastres tune resnet50 --batch 1,32,256 --dtype float16"),
     "convert": (files.convert, "fastres convert resnet50.h5 fused.safetensors"),
     "export": (files.export, "fastres export resnet50 resnet50.onnx --checkpoint resnet50.pth"),
     "plot": (files.plot, "fastres plot resnet50 resnet50.svg --size 224"),

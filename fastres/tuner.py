@@ -1,0 +1,348 @@
+"""Measures which kernel is the fastest for each distinct piece of a network on the GPU at hand.
+
+A piece is a step, or steps that one kernel can serve; equal pieces are measured once. A kernel
+whose answer is wrong gets no time. What is found goes into the cache of :mod:`fastres.choices`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import fold, plan, trace
+from .aten_ops import AtenOps, conv_precision
+from .choices import (
+    APART,
+    Choices,
+    Measurement,
+    architecture_of,
+    cache_path,
+    machine,
+    only,
+    store,
+)
+from .engine import Executor
+from .errors import BackendError
+from .fold import Weights, fold_step
+from .group_kernels import BY_NAME
+from .ir import Conv2d, Flatten, Parameter, Ref, attribute, refs
+from .plan import Plan, Shape, Step
+from .timing import one_line
+from .triton_ops import TritonOps
+from .tuning import Case, Group, case_of, network_case, singly
+
+Clock = Callable[[Sequence[Callable[[], Any]]], float]
+Progress = Callable[[int, int], None]
+
+DEFAULT = "conv2d"
+LAYOUT = "conv2d_hwnc"
+LEAST_FOR_LAYOUT = 32  # images, so that a pixel's fill half a tile at least
+JUDGED = 4  # images at each end of a batch
+COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
+REPLAYS = 7
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A piece of a network and the ways to serve it, the plainest first."""
+
+    case: Case
+    dtype: torch.dtype
+    group: Group
+    shapes: Mapping[str, Shape]
+    kernels: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return {
+            "work": list(self.case.work),
+            "batch": self.case.batch,
+            "dtype": kind,
+            "kernels": list(self.kernels),
+        }
+
+
+def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tuple[Trial, ...]:
+    """The distinct pieces of a plan on which a kernel has to be chosen, small ones first.
+
+    Args:
+        whole: the network's.
+        shape: (N, C, H, W) of its images.
+    """
+    shapes = {name: s for name, s in whole.shapes(shape).items() if s is not None}
+    kind = conv_precision() if dtype is torch.float32 else "half"
+    found: dict[str, Trial] = {}
+    options = ops.candidates(whole, dtype, torch.device("cpu"))
+    in_question = {step.name for group in options for step in group.steps}
+    single = [g for g in singly(whole.steps) if g.steps[0].name in in_question]
+    for group in (*single, *sorted(options, key=lambda g: len(g.steps))):
+        case = case_of(group, shapes, kind)
+        if case is None or isinstance(group.steps[0].op, Flatten):
+            continue
+        if group.kernel and "nhwc" not in BY_NAME[group.kernel].layouts:
+            continue
+        plainest = DEFAULT if len(group.steps) == 1 else APART
+        trial = found.setdefault(case.key, Trial(case, dtype, group, shapes, (plainest,)))
+        if group.kernel and group.kernel not in trial.kernels:
+            found[case.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
+    network = network_case(whole, shapes, kind)
+    if network and network.batch >= LEAST_FOR_LAYOUT and any(g.kernel == LAYOUT for g in options):
+        outputs = tuple(dict.fromkeys(refs(whole.output)))
+        everything = Group("", whole.steps, (whole.parameters[0].name,), outputs)
+        found[network.key] = Trial(network, dtype, everything, shapes, (APART, LAYOUT))
+    return tuple(found.values())
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured, and where it is kept."""
+
+    machine: str
+    path: str
+    results: tuple[tuple[Trial, Measurement], ...]
+
+    @property
+    def wrong(self) -> tuple[str, ...]:
+        """Kernels that were excluded, with the reason, in words."""
+        return tuple(
+            f"{kernel} at batch {trial.case.batch}, {trial.case.work[0]}: {reason}"
+            for trial, found in self.results
+            for kernel, reason in found.excluded.items()
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        cases = [
+            trial.to_dict() | {"choice": m.fastest(), "seconds": m.seconds, "excluded": m.excluded}
+            for trial, m in self.results
+        ]
+        return {"machine": self.machine, "path": self.path, "cases": cases}
+
+
+def plan_of(module: nn.Module) -> Plan:
+    """The plan of a network with one image input."""
+    method = "_forward_impl" if hasattr(module, "_forward_impl") else "forward"
+    return plan.build(fold.fold(trace.trace(module.eval(), method)))
+
+
+def tune(
+    module: nn.Module,
+    shapes: Iterable[Shape],
+    dtypes: Iterable[torch.dtype],
+    device: torch.device,
+    *,
+    cache: Path | None = None,
+    clock: Clock | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> Tuned:
+    """Measure the alternatives for a network's pieces and keep what is found.
+
+    Args:
+        module: a network with one image input, on ``device``.
+        shapes: (N, C, H, W) of its images.
+        cache: the file; by default where the planner looks for it.
+        clock: seconds that one of several equal calls takes.
+        progress: takes the title of some work and returns what is told (done, wanted).
+
+    Raises:
+        BackendError: there is no CUDA GPU, and no other clock was given.
+    """
+    if clock is None and device.type != "cuda":
+        raise BackendError(
+            f"tuning measures on a CUDA GPU, got device {str(device)!r}; --dry lists the cases"
+        )
+    path = cache or cache_path()
+    whole = plan_of(module)
+    results: list[tuple[Trial, Measurement]] = []
+    for dtype in dtypes:
+        for shape in shapes:
+            title = f"batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
+            tell = progress(title) if progress else None
+            session = _Session(module, device, clock or graph_seconds)
+            found = session.run(trials(whole, shape, TritonOps(cudnn=True), dtype), tell)
+            store(path, machine(device), _by_case(found))
+            results += found
+    return Tuned(machine(device), str(path), tuple(results))
+
+
+def _by_case(found: Iterable[tuple[Trial, Measurement]]) -> dict[str, dict[int, Measurement]]:
+    cases: dict[str, dict[int, Measurement]] = {}
+    for trial, measurement in found:
+        if len(trial.kernels) > 1:
+            cases.setdefault(trial.case.key, {})[trial.case.batch] = measurement
+    return cases
+
+
+class _Session:
+    """The trials of one batch size and dtype; larger pieces build on what smaller ones took."""
+
+    def __init__(self, module: nn.Module, device: torch.device, clock: Clock) -> None:
+        self.module = module
+        self.device = device
+        self.clock = clock
+        self.found: list[tuple[Trial, Measurement]] = []
+        self._best: dict[tuple[str, ...], float] = {}
+
+    def run(self, cases: Sequence[Trial], tell: Progress | None) -> list[tuple[Trial, Measurement]]:
+        for done, trial in enumerate(cases):
+            if tell:
+                tell(done, len(cases))
+            measurement = self._measure(trial)
+            self.found.append((trial, measurement))
+            if measurement.seconds:
+                self._best[trial.case.work] = min(measurement.seconds.values())
+        if tell:
+            tell(len(cases), len(cases))
+        return self.found
+
+    def _measure(self, trial: Trial) -> Measurement:
+        seconds: dict[str, float] = {}
+        excluded: dict[str, str] = {}
+        with torch.no_grad():
+            inputs = _inputs(trial, self.device)
+            exact, error = self._reference(trial, inputs)
+            for kernel in trial.kernels:
+                apart = self._apart(trial.case.work) if kernel == APART else None
+                if apart is not None:
+                    seconds[kernel] = apart
+                    continue
+                try:
+                    executor = self._executor(trial, kernel)
+                    wrong = _judge(executor.run(inputs), exact, error, trial.dtype)
+                    if wrong:
+                        excluded[kernel] = wrong
+                    else:
+                        seconds[kernel] = self.clock(_turns(executor, inputs))
+                except Exception as failure:
+                    excluded[kernel] = one_line(failure)
+        return Measurement(seconds, excluded)
+
+    def _apart(self, work: tuple[str, ...]) -> float | None:
+        """Least seconds of a piece by smaller ones; None where those do not make it up."""
+        least: list[float | None] = [None] * len(work) + [0.0]
+        for start in reversed(range(len(work))):
+            for end in range(start + 1, len(work) + 1):
+                took, rest = self._took(work[start:end]), least[end]
+                if took is None or rest is None or end - start == len(work):
+                    continue
+                least[start] = min(took + rest, least[start] or float("inf"))
+        return least[0] if len(work) > 1 else None
+
+    def _took(self, work: tuple[str, ...]) -> float | None:
+        """Least seconds of a piece that was measured; a view takes none."""
+        view = len(work) == 1 and work[0].startswith(Flatten.__name__)
+        return 0.0 if view else self._best.get(work)
+
+    def _executor(self, trial: Trial, kernel: str) -> Executor:
+        """Runs the piece by one kernel, or the whole network in one layout."""
+        choices = only(*(() if kernel in (DEFAULT, APART) else (kernel,)))
+        if trial.kernels == (APART, LAYOUT):
+            forced = {LAYOUT: kernel == LAYOUT}
+            choices = Choices(architecture_of(self.device), _by_case(self.found), forced)
+        ops = TritonOps(cudnn=True, choices=choices)
+        return Executor(_piece(trial.group), self.module, ops, trial.dtype)
+
+    def _reference(self, trial: Trial, inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+        """The exact outputs for the images that are judged, and the error of plain PyTorch's."""
+        piece = _piece(trial.group)
+        some = [_judged(x) for x in inputs]
+        weights = _Upcast(self.module, trial.dtype)
+        wide = Executor(piece, self.module, AtenOps(), torch.float64, weights)
+        exact = list(wide.run([x.double() for x in some]))
+        plain = Executor(piece, self.module, AtenOps(), trial.dtype).run(some)
+        return exact, _error(plain, exact)
+
+
+class _Upcast:
+    """Folded weights rounded to a dtype, in float64."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module = module
+        self.dtype = dtype
+
+    def __call__(self, step: Step) -> Weights:
+        weight, bias = fold_step(step.op, lambda path: attribute(self.module, path), self.dtype)
+        return weight.double(), None if bias is None else bias.double()
+
+
+def _piece(group: Group) -> Plan:
+    """A plan of the group's steps alone, which overwrites none of its inputs."""
+    steps = tuple(replace(step, in_place=False, frees=()) for step in group.steps)
+    parameters = tuple(Parameter(name, True) for name in group.inputs)
+    return Plan(steps, parameters, tuple(Ref(name) for name in group.outputs))
+
+
+def _inputs(trial: Trial, device: torch.device) -> list[Tensor]:
+    """Random images or, behind a convolution, what a ReLU leaves of them, in channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    first = trial.group.steps[0].op
+    raw = isinstance(first, Conv2d) and first.in_channels <= 4
+    found = []
+    for name in trial.group.inputs:
+        x = torch.randn(trial.shapes[name], generator=generator)
+        x = (x if raw else x.relu()).to(device, trial.dtype)
+        found.append(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
+    return found
+
+
+def _judged(x: Tensor) -> Tensor:
+    """The images at both ends of a batch."""
+    return x if len(x) <= 2 * JUDGED else torch.cat([x[:JUDGED], x[-JUDGED:]])
+
+
+def _judge(
+    outputs: Sequence[Tensor], exact: Sequence[Tensor], error: float, dtype: torch.dtype
+) -> str:
+    """What is wrong with a kernel's outputs: at most twice PyTorch's error, or four roundings."""
+    found = _error([_judged(y) for y in outputs], exact)
+    scale = max(_rms(y) for y in exact)
+    allowed = 2 * error + 4 * torch.finfo(dtype).eps * scale
+    return "" if found <= allowed else f"wrong: error {found:.3g}, allowed {allowed:.3g}"
+
+
+def _error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    return max(_rms(y.double() - e) for y, e in zip(outputs, exact, strict=True))
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _turns(executor: Executor, inputs: Sequence[Tensor]) -> list[Callable[[], Any]]:
+    """Equal calls on copies of the inputs, enough of them that no cache holds an earlier one."""
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    count = max(2, min(16, COLD_BYTES // max(size, 1))) if inputs[0].is_cuda else 1
+    copies = [list(inputs), *([x.clone() for x in inputs] for _ in range(count - 1))]
+    return [lambda given=given: executor.run(given) for given in copies]  # type: ignore[misc]
+
+
+def graph_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    """GPU seconds of one call, out of a graph of all of them, in which launches cost least."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median(_replays(graph, len(calls)))
+
+
+def _replays(graph: torch.cuda.CUDAGraph, calls: int) -> Iterator[float]:
+    graph.replay()
+    for _ in range(REPLAYS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        yield begin.elapsed_time(end) / 1e3 / calls

@@ -1,0 +1,206 @@
+"""Tuning by a clock that is made up: what is measured, what counts, that the planner obeys."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from helpers import hostile_
+
+import fastres
+from fastres import Bottleneck, ResNet, cli
+from fastres.choices import load
+from fastres.engine import Executor
+from fastres.errors import BackendError
+from fastres.triton_ops import TritonOps
+from fastres.tuner import plan_of, trials, tune
+
+kernels = pytest.importorskip("fastres.kernels")
+pytestmark = pytest.mark.interpreter
+CPU, HALF = torch.device("cpu"), torch.float16
+
+
+def network(seed=0):
+    """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for rot2 and the copy engine."""
+    return hostile_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
+
+
+def clock(cheap, calls):
+    """Microseconds by what a call launches: one for those named, two for others."""
+    kernels.LAUNCHES.clear()
+    calls[0]()
+    return sum(1e-6 if name in cheap else 2e-6 for name in kernels.LAUNCHES.elements()) or 3e-6
+
+
+@pytest.fixture
+def tuned_file(tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    monkeypatch.setenv("FASTRES_TUNED", str(path))
+    return path
+
+
+def served(model, batch=2):
+    made = Executor(plan_of(model), model, TritonOps(cudnn=True), HALF)
+    with torch.no_grad():
+        made.run([torch.randn(batch, 3, 8, 8).to(HALF)])
+    return made.plan
+
+
+def run(cheap, model=None, batch=2, **kwargs):
+    return tune(model or network(), [(batch, 3, 8, 8)], [HALF], CPU, clock=partial(clock, cheap))
+
+
+def test_equal_pieces_are_tried_once_and_small_ones_first():
+    found = trials(plan_of(network()), (2, 3, 8, 8), TritonOps(), HALF)
+    keys = [trial.case.key for trial in found]
+    assert len(keys) == len(set(keys))
+    lengths = [len(trial.group.steps) for trial in found]
+    assert lengths == sorted(lengths)
+    alternatives = {name for trial in found for name in trial.kernels}
+    assert {"conv2d", "gemm", "apart", "gemm_pair", "rot2", "head"} <= alternatives
+    assert "cudnn" not in alternatives
+    assert "conv2d_hwnc" not in alternatives, "for two images nobody wants that layout"
+    wide = hostile_(ResNet(Bottleneck, [1], num_classes=8, stem="cifar"))
+    network_trial = trials(plan_of(wide), (32, 3, 8, 8), TritonOps(), HALF)[-1]
+    assert network_trial.kernels == ("apart", "conv2d_hwnc")
+
+
+@pytest.mark.parametrize(
+    ("cheap", "expected", "unwanted"),
+    [
+        (("gemm_kernel", "rot2_kernel"), "triton rot2", "triton conv2d_hwnc"),
+        (("conv2d_kernel",), "triton conv2d", "triton gemm"),
+    ],
+)
+def test_the_plan_shows_what_was_measured(tuned_file, cheap, expected, unwanted):
+    model = network()
+    before = served(model)
+    assert not any(why.startswith("measured") for why in before.reasons)
+    found = run(cheap, model)
+    assert not found.wrong
+    after = served(model)
+    assert expected in after.served_by
+    assert unwanted not in after.served_by
+    assert after.served_by != before.served_by
+    assert any(why.startswith("measured here: ") for why in after.reasons)
+    assert "measured here: " in str(after)
+    assert {"reason", "served_by"} <= set(after.to_dict()["steps"][0])
+    assert served(model, 5).served_by == before.served_by, "more than twice the batch measured"
+
+
+def test_apart_is_the_best_that_the_parts_can_do(tuned_file):
+    found = run(("gemm_kernel",))
+    (pair,) = (m for t, m in found.results if t.kernels == ("apart", "gemm_pair"))
+    assert pair.seconds == {"apart": 2e-6, "gemm_pair": 1e-6}, "two products against one"
+    head = next(m for t, m in found.results if t.kernels == ("apart", "head"))
+    assert head.seconds == {"apart": 4e-6, "head": 2e-6}, "the view between the two takes nothing"
+
+
+def test_a_wrong_kernel_gets_no_time_and_is_never_chosen(tuned_file, monkeypatch):
+    gemm = kernels.gemm
+    monkeypatch.setattr(kernels, "gemm", lambda *a, **k: gemm(*a, **k) * 1.01)
+    model = network()
+    found = run(("gemm_kernel", "rot2_kernel"), model)
+    assert found.wrong
+    assert all(sentence.startswith("gemm at batch 2, Conv2d") for sentence in found.wrong)
+    for trial, measurement in found.results:
+        if "gemm" in trial.kernels:
+            assert measurement.excluded["gemm"].startswith("wrong: error ")
+            assert "gemm" not in measurement.seconds
+    monkeypatch.setattr(kernels, "gemm", gemm)
+    assert "triton gemm" not in served(model).served_by
+
+
+def test_a_kernel_that_fails_is_excluded_with_its_error(tuned_file, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("out of registers\nand more")
+
+    monkeypatch.setattr(kernels, "rot2", broken)
+    found = run(("rot2_kernel",))
+    rot2 = next(m for t, m in found.results if t.kernels == ("apart", "rot2"))
+    assert rot2.excluded == {"rot2": "RuntimeError: out of registers"}
+    assert rot2.fastest() == "apart"
+
+
+def test_nan_is_wrong(tuned_file, monkeypatch):
+    gemm = kernels.gemm
+    monkeypatch.setattr(kernels, "gemm", lambda *a, **k: gemm(*a, **k) * float("nan"))
+    assert run(("gemm_kernel",)).wrong
+
+
+def test_other_versions_do_not_count(tuned_file, monkeypatch):
+    model = network()
+    run(("gemm_kernel", "rot2_kernel"), model)
+    monkeypatch.setattr(fastres, "__version__", "9.9.9")
+    with pytest.warns(UserWarning, match="other versions than interpreter; .*fastres 9.9.9"):
+        plan = served(model)
+    assert not any(why.startswith("measured") for why in plan.reasons)
+
+
+def test_progress_and_plain_data(tuned_file):
+    told = []
+
+    def follow(title):
+        return lambda done, wanted: told.append((title, done, wanted))
+
+    found = tune(
+        network(),
+        [(1, 3, 8, 8)],
+        [HALF],
+        CPU,
+        clock=partial(clock, ()),
+        progress=follow,
+    )
+    wanted = len(found.results)
+    assert told == [("batch 1, float16", done, wanted) for done in range(wanted + 1)]
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["path"] == str(tuned_file)
+    assert {case["batch"] for case in data["cases"]} == {1}
+    kept = load(tuned_file, lambda: found.machine)
+    assert {t.case.key for t, _ in found.results if len(t.kernels) > 1} == set(kept)
+
+
+def test_tuning_without_a_gpu_is_refused(tmp_path):
+    with pytest.raises(BackendError, match="tuning measures on a CUDA GPU, got device 'cpu'"):
+        tune(network(), [(1, 3, 8, 8)], [HALF], CPU, cache=tmp_path / "t.json")
+    assert not list(tmp_path.iterdir())
+
+
+def test_command_lists_the_cases(capsys):
+    assert cli.run(["tune", "resnet50", "--batch", "1,64", "--size", "64", "--dry", "--json"]) == 0
+    cases = json.loads(capsys.readouterr().out)
+    assert {case["batch"] for case in cases} == {1, 64}
+    assert {"apart", "stem"} in [set(case["kernels"]) for case in cases]
+    assert all(len(case["kernels"]) > 1 for case in cases)
+    assert cli.run(["tune", "resnet20", "--batch", "2", "--dry"]) == 0
+    assert "pieces to choose for" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resnet20"], "tuning measures on a CUDA GPU, got device 'cpu'; --dry lists the cases"),
+        (["resnet20", "--batch", "0", "--dry"], "--batch takes sizes of at least 1; got '0'"),
+        (["resnet20", "--dtype", "int3", "--dry"], "int3"),
+        (["resnet1", "--dry"], "resnet1"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, arguments, message):
+    assert cli.run(["tune", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_command_keeps_what_it_finds(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastres.tuner.tune", partial(tune, clock=partial(clock, ())))
+    path = tmp_path / "mine.json"
+    arguments = ["tune", "resnet20", "--size", "8", "--batch", "1", "--cache", str(path)]
+    assert cli.run([*arguments, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["path"] == str(path)
+    assert path.is_file()
+    assert cli.run(arguments) == 0
+    assert "conv2d 2.0" in capsys.readouterr().out
