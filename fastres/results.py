@@ -57,6 +57,7 @@ class Probe:
         p50, p90, p99: seconds of such a call.
         gpu: median seconds of GPU time of such a call.
         host: median seconds until a call returns without waiting for the GPU.
+        python: median seconds of a call whose operators do nothing, the engine's own on a CPU.
         peak_bytes: memory taken at most during a call, beyond weights and input.
         sustained: images per second over ``sustained_seconds`` without a pause.
         sm_clock: MHz of the GPU in the midst of that.
@@ -72,6 +73,7 @@ class Probe:
     sustained: float | None = None
     sustained_seconds: float | None = None
     sm_clock: int | None = None
+    python: float | None = None
 
 
 @dataclass(frozen=True)
@@ -198,17 +200,35 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 
 
 def probe_table(case: Case) -> Table:
-    """Latency, memory and sustained throughput of each contender of a case."""
-    header = ("contender", "p50 ms", "p90 ms", "p99 ms", "calls", "peak MB", "sustained images/s")
-    rows = []
-    for name, probe in case.probes.items():
-        quantiles = [milliseconds(q) for q in (probe.p50, probe.p90, probe.p99)]
-        peak = "-" if probe.peak_bytes is None else f"{probe.peak_bytes / 1e6:,.1f}"
-        lasting = "-" if probe.sustained is None else f"{probe.sustained:,.1f}"
-        if probe.sm_clock is not None:
-            lasting += f" at {probe.sm_clock} MHz"
-        rows.append((name, *quantiles, str(probe.calls), peak, lasting))
-    return header, rows
+    """Latency, memory and sustained throughput of each contender; only columns with a figure."""
+    columns: dict[str, Callable[[Probe], str | None]] = {
+        "p50 ms": lambda p: milliseconds(p.p50),
+        "p90 ms": lambda p: milliseconds(p.p90),
+        "p99 ms": lambda p: milliseconds(p.p99),
+        "calls": lambda p: str(p.calls),
+        "GPU ms": lambda p: None if p.gpu is None else milliseconds(p.gpu),
+        "until return us": lambda p: _microseconds(p.host),
+        "Python us": lambda p: _microseconds(p.python),
+        "peak MB": lambda p: None if p.peak_bytes is None else f"{p.peak_bytes / 1e6:,.1f}",
+        "sustained images/s": _sustained,
+    }
+    shown = [c for c, show in columns.items() if any(show(p) for p in case.probes.values())]
+    rows = [
+        (name, *(columns[column](probe) or "-" for column in shown))
+        for name, probe in case.probes.items()
+    ]
+    return ("contender", *shown), rows
+
+
+def _microseconds(seconds: float | None) -> str | None:
+    return None if seconds is None else f"{seconds * 1e6:,.0f}"
+
+
+def _sustained(probe: Probe) -> str | None:
+    if probe.sustained is None:
+        return None
+    clock = "" if probe.sm_clock is None else f" at {probe.sm_clock} MHz"
+    return f"{probe.sustained:,.1f}{clock}"
 
 
 def layer_table(layers: Sequence[LayerTime]) -> Table:

@@ -14,6 +14,7 @@ from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailabl
 from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
 from fastres.ir import Conv2d
+from fastres.optimize import optimize
 from fastres.presets import Spec
 from fastres.report import started
 from fastres.resnet import create_model, list_models
@@ -250,6 +251,27 @@ def test_latency_quantiles_and_memory_of_a_known_call():
     # One vector of four million bytes and its double; the allocator rounds up a little.
     assert 8_000_000 <= known.peak_bytes <= 8_001_024
     assert found["OpenVINO fp32"].peak_bytes is None
+
+
+def test_pythons_own_seconds_are_those_of_a_call_without_its_operators(model, monkeypatch):
+    x = torch.randn(1, 3, 32, 32)
+    fast = optimize(model, example_input=x)
+    ops, done = fast.executor().ops, []
+    conv = ops.conv
+
+    def slow(*arguments):
+        done.append(time.sleep(0.002))
+        return conv(*arguments)
+
+    monkeypatch.setattr(ops, "conv", slow, raising=False)
+    with torch.inference_mode():
+        right = fast(x)
+        counted = len(done)
+        seconds = probes.python_seconds(fast, x, calls=20)
+        assert len(done) == 2 * counted  # once more, to have results to hand out
+        assert 0 < seconds < 0.002 * counted
+        assert fast.executor().ops is ops
+        assert torch.equal(fast(x), right)
 
 
 def test_every_step_is_timed_beside_its_floor(model, images):
