@@ -6,14 +6,17 @@ is wanted.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,9 +63,36 @@ def store_rounded(pointer, value, mask):
     tl.store(pointer, rounded(value, pointer.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def await_producers(PDL: tl.constexpr):
+    """The first statement of every kernel: under programmatic dependent launch, wait until the
+    kernels before this one are through, then let the next one come and wait likewise.
+
+    Nothing may be read or written before it, weights neither: what made them may still run.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@cache
+def launches_early(device: torch.device) -> bool:
+    """Whether kernels on ``device`` are launched before the ones before them have ended, which is
+    asked for by FASTRES_PDL=1 and takes a GPU of compute capability 9.0 or newer."""
+    if os.environ.get("FASTRES_PDL") != "1" or INTERPRETED or device.type != "cuda":
+        return False
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) -> None:
-    """Launch ``kernel`` on ``grid`` programs (axis x: y and z stop at 65,535) on ``device``."""
+    """Launch ``kernel`` on ``grid`` programs (axis x: y and z stop at 65,535) on ``device``.
+
+    A kernel without the parameter PDL is always launched after the end of those before it, so it
+    may stand among others.
+    """
     LAUNCHES[kernel.__name__] += 1
+    if launches_early(device) and "PDL" in kernel.arg_names:
+        meta |= {"PDL": True, "launch_pdl": True}
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[(grid,)](*args, **meta)

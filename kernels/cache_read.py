@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import check_device, check_tensor, launch
+from ._common import await_producers, check_device, check_tensor, launch
 
 BLOCK = 4096
 
@@ -25,7 +25,9 @@ def cache_read_kernel(
     BLOCKS,
     READS,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     pid = tl.program_id(0)
     first = pid.to(tl.int64) * READS % BLOCKS
     total = tl.zeros((BLOCK,), tl.float32)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._common import (
     IntPair,
+    await_producers,
     check_activation,
     check_channels_last,
     check_device,
@@ -170,7 +171,9 @@ def conv2d_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     # Neighbouring programs share rows of x: output channels run fastest, then groups.
     tiles_n = tl.cdiv(K, BLOCK_N)
     tile = tl.program_id(0)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_device,
     check_like,
     check_out_memory,
@@ -51,7 +52,9 @@ def elementwise_kernel(
     RELU: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     pid = tl.program_id(0)
     if INT64:
         pid = pid.to(tl.int64)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_out_memory,
     check_shape,
     check_vector,
@@ -195,7 +196,9 @@ def gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     # Neighbouring programs share rows of x: output channels run fastest.
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)

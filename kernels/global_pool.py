@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import launch, needs_int64, store_rounded
+from ._common import await_producers, launch, needs_int64, store_rounded
 from .pool import PoolConfig, check_image, pooled_output
 
 CONFIGS: tuple[PoolConfig, ...] = (
@@ -40,7 +40,9 @@ def global_avg_pool_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     tiles_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     n = pid // tiles_c

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_device,
     check_like,
     check_out_memory,
@@ -110,7 +111,9 @@ def head_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     # Programs that read the same images run together: outputs run faster than images.
     tiles_n = tl.cdiv(K, BLOCK_N)
     split = tl.program_id(0) % SPLITS

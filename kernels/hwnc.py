@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_channels_last,
     check_like,
     check_out_memory,
@@ -115,7 +116,9 @@ def conv2d_hwnc_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     # Output channels run fastest, then pixels, then images: what neighbours share is in cache.
     tiles_n = tl.cdiv(K, BLOCK_N)
     tile = tl.program_id(0) // tiles_n

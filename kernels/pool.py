@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._common import (
     IntPair,
+    await_producers,
     check_activation,
     check_channels_last,
     check_device,
@@ -81,7 +82,9 @@ def pool2d_kernel(
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     tiles_c = tl.cdiv(C, BLOCK_C)
     pid = tl.program_id(0)
     m_tile = pid // tiles_c

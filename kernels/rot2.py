@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_out_memory,
     check_shape,
     check_vector,
@@ -86,7 +87,9 @@ def rot2_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     m0 = tl.program_id(0) * BLOCK_M
     narrow = t.load([m0, 0])  # [BM, C]
     acc = tl.zeros((BLOCK_M, R), tl.float32)

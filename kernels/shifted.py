@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    await_producers,
     check_activation,
     check_channels_last,
     check_device,
@@ -148,7 +149,9 @@ def shifted_block_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     m_tile = tl.program_id(0)
     if INT64:
         m_tile = m_tile.to(tl.int64)

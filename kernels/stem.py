@@ -24,6 +24,7 @@ from torch import Tensor
 from triton.language.target_info import cuda_capability_geq
 
 from ._common import (
+    await_producers,
     check_activation,
     check_channels_last,
     check_device,
@@ -178,7 +179,9 @@ def stem_kernel(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr = False,
 ) -> None:
+    await_producers(PDL)
     tiles_n = tl.cdiv(K, BLOCK_N)
     pid = tl.program_id(0)
     n0 = pid % tiles_n * BLOCK_N

@@ -1,12 +1,13 @@
 """Compile every shipped kernel configuration for GPUs that are not here, and judge the result.
 
-    python tests/compile_gate.py [--full] [--target sm_90] [--kernel conv2d] [--json] [--help]
+    python tests/compile_gate.py [--full] [--pdl] [--target sm_90] [--kernel conv2d] [--json]
 
 The real launchers run on fake CUDA tensors under a stub driver, so that what is compiled is what
 would be launched; nothing is executed. A case fails on spills, on more shared memory than a block
 may have, on ptxas' warnings of serialised wgmma (C7510 to C7515), and on sm_90 for matrix kernels
-without wgmma or with no more of them than waits, for others without loads of 16 bytes. Needs
-neither a GPU nor a C compiler. Exit status 1 when a case fails.
+without wgmma or with no more of them than waits, for others without loads of 16 bytes. Each kernel
+is also compiled for programmatic dependent launch, with ``--pdl`` each row: nothing may touch
+global memory before the wait. Needs no GPU and no C compiler. Exit status 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
-from fastres.kernels import conv, elementwise, global_pool, pool
+from fastres.kernels import _common, conv, elementwise, global_pool, pool
 from fastres.kernels._config import Machine, Problem, TileConfig, select_config
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -73,6 +74,7 @@ class Case:
     wide: str = ""  # a machine instruction that is due, as a regular expression
     ttir: str = ""  # an operation of Triton's IR that is due, likewise
     unusable: str = ""  # why the row cannot serve the target at all
+    pdl: bool = False  # for programmatic dependent launch
 
 
 @dataclass
@@ -141,8 +143,30 @@ def disassemble(cubin: bytes, tool: str, *flags: str) -> str:
     return done.stdout
 
 
+TOUCHES = {
+    "griddepcontrol.wait": r"\b(?:ld|st|red|atom)\.\S*global|\bcp\.async|\bcp\.reduce",
+    "ACQBULK": r"\b(?:LDG|STG|LDGSTS|ATOMG|ATOM|RED|UTMALDG|UTMASTG|UTMAREDG|UBLKCP)\b",
+}
+"""Instructions of PTX and SASS that touch global memory, by the wait that must come first."""
+
+
+def wait_problems(wait: str, code: str) -> list[str]:
+    """What is wrong with where a kernel waits for those before it."""
+    before, found, _ = code.partition(wait)
+    if not found:
+        return [f"no {wait}"]
+    early = re.search(TOUCHES[wait], before)
+    return [f"{early[0]} before {wait}"] if early else []
+
+
 def inspect(kernel, case: Case, verdict: Verdict) -> None:
     """Fill in what the compiler made."""
+    if case.pdl:
+        verdict.problems += wait_problems("griddepcontrol.wait", kernel.asm["ptx"])
+        sass = disassemble(kernel.asm["cubin"], "nvdisasm", "-c")
+        verdict.problems += wait_problems("ACQBULK", sass)
+    elif "griddepcontrol" in kernel.asm.get("ptx", ""):
+        verdict.problems.append("waits although it is launched after the end of those before it")
     if not re.search(case.ttir, kernel.asm["ttir"]):
         verdict.problems.append(f"no {case.ttir} in Triton's IR")
     verdict.shared = kernel.metadata.shared
@@ -187,6 +211,7 @@ def compile_case(case: Case) -> Verdict:
     if case.unusable:
         verdict.problems.append(case.unusable)
         return verdict
+    _common.launches_early = lambda device: case.pdl
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as log:
         os.dup2(log.fileno(), 1)
@@ -205,6 +230,20 @@ def compile_case(case: Case) -> Verdict:
             verdict.problems.append(traceback.format_exc(limit=-3))
     verdict.seconds = time.perf_counter() - started
     return verdict
+
+
+PDL_TARGETS = ("sm_90", "sm_100")
+
+
+def with_pdl(cases: Iterable[Case], every: bool) -> Iterator[Case]:
+    """The cases, and for programmatic dependent launch the first of each kernel, or every one."""
+    seen = set()
+    for case in cases:
+        yield case
+        kind = case.kernel, case.target
+        if case.target in PDL_TARGETS and not case.unusable and (every or kind not in seen):
+            seen.add(kind)
+            yield replace(case, what=f"{case.what} pdl", pdl=True)
 
 
 def worker(case: Case, sender: Connection) -> None:
@@ -399,6 +438,7 @@ def show(verdict: Verdict) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="every shape and dtype: 20 minutes")
+    parser.add_argument("--pdl", action="store_true", help="each row with dependent launch as well")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
     parser.add_argument("--kernel", action="append", help="only this kernel, such as conv2d")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
@@ -414,7 +454,8 @@ def main() -> int:
         kind, row = options.row[0], TileConfig(*map(int, options.row[1:]))
         cases = [conv_case(kind, row, DTYPES[kind][0], "3x3", target) for target in TARGETS]
     else:
-        cases = [*conv_cases(options.full), *image_cases()]
+        every = [*conv_cases(options.full), *image_cases()]
+        cases = with_pdl((case for case in every if case is not None), options.pdl)
     cases = [
         case
         for case in cases

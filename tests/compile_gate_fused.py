@@ -1,6 +1,6 @@
 """The compile gate for the fused kernels: stem, head, products, rot2, shifted block, HWNC.
 
-    python tests/compile_gate_fused.py [--full] [--target sm_90] [--kernel stem] [--json] [--help]
+    python tests/compile_gate_fused.py [--full] [--pdl] [--target sm_90] [--kernel stem] [--json]
 
 Judges as compile_gate.py does. Kernels that read through tensor descriptors are compiled where the
 GPU has the copy engine for them, sm_90 and later. Exit status 1 when a case fails.
@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from compile_gate import TARGETS, Case, compile_all, show
+from compile_gate import TARGETS, Case, compile_all, show, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastres.kernels import _tma
@@ -302,6 +302,7 @@ def all_cases(full: bool) -> Iterable[Case]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="every dtype and path of every row")
+    parser.add_argument("--pdl", action="store_true", help="each row with dependent launch as well")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
     parser.add_argument("--kernel", action="append", help="only this kernel, such as stem")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
@@ -309,7 +310,7 @@ def main() -> int:
     options = parser.parse_args()
     cases = [
         case
-        for case in all_cases(options.full)
+        for case in with_pdl(all_cases(options.full), options.pdl)
         if case.target in (options.target or TARGETS)
         and case.kernel in (options.kernel or [case.kernel])
     ]

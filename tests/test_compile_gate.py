@@ -53,7 +53,8 @@ def test_row19_every_shipped_config_compiles():
         "avg_pool2d": pool.CONFIGS,
         "global_avg_pool": global_pool.CONFIGS,
     }.items():
-        assert sum(v["kernel"] == kernel for v in verdicts) == len(rows) * len(TARGETS)
+        plain = [v for v in verdicts if v["kernel"] == kernel and "pdl" not in v["what"]]
+        assert len(plain) == len(rows) * len(TARGETS)
 
 
 @pytest.mark.parametrize(

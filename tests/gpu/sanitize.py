@@ -25,8 +25,10 @@ from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
 
 # The package gives some of these names to functions.
-NAMES = ("gemm", "head", "hwnc", "rot2", "shifted")
-gemm, head, hwnc, rot2, shifted = (import_module(f"fastres.kernels.{name}") for name in NAMES)
+NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted")
+cache_read, gemm, head, hwnc, rot2, shifted = (
+    import_module(f"fastres.kernels.{name}") for name in NAMES
+)
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NHWC = torch.channels_last
@@ -93,6 +95,15 @@ def others(dtype: torch.dtype) -> Iterator[Call]:
     yield "stem, bytes", k.stem, k.stem_ref, (planar, first, shift), {}
 
 
+def cache_reads() -> Iterator[Call]:
+    x = whole(3 * cache_read.BLOCK, dtype=torch.float32)
+    yield "cache_read", cache_read.cache_read, read_ref, (x, 2, 4), {}
+
+
+def read_ref(x: Tensor, programs: int, reads: int, upcast: bool = False) -> Tensor:
+    return cache_read.cache_read_ref(x.double() if upcast else x, programs, reads)
+
+
 def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
     a, w = whole(37, 32, dtype=dtype), whole(24, 32, dtype=dtype)
     a2, w2 = whole(37, 16, dtype=dtype), whole(24, 16, dtype=dtype)
@@ -115,6 +126,8 @@ def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
 def calls(dtype: torch.dtype) -> Iterator[Call]:
     yield from convolutions(dtype)
     yield from others(dtype)
+    if dtype is torch.float32:
+        yield from cache_reads()
     if _tma.has_copy_engine(DEVICE):
         yield from by_copy_engine(dtype)
 
