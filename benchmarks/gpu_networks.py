@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from fastres import BasicBlock, ResNet, bench, create_model, optimize
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
 from fastres.fast_model import FastModel
+from fastres.kernels import _common
 from fastres.presets import AUTOTUNED, Spec
 from fastres.probes import cold_starts, peak_bytes
 from fastres.timing import Method, measure
@@ -125,6 +127,45 @@ def _judge(model: ResNet, dtype: torch.dtype, x: Tensor) -> Judge:
     exact = eager(model, torch.float64, torch.contiguous_format)
     same = eager(model, dtype, torch.channels_last)
     return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
+
+
+def early_cases(setting: Setting) -> Iterator[Case]:
+    """The whole network with and without programmatic dependent launch: equal bits, and times."""
+    for batch in setting.batches(1, 8, 256):
+        yield Case(f"resnet50 batch {batch}", partial(_early, setting, batch))
+
+
+@contextmanager
+def dependent_launch() -> Iterator[None]:
+    """Kernels launched inside start before those before them have ended."""
+    original = _common.launches_early
+    _common.launches_early = lambda device: True
+    try:
+        yield
+    finally:
+        _common.launches_early = original
+
+
+@torch.no_grad()
+def _early(setting: Setting, batch: int) -> dict[str, Any]:
+    model = _network(setting)
+    x = _images(setting, batch)
+    plain = _fast(setting, model, x)
+    want = plain(x.to(plain.dtype))
+    if setting.tiny:
+        return {"checked": ["plain"], "failures": {}}
+    with dependent_launch():
+        early = _fast(setting, model, x)
+        for _ in range(3):  # compiles, captures, replays
+            early(x.to(early.dtype))
+
+    def check(name: str, index: int, output: Tensor) -> str | None:
+        return None if torch.equal(output, want) else "other bits than without it"
+
+    calls = {"plain": plain, "early": early}
+    method = Method(15, 2.0, 0.01, 0.1)
+    comparison = measure(calls, [x.to(plain.dtype)], check=check, device="cuda", method=method)
+    return {"comparison": comparison.to_dict(), "failures": comparison.failures}
 
 
 def memory_cases(setting: Setting) -> Iterator[Case]:

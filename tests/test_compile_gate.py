@@ -22,10 +22,10 @@ GATE = Path(__file__).with_name("compile_gate.py")
 TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 
-def gate(*arguments: str) -> tuple[int, list[dict]]:
+def gate(*arguments: str, script: Path = GATE) -> tuple[int, list[dict]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(GATE), "--json", *arguments],
+        [sys.executable, str(script), "--json", *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -55,6 +55,18 @@ def test_row19_every_shipped_config_compiles():
     }.items():
         plain = [v for v in verdicts if v["kernel"] == kernel and "pdl" not in v["what"]]
         assert len(plain) == len(rows) * len(TARGETS)
+
+
+@pytest.mark.slow
+def test_row19_every_fused_kernel_compiles_for_hopper():
+    fused = GATE.with_name("compile_gate_fused.py")
+    status, verdicts = gate("--target", "sm_90", script=fused)
+    failed = [v for v in verdicts if v["problems"]]
+    assert not failed, json.dumps(failed, indent=1)
+    assert status == 0
+    kernels = {v["kernel"] for v in verdicts}
+    assert kernels == {"conv2d_hwnc", "gemm", "head", "rot2", "shifted_block", "stem"}
+    assert {v["kernel"] for v in verdicts if "pdl" in v["what"]} == kernels
 
 
 @pytest.mark.parametrize(
