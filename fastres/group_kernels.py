@@ -105,8 +105,11 @@ class GroupKernel:
         """What the plan shows."""
         return f"triton {self.name}"
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
-        """Whether the kernel can serve the group in this dtype, whatever the sizes of images."""
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether the kernel can serve the group in this dtype, whatever the sizes of images.
+
+        On a CPU without Triton's interpreter nothing runs, and any GPU is meant.
+        """
         return True
 
     def prepare(self, kernels: Any, group: Group, weights: list[Any]) -> tuple[Tensor, ...]:
@@ -134,7 +137,7 @@ class Stem(GroupKernel):
     layouts = ("nhwc",)
     copy_engine = False
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         conv, pool = group.steps[0].op, group.steps[-1].op
         return (
             isinstance(conv, Conv2d)
@@ -176,7 +179,7 @@ class Head(GroupKernel):
     rule = "pool_linear"
     copy_engine = False
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         linear = group.steps[-1].op
         return isinstance(linear, Linear) and not linear.relu
 
@@ -194,7 +197,7 @@ class Gemm(GroupKernel):
     name = "gemm"
     rule = "flat"
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         return _fills_rows(kernels, group, dtype)
 
     def run(self, call: Launch) -> Outputs:
@@ -224,7 +227,7 @@ class GemmPair(GroupKernel):
     name = "gemm_pair"
     rule = "expand_project"
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         project = group.steps[1].op
         assert isinstance(project, Conv2d)
         return project.stride[0] == project.stride[1] and _fills_rows(kernels, group, dtype)
@@ -265,7 +268,7 @@ class Rot2(GroupKernel):
     name = "rot2"
     rule = "expand_reduce"
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         if len(group.steps) != 2:
             return False
         expand, reduce = (step.op for step in group.steps)
@@ -289,6 +292,68 @@ class Rot2(GroupKernel):
         return tuple(from_rows(named[name], t, layout) for name in call.group.outputs)
 
 
+class ShiftedBlock(GroupKernel):
+    """A bottleneck from its 3x3 on, and the next one's reduction where there is one."""
+
+    name = "shifted_block"
+    rule = "shifted_block"
+    layouts = ("nhwc",)
+    copy_engine = False
+
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+        conv, expand, *reduce = (step.op for step in group.steps)
+        assert isinstance(conv, Conv2d)
+        assert isinstance(expand, Conv2d)
+        plain = (conv.padding, conv.dilation) == ((1, 1), (1, 1)) and conv.stride in (
+            (1, 1),
+            (2, 2),
+        )
+        if not (plain and expand.residual):
+            return False
+        reduced = sum(op.out_channels for op in reduce if isinstance(op, Conv2d))
+        widths = conv.in_channels, conv.out_channels
+        shifted = kernels.shifted
+        if not shifted.supports(*widths, expand.out_channels, reduced):
+            return False
+        if device.type == "cpu" and not kernels.INTERPRETED:
+            return True
+        kind = conv_precision() if dtype is torch.float32 else "half"
+        machine = kernels.machine_of(device)
+        rows = shifted.CONFIGS[kind]
+        return any(shifted.fits(row, *widths, reduced, kind, machine) for row in rows)
+
+    def run(self, call: Launch) -> Outputs:
+        conv, expand, *reduce = call.group.steps
+        op = conv.op
+        assert isinstance(op, Conv2d)
+        (t,) = call.operands(conv)
+        x = call.inputs[call.group.inputs.index(expand.inputs[1])]
+        t, x = (image.contiguous(memory_format=CHANNELS_LAST) for image in (t, x))
+        (w2, b2), (w3, b3), *last = call.weights
+        size = [(s + 1) // op.stride[0] if op.stride[0] == 2 else s for s in t.shape[2:]]
+        if tuple(x.shape) != (t.shape[0], w3.shape[0], *size):
+            return None
+        w1, b1 = (last[0][0].flatten(1), last[0][1]) if last else (None, None)
+        narrow = None
+        if w1 is not None:
+            narrow = x.new_empty(x.shape[0], *size, w1.shape[0]).permute(0, 3, 1, 2)
+        made = call.kernels.shifted_block(
+            t,
+            w2,
+            b2,
+            w3.flatten(1),
+            b3,
+            x,
+            w1,
+            b1,
+            stride=op.stride[0],
+            precision=conv_precision(),
+            out=(x if expand.in_place else torch.empty_like(x), narrow),
+        )
+        named = dict(zip((s.name for s in (expand, *reduce)), made, strict=False))
+        return tuple(named[name] for name in call.group.outputs)
+
+
 class ConvHwnc(GroupKernel):
     """A convolution of a network in HWNC."""
 
@@ -296,7 +361,7 @@ class ConvHwnc(GroupKernel):
     rule = "convolution"
     layouts = ("hwnc",)
 
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         op = group.steps[0].op
         assert isinstance(op, Conv2d)
         square = op.stride[0] == op.stride[1] and op.padding[0] == op.padding[1] < min(op.kernel)
@@ -356,7 +421,17 @@ class Cudnn(GroupKernel):
 
 GROUP_KERNELS: tuple[GroupKernel, ...] = tuple(
     sorted(
-        (Stem(), StemHwnc(), Head(), Gemm(), GemmPair(), Rot2(), ConvHwnc(), Cudnn()),
+        (
+            Stem(),
+            StemHwnc(),
+            Head(),
+            Gemm(),
+            GemmPair(),
+            Rot2(),
+            ShiftedBlock(),
+            ConvHwnc(),
+            Cudnn(),
+        ),
         key=lambda kernel: list(KERNELS).index(kernel.choice or kernel.name),
     )
 )

@@ -16,8 +16,8 @@ from torch import nn
 
 from . import fold, plan, trace
 from .ir import Conv2d, Flatten, Graph, Input, Linear, Operation
-from .plan import Plan, Shape, Step
-from .tuning import Group, arrange
+from .plan import Plan, Step
+from .tuning import Group, Shapes, arrange
 
 FUSIONS: dict[str, tuple[str, ...]] = {
     "epilogue per convolution": (),
@@ -126,7 +126,7 @@ def roofline(
     whole = _unfused(graph) if fusion == "none" else plan.build(fold.fold(graph))
     shapes = whole.shapes(tuple(input_shape))
     groups = arrange(whole, FUSIONS.get(fusion, ()))
-    kernels = [_cost(group, shapes, itemsize, ceilings) for group in groups if not _is_view(group)]
+    kernels = [cost(group, shapes, itemsize, ceilings) for group in groups if not _is_view(group)]
     return Roofline(fusion, ceilings, int(input_shape[0]), tuple(kernels))
 
 
@@ -143,9 +143,13 @@ def _is_view(group: Group) -> bool:
     return all(isinstance(step.op, Flatten) for step in group.steps)
 
 
-def _cost(
-    group: Group, shapes: dict[str, Shape | None], itemsize: int, ceilings: Ceilings
-) -> KernelCost:
+def cost(group: Group, shapes: Shapes, itemsize: int, ceilings: Ceilings) -> KernelCost:
+    """The exact work of a group in one kernel, for values of these shapes.
+
+    Raises:
+        ValueError: a shape is not known.
+    """
+
     def elements(name: str) -> int:
         shape = shapes[name]
         if shape is None:
@@ -169,7 +173,7 @@ def _cost(
     )
 
 
-def _touched(name: str, group: Group, shapes: dict[str, Shape | None], whole: int) -> int:
+def _touched(name: str, group: Group, shapes: Shapes, whole: int) -> int:
     """Elements of an input that are read at all: strides larger than the window skip pixels."""
     read = 0
     for step in group.steps:

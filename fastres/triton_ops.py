@@ -68,7 +68,7 @@ class TritonOps(AtenOps):
 
     def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
         rules = self._rules(device)
-        return candidates(plan, rules, lambda group: self._takes(group, dtype))
+        return candidates(plan, rules, lambda group: self._takes(group, dtype, device))
 
     def arrange(
         self,
@@ -86,7 +86,7 @@ class TritonOps(AtenOps):
         reasons: dict[int, str] = {}
 
         def chosen(group: Group) -> bool:
-            if not self._takes(group, dtype):
+            if not self._takes(group, dtype, device):
                 return False
             kernel = BY_NAME[group.kernel]
             found = choices.decide(kernel.choice or kernel.name, case_of(group, shapes, kind))
@@ -110,8 +110,8 @@ class TritonOps(AtenOps):
             and (self.cudnn or not isinstance(kernel, Cudnn))
         }
 
-    def _takes(self, group: Group, dtype: torch.dtype) -> bool:
-        return BY_NAME[group.kernel].takes(self.kernels, group, dtype)
+    def _takes(self, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+        return BY_NAME[group.kernel].takes(self.kernels, group, dtype, device)
 
     def setting(self) -> Hashable:
         return conv_precision()

@@ -7,7 +7,7 @@ if __name__ != "fastres.kernels":
     )
 
 from ._common import INTERPRETED, LAUNCHES
-from ._config import TileConfig
+from ._config import TileConfig, machine_of
 from ._tma import has_copy_engine
 from .conv import conv2d, conv2d_ref, new_scratch
 from .elementwise import add_relu, add_relu_ref, relu, relu_ref
@@ -46,6 +46,7 @@ __all__ = [
     "hwnc_supports",
     "linear",
     "linear_ref",
+    "machine_of",
     "max_pool2d",
     "max_pool2d_ref",
     "new_scratch",

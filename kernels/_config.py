@@ -116,6 +116,11 @@ _TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
 _SPLIT_OVERHEAD = 2500  # cycles to publish a partial sum and to find it
 
 
+def _bandwidth(programs: int) -> float:
+    """Bytes per cycle from L2 to each of so many SMs at a time."""
+    return min(_SM_BYTES, _L2_BYTES / programs)
+
+
 def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Machine) -> float:
     """Cycles that the whole product takes with this row.
 
@@ -126,10 +131,13 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     steps = ceil(problem.steps(row.block_k) / row.splits)
     no_wgmma = kind != "ieee" and row.block_m < 64  # such tiles use the older, slower mma
     rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
-    bandwidth = min(_SM_BYTES, _L2_BYTES / min(programs, machine.sms))
     arithmetic = row.block_m * row.block_n * row.block_k / rate
-    traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize / bandwidth
-    busy = ceil(programs / machine.sms) * steps * max(arithmetic, traffic)
+    traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize
+    full, rest = divmod(programs, machine.sms)
+    bandwidth = _bandwidth(min(programs, machine.sms))
+    busy = full * steps * max(arithmetic, traffic / bandwidth)
+    if rest:  # the last wave has L2 for itself
+        busy += steps * max(arithmetic, traffic / _bandwidth(rest))
 
     registers = 56 + row.block_m * row.block_n // (32 * row.num_warps)  # per thread
     resident = min(

@@ -65,6 +65,7 @@ CONFIGS: dict[str, tuple[GemmConfig, ...]] = {
         GemmConfig(128, 128, 64, 8, 4),
         GemmConfig(128, 128, 64, 8, 4, persistent=True),
         GemmConfig(128, 128, 64, 4, 4),
+        GemmConfig(256, 64, 64, 8, 4),
         GemmConfig(128, 64, 64, 4, 4),
         GemmConfig(128, 64, 64, 4, 4, persistent=True),
         GemmConfig(64, 256, 64, 4, 4),

@@ -142,6 +142,7 @@ def fits(row: Rot2Config, channels: int, reduced: int, machine: Machine) -> bool
 
 
 _L2_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
+_SM_BYTES = 64  # one SM's port to L2, bytes per cycle
 _MULTIPLY_ADDS = 2048  # of an SM per cycle
 _PROGRAM_OVERHEAD = 4000  # cycles of latency that a program alone on its SM does not hide
 
@@ -160,7 +161,11 @@ def estimated_cycles(
         machine.shared_limit // row.shared_bytes(channels, reduced),
         65536 // (32 * row.num_warps * (row.registers(reduced) + 56)),
     )
-    busy = ceil(programs / machine.sms) * max(moved / _L2_BYTES, products / _MULTIPLY_ADDS)
+    full, rest = divmod(programs, machine.sms)
+    busy = full * max(moved / _L2_BYTES, products / _MULTIPLY_ADDS)
+    if rest:  # the last wave has L2 for itself
+        bandwidth = min(_SM_BYTES, _L2_BYTES * machine.sms / rest)
+        busy += max(moved / bandwidth, products / _MULTIPLY_ADDS)
     return busy + ceil(programs / (machine.sms * max(1, resident))) * _PROGRAM_OVERHEAD
 
 

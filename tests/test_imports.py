@@ -30,7 +30,7 @@ ORDER = (
         "digits",
         "describe",
     ),
-    *("environment", "timing", "tuner", "results", "plots", "report_html", "report", "compare"),
+    *("environment", "timing", "forecast", "tuner", "results", "plots", "report_html", "report", "compare"),
     *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )

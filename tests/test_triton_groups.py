@@ -61,6 +61,7 @@ SERVED = {
     "gemm": (bottlenecks, HALF, "gemm_kernel", 7),
     "gemm_pair": (bottlenecks, HALF, "gemm_kernel", 2),
     "rot2": (bottlenecks, HALF, "rot2_kernel", 2),
+    "shifted_block": (bottlenecks, HALF, "shifted_block_kernel", 1),
     "conv2d_hwnc": (bottlenecks, HALF, "conv2d_hwnc_kernel", 4),
     "cudnn": (basic, torch.float32, "conv2d_kernel", 1),
 }
@@ -79,7 +80,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     served = set(made.plan.served_by)
     assert any(kernel in name.lower() for name in served), served
     assert set(made.plan.reasons) == {"", "asked for", "as above"} - (
-        set() if kernel in ("stem", "head", "gemm_pair", "rot2") else {"as above"}
+        set() if kernel in ("stem", "head", "gemm_pair", "rot2", "shifted_block") else {"as above"}
     )
 
 

@@ -1,0 +1,99 @@
+"""How long kernels should take on a GPU that is not here: a model, never a measurement.
+
+A kernel takes the longer of its time on the chip, by the model with which it picks its tile (waves
+of tiles, arithmetic, traffic from L2), and of its bytes through device memory; and a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from math import prod
+from typing import Any
+
+from .ir import Conv2d, Flatten, Linear
+from .roofline import H200, cost
+from .tuning import Group, Shapes
+
+CLOCK = 1.755e9  # cycles per second of an H200 under load
+LAUNCH_SECONDS = 1.3e-6  # inside a CUDA graph
+H200_SHAPE = (132, 227 * 1024)
+"""SMs, and shared memory in bytes that a block may have."""
+
+
+def predicted_seconds(groups: Iterable[Group], shapes: Shapes, itemsize: int = 2) -> float:
+    """Seconds of groups run one after the other on an H200, in float16 or bfloat16.
+
+    Raises:
+        ValueError: a shape is not known.
+    """
+    return sum(_seconds(group, shapes, itemsize) for group in groups)
+
+
+def _seconds(group: Group, shapes: Shapes, itemsize: int) -> float:
+    if all(isinstance(step.op, Flatten) for step in group.steps):
+        return 0.0
+    moved = cost(group, shapes, itemsize, H200).bytes / H200.bytes_per_second
+    return max(moved, _cycles(group, shapes, itemsize) / CLOCK) + LAUNCH_SECONDS
+
+
+def _cycles(group: Group, shapes: Shapes, itemsize: int) -> float:
+    """Cycles on the chip; 0 for what only moves data."""
+    first, last = group.steps[0], group.steps[-1]
+    x, y = shapes[first.inputs[0]], shapes[first.name]
+    if x is None or y is None:
+        raise ValueError(f"the size of {first.name} is not known")
+    machine = _kernels("_config").Machine(*H200_SHAPE)
+    rows = prod(y) // y[1]
+    if group.kernel in ("stem", "stem_hwnc"):
+        stem, pooled = _kernels("stem"), shapes[last.name]
+        assert pooled is not None
+        problem = stem._Problem(pooled[0], pooled[1], pooled[2], pooled[3])
+        return _best(stem.estimated_cycles, stem.CONFIGS["half"], problem, machine)
+    if group.kernel == "head":
+        head, op = _kernels("head"), last.op
+        assert isinstance(op, Linear)
+        problem = head._Problem(x[0], op.out_features, x[1], prod(x[2:]), itemsize)
+        row = head.select_config(problem, machine)
+        return float(head.estimated_cycles(row, problem, machine))
+    if group.kernel == "rot2":
+        rot2 = _kernels("rot2")
+        sizes = (rows, x[1], y[1], _outputs(last.op), machine)
+        row = rot2.select_config(rot2.CONFIGS, *sizes)
+        return float(rot2.estimated_cycles(row, *sizes))
+    channels = x[1]
+    if group.kernel == "gemm_pair":
+        projected = shapes[last.inputs[0]]
+        assert projected is not None
+        channels += projected[1]
+    return _matrix_cycles(group, rows, channels, itemsize, machine)
+
+
+def _matrix_cycles(group: Group, rows: int, channels: int, itemsize: int, machine: Any) -> float:
+    op = group.steps[0].op
+    if not isinstance(op, (Conv2d, Linear)):
+        return 0.0
+    config = _kernels("_config")
+    taps, groups = (prod(op.kernel), op.groups) if isinstance(op, Conv2d) else (1, 1)
+    outputs = _outputs(op) // groups
+    problem = config.Problem(rows, outputs, channels // groups, taps, groups, itemsize)
+    file = {"gemm": "gemm", "gemm_pair": "gemm", "conv2d_hwnc": "hwnc"}.get(group.kernel, "conv")
+    table = _kernels(file).CONFIGS["half"]
+    if group.kernel == "gemm_pair":
+        table = [row for row in table if not row.persistent]
+    row = config.select_config(table, problem, "half", machine)
+    return float(config.estimated_cycles(row, problem, "half", machine))
+
+
+def _outputs(op: Any) -> int:
+    return op.out_channels if isinstance(op, Conv2d) else op.out_features
+
+
+def _best(cycles: Any, rows: Iterable[Any], problem: Any, machine: Any) -> float:
+    return float(min(cycles(row, problem, machine) for row in rows))
+
+
+@cache
+def _kernels(name: str) -> Any:
+    return import_module(f"fastres.kernels.{name}")

@@ -1,0 +1,109 @@
+"""The model of a GPU that is not here, and what the shipped table and the planner owe to it."""
+
+import pytest
+import torch
+
+import fastres
+from fastres.choices import Choices, only
+from fastres.forecast import LAUNCH_SECONDS, predicted_seconds
+from fastres.plan import Plan
+from fastres.roofline import H200, roofline
+from fastres.tables import TABLES, shipped
+from fastres.triton_ops import TritonOps
+from fastres.tuner import plan_of
+from fastres.tuning import case_of
+
+pytest.importorskip("triton")
+HALF, CPU = torch.float16, torch.device("cpu")
+BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
+
+
+@pytest.fixture(scope="module")
+def resnet50() -> Plan:
+    return plan_of(fastres.resnet50())
+
+
+def shapes_of(plan, batch):
+    return plan.shapes((batch, 3, 224, 224))
+
+
+def apart(plan, group, shapes, batch):
+    """Seconds of a group's steps by the kernels that would serve them without it."""
+    single = {step.name for step in group.steps}
+    parts = ("gemm",) if group.kernel in ("rot2", "gemm_pair") and batch >= 32 else ()
+    ops = TritonOps(choices=only(*parts))
+    groups = ops.arrange(plan, shapes, HALF, CPU).groups
+    return predicted_seconds([g for g in groups if g.steps[0].name in single], shapes)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_what_the_table_calls_predicted_is(resnet50, batch):
+    """Each group that the shipped rows choose is no slower than its parts, by the model."""
+    shapes = shapes_of(resnet50, batch)
+    converted = shapes["x"]
+    conversion = 2 * 2 * torch.Size(converted).numel() / H200.bytes_per_second + LAUNCH_SECONDS
+    judged = set()
+    for group in TritonOps().candidates(resnet50, HALF, CPU):
+        case = case_of(group, shapes, "half")
+        row = shipped("sm_90", group.kernel, case)
+        if row is None or (group.kernel, case.key) in judged:
+            continue
+        judged.add((group.kernel, case.key))
+        parts = apart(resnet50, group, shapes, batch) + conversion * (group.kernel == "stem")
+        gain = parts / predicted_seconds([group], shapes)
+        # The stem's model is coarse at batch 1, and equal tiles round differently.
+        least = {"stem": 0.9, "gemm": 0.98}.get(group.kernel, 1.02)
+        assert gain >= least, (group.kernel, case.key, gain)
+    kernels = {kernel for kernel, _ in judged}
+    assert {"stem", "gemm_pair"} <= kernels
+    assert ("rot2" in kernels) is (batch >= 32)
+    assert ("head" in kernels) is (batch <= 4)
+
+
+def test_what_is_doubtful_is_left_out(resnet50):
+    """rot2 in stage 3 is predicted to gain nothing worth a risk, even at batch 256."""
+    shapes = shapes_of(resnet50, 256)
+    gains = [
+        apart(resnet50, group, shapes, 256) / predicted_seconds([group], shapes)
+        for group in TritonOps().candidates(resnet50, HALF, CPU)
+        if group.kernel == "rot2" and case_of(group, shapes, "half").width == 256
+    ]
+    assert gains
+    assert max(gains) < 1.1
+
+
+def seconds_per_image(plan, batch):
+    shapes = shapes_of(plan, batch)
+    ops = TritonOps(choices=Choices("sm_90"))
+    return predicted_seconds(ops.arrange(plan, shapes, HALF, CPU).groups, shapes) / batch
+
+
+@pytest.mark.parametrize(("ragged", "full"), [(33, 32), (100, 128), (255, 256)])
+def test_ragged_batches_lose_little_against_the_nearest_full_one(resnet50, ragged, full):
+    """15 % is what the project allows, for ResNet-50 in fp16 on 132 SMs."""
+    lost = seconds_per_image(resnet50, ragged) / seconds_per_image(resnet50, full) - 1
+    assert -0.15 < lost <= 0.15
+
+
+def test_the_model_never_beats_the_floor(resnet50):
+    for batch in BATCHES:
+        shapes = shapes_of(resnet50, batch)
+        ops = TritonOps(choices=Choices("sm_90"))
+        predicted = predicted_seconds(ops.arrange(resnet50, shapes, HALF, CPU).groups, shapes)
+        floor = roofline(fastres.resnet50().eval(), (batch, 3, 224, 224), fusion="shifted block")
+        assert predicted > floor.seconds
+
+
+def test_every_gpu_of_the_table_gets_its_own_arrangement(resnet50):
+    shapes = shapes_of(resnet50, 32)
+    served = {
+        name: {
+            group.kernel
+            for group in TritonOps(choices=Choices(name))
+            .arrange(resnet50, shapes, HALF, CPU)
+            .groups
+        }
+        for name in TABLES
+    }
+    assert served["sm_90"] == served["sm_100"] == {"", "stem", "gemm", "gemm_pair", "rot2"}
+    assert served["sm_80"] == served["sm_89"] == served["gfx942"] == {"", "stem"}
