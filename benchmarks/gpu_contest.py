@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import ceil
 from typing import Any
 
@@ -65,6 +65,19 @@ class Section:
     limit: float
     cases: Callable[[Setting], Iterator[Case]]
     case_limit: float = 45.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether ``kernel`` beats what else would serve the work: the contenders of that prefix.
+
+    ``width`` is the channels that the first step reads.
+    """
+
+    kernel: str
+    over: str
+    width: int
+    batch: int
 
 
 def row_text(row: Any) -> str:
@@ -167,6 +180,7 @@ def contest(
     *,
     flop: int = 0,
     steady: bool = False,
+    choice: Choice | None = None,
 ) -> dict[str, Any]:
     """Check the contenders against ``reference`` and each other; on a GPU also time them.
 
@@ -176,6 +190,7 @@ def contest(
         reference: as the contenders, with a keyword ``upcast`` for the exact answer.
         flop: operations of a call, to state the rate of.
         steady: also measured on one set, where the sets are small enough for that to matter.
+        choice: what the contest decides about the planner's tables.
 
     Returns:
         ``checked``, ``failures`` and, by form (``cold``, ``steady``), the comparison and the best.
@@ -189,6 +204,8 @@ def contest(
     count = max(2, min(MOST_SETS, ceil(COLD_FACTOR * cache / size)))
     sets = [first, *(make() for _ in range(count - 1))]
     found: dict[str, Any] = {"bytes": size, "flop": flop}
+    if choice is not None:
+        found["choice"] = asdict(choice)
     for form, chosen in (("cold", sets), ("steady", sets[:1])):
         if form == "steady" and not (steady and size < cache):
             continue

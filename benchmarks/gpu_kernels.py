@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_contest import Call, Case, Operands, Setting, contest, normal, row_text
+from benchmarks.gpu_contest import (
+    Call,
+    Case,
+    Choice,
+    Operands,
+    Setting,
+    contest,
+    normal,
+    row_text,
+)
 from benchmarks.gpu_exact import conv, fitted, gemm, head, hwnc, rot2, shifted, stem
 from fastres.kernels import (
     global_avg_pool,
@@ -88,10 +97,23 @@ def _gemm(setting: Setting, stage: Stage, batch: int, way: str, bare: bool) -> d
     def reference(x: Tensor, w: Tensor, b: Any, r: Any, upcast: bool = False) -> Tensor:
         return gemm.gemm_ref(x, w, b, residual=r, relu=not bare, upcast=upcast)
 
+    def as_conv(x: Tensor, w: Tensor, b: Any, r: Any) -> Tensor:
+        image = x.view(batch, stage.size, stage.size, inside).permute(0, 3, 1, 2)
+        shortcut = None if r is None else _images(r, image)
+        return gemm.rows_of(conv.conv2d(image, _window(w), b, residual=shortcut, relu=not bare))
+
     contenders: dict[str, Call] = {"cuBLAS" if bare else "cuBLAS + aten": reference}
+    contenders["conv2d"] = as_conv
     for row in rows_that_fit(setting, gemm.CONFIGS):
         contenders[machine_name("gemm", row)] = partial(ours, row)
-    return contest(setting, contenders, make, reference, flop=2 * rows * inside * outside)
+    return contest(
+        setting,
+        contenders,
+        make,
+        reference,
+        flop=2 * rows * inside * outside,
+        choice=None if bare else Choice("gemm", "conv2d", inside, batch),
+    )
 
 
 def conv3x3_cases(setting: Setting) -> Iterator[Case]:
@@ -133,7 +155,8 @@ def _conv3x3(
             hwnc.conv2d_hwnc(h, w, b, config=row, **given)
         )
     work = 2 * batch * stage.size**2 * 9 * c * c
-    return contest(setting, contenders, make, reference, flop=work, steady=splits)
+    choice = None if splits else Choice("conv2d_hwnc", "conv2d ", c, batch)
+    return contest(setting, contenders, make, reference, flop=work, steady=splits, choice=choice)
 
 
 def _conv_rows(
@@ -211,7 +234,8 @@ def _pair(setting: Setting, stage: Stage, batch: int) -> dict[str, Any]:
         if not row.persistent:
             contenders[machine_name("gemm_pair", row)] = partial(ours, row)
     work = 2 * batch * stage.size**2 * e * (c + wide)
-    return contest(setting, contenders, make, reference, flop=work)
+    choice = Choice("gemm_pair", "two of conv2d", c, batch)
+    return contest(setting, contenders, make, reference, flop=work, choice=choice)
 
 
 def _float(t: Tensor, upcast: bool) -> torch.dtype:
@@ -298,7 +322,8 @@ def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, A
         if rot2.fits(row, c, reduced, machine_of(setting.device)):
             contenders[machine_name("rot2", row)] = partial(_seam, config=row)
     work = 2 * batch * stage.size**2 * 4 * c * (c + reduced)
-    return contest(setting, contenders, make, _seam_ref, flop=work)
+    choice = Choice("rot2", "two of gemm", c, batch)
+    return contest(setting, contenders, make, _seam_ref, flop=work, choice=choice)
 
 
 def shifted_cases(setting: Setting) -> Iterator[Case]:
@@ -339,6 +364,7 @@ def _shifted(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str
         partial(_block_operands, setting, stage, batch, reduced),
         shifted.shifted_block_ref,
         flop=work,
+        choice=Choice("shifted_block", "conv2d + ", c, batch),
     )
 
 
@@ -383,7 +409,8 @@ def _stem(setting: Setting, batch: int, planar: bool, dtype: torch.dtype) -> dic
     for row in setting.rows(stem.CONFIGS[kind]):
         contenders[machine_name("stem", row)] = partial(ours, row)
     work = 2 * batch * (size // 2) ** 2 * 64 * 147
-    return contest(setting, contenders, make, reference, flop=work, steady=True)
+    choice = Choice("stem", "conv2d + max_pool2d", 3, batch)
+    return contest(setting, contenders, make, reference, flop=work, steady=True, choice=choice)
 
 
 def head_cases(setting: Setting) -> Iterator[Case]:
@@ -410,7 +437,8 @@ def _head(setting: Setting, batch: int) -> dict[str, Any]:
     for row in setting.rows(head.CONFIGS):
         contenders[machine_name("head", row)] = partial(ours, row)
     work = 2 * batch * outputs * channels
-    return contest(setting, contenders, make, head.head_ref, flop=work, steady=True)
+    choice = Choice("head", "pool + linear", channels, batch)
+    return contest(setting, contenders, make, head.head_ref, flop=work, steady=True, choice=choice)
 
 
 def split_cases(setting: Setting) -> Iterator[Case]:

@@ -218,6 +218,26 @@ def best_rows(records: Records) -> list[tuple[str, ...]]:
     return rows
 
 
+def choice_rows(records: Records) -> list[str]:
+    """Rows for ``fastres/tables.py``: where a kernel beat what else would serve the work."""
+    gpus = records.get(("environment", "environment"), {}).get("gpus") or [{}]
+    rows = []
+    for data in records.values():
+        choice, seconds = data.get("choice"), data.get("cold", {}).get("seconds", {})
+        if not choice:
+            continue
+        ours = [t for name, t in seconds.items() if name.startswith(f"{choice['kernel']} ")]
+        others = [t for name, t in seconds.items() if name.startswith(choice["over"])]
+        if ours and others and min(ours) < min(others):
+            evidence = f"measured on {gpus[0].get('name')}: {min(others) / min(ours):.2f}x"
+            width, batch = choice["width"], choice["batch"]
+            rows.append(
+                f'Row("{choice["kernel"]}", "{evidence}", HALF, ({width},), '
+                f"batch=({batch}, {batch})),"
+            )
+    return rows
+
+
 def failures(records: Records) -> list[tuple[str, ...]]:
     """(section, case, contender, reason) of whatever was wrong inside a finished case."""
     found = []

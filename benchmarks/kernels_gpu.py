@@ -263,6 +263,7 @@ def report(log: Log, as_json: bool) -> None:
     parts = [
         "# Figures\n\n" + verdict.table(verdict.HEADER, figures),
         "# Best rows\n\n" + verdict.table(verdict.BEST_HEADER, verdict.best_rows(records)),
+        "# Rows for fastres/tables.py\n\n```\n" + "\n".join(verdict.choice_rows(records)) + "\n```",
         "# Wrong or without a time\n\n"
         + verdict.table(("section", "case", "contender", "reason"), verdict.failures(records)),
         "# Not finished\n\n" + verdict.table(("section", "case", "state", "reason"), lost),

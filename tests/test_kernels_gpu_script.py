@@ -198,6 +198,14 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not(log, capsys):
         }
     }
     log.add("gemm", "stage 1 reduce batch 256 bare", "done", data=contest, seconds=1.0)
+    choice = {"kernel": "rot2", "over": "two of gemm", "width": 64, "batch": 32}
+    seconds = {"two of gemm": 3e-5, "rot2 Rot2Config(128, 64, 8, 2)": 2e-5, "cuDNN fused": 1e-5}
+    won = {"cold": {"seconds": seconds}, "choice": choice}
+    log.add("rot2", "stage 1 batch 32", "done", data=won, seconds=1.0)
+    lost = won | {"choice": choice | {"over": "cuDNN"}}
+    log.add("rot2", "stage 2 batch 32", "done", data=lost, seconds=1.0)
+    gpu = {"gpus": [{"name": "GPU X"}]}
+    log.add("environment", "environment", "done", data=gpu, seconds=1.0)
     log.add("rot2", "stage 1", "failed", reason="RuntimeError: lost", seconds=1.0)
     kernels_gpu.report(log, as_json=True)
     found = json.loads(capsys.readouterr().out)
@@ -208,6 +216,8 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not(log, capsys):
     assert figures["rn50 fp16 b1, GPU ms"][2:] == ["not measured", "-"]
     assert found["best"][0][3] == "gemm GemmConfig(64, 64, 64, 4, 4)"
     summary = (log.path.parent / "summary.md").read_text()
+    row = 'Row("rot2", "measured on GPU X: 1.50x", HALF, (64,), batch=(32, 32)),'
+    assert [line for line in summary.splitlines() if line.startswith("Row(")] == [row]
     assert "| rot2 | stage 1 | failed | RuntimeError: lost |" in summary
     assert "GemmConfig(16, 16, 16, 4, 2) | wrong output |" in summary
 
