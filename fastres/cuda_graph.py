@@ -1,7 +1,8 @@
 """CUDA graphs per input shape: captured after a first call, replayed, bounded in number.
 
-All graphs of one cache share a memory pool. That is safe because a call waits for the end of the
-last one's copy-out, on whatever stream that was, and because the caller gets a copy.
+The one copy of an image into the graph's memory also brings it into the dtype and memory order that
+the engine wants. All graphs of one cache share a memory pool. That is safe because a call waits for
+the end of the last one's copy-out, on whatever stream that was, and because the caller gets a copy.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .aten_ops import CHANNELS_LAST, conv_precision, matmul_precision
-from .engine import Executor
+from .engine import Executor, is_channels_last
 
 Key: TypeAlias = tuple[Any, ...]
 
@@ -37,11 +38,16 @@ class GraphRunner:
     Args:
         executor: a plan with weights, with one image tensor in; any nest of tensors out.
         limit: graphs kept; the least recently used one goes first.
+        casts: dtype of images that are taken as well as those in the executor's own.
     """
 
-    def __init__(self, executor: Executor, limit: int = 8) -> None:
+    def __init__(
+        self, executor: Executor, limit: int = 8, casts: torch.dtype | None = None
+    ) -> None:
         self.executor = executor
         self.limit = limit
+        self.casts = casts
+        self._whole = not executor.plan.left
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
         self._seen: set[Key] = set()
         self._lock = RLock()
@@ -60,7 +66,7 @@ class GraphRunner:
         it runs step by step.
         """
         if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-            return self.executor.run([x])
+            return self.executor.run([self._cast(x)])
         with self._lock, torch.cuda.device(x.device):
             self._wait()
             try:
@@ -73,7 +79,7 @@ class GraphRunner:
         entry = self._graphs.get(key)
         if entry is None and (key not in self._seen or not self._capturable(x)):
             self._remember(key)
-            return self.executor.run([x])
+            return self.executor.run([self._cast(x)])
         if entry is None:
             entry = self._capture(key, x)
         self._graphs.move_to_end(key)
@@ -98,7 +104,7 @@ class GraphRunner:
             self._pool = None
 
     def _capturable(self, x: Tensor) -> bool:
-        if x.device.type != "cuda" or x.numel() == 0 or self.executor.plan.left:
+        if x.device.type != "cuda" or x.numel() == 0 or not self._whole:
             return False
         return not torch.cuda.is_current_stream_capturing()
 
@@ -115,17 +121,26 @@ class GraphRunner:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
-            source = torch.empty_like(x).copy_(x)
+            source = self._source(x)
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
-                output = self.executor.run([source])
+                output = self.executor.run([source], contiguous=not is_channels_last(x))
             torch.cuda.current_stream().wait_stream(stream)
         self._graphs[key] = _Captured(graph, source, output, scratch)
         return self._graphs[key]
+
+    def _cast(self, x: Tensor) -> Tensor:
+        return x.to(self.executor.dtype) if x.dtype is self.casts else x
+
+    def _source(self, x: Tensor) -> Tensor:
+        """Memory of the graph's own for images like ``x``, filled with it."""
+        dtype = self.executor.dtype if x.dtype is self.casts else x.dtype
+        order = torch.preserve_format if self.executor.reads_any_order(x) else CHANNELS_LAST
+        return torch.empty_like(x, dtype=dtype, memory_format=order).copy_(x)
 
     def _scratch(self, x: Tensor) -> AbstractContextManager[Any]:
         """Memory of the graph's own, so that its kernels need not clear any."""

@@ -130,12 +130,18 @@ class Executor:
     def _weights_of(self, group: Group) -> list[Any]:
         return [self._prepared.get(step.name) for step in group.steps]
 
-    def run(self, arguments: Sequence[Any], observe: Observer | None = None) -> Any:
+    def run(
+        self,
+        arguments: Sequence[Any],
+        observe: Observer | None = None,
+        contiguous: bool | None = None,
+    ) -> Any:
         """The plan's output for these arguments, one per parameter of the plan.
 
         Args:
             observe: called after each step with the step, its inputs and its result; nothing is
                 computed in place then.
+            contiguous: whether outputs are row-major, not channels_last; by default as arguments.
 
         Raises:
             InputError, InputTypeError: an argument does not fit; nothing was computed.
@@ -144,7 +150,8 @@ class Executor:
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
         schedule = self._checked_schedule(values)
         self.plan = schedule.plan
-        contiguous = not any(is_channels_last(v) for v in arguments)
+        if contiguous is None:
+            contiguous = not any(is_channels_last(v) for v in arguments)
         restore = _RESTORE[contiguous, schedule.arrangement.layout]
         if not self.plan.source_layout:
             for name in values.keys() - schedule.as_given:
@@ -160,6 +167,14 @@ class Executor:
                 for name in step.frees:
                     values.pop(name, None)
         return substitute(self.plan.output, lambda name: restore(values[name]))
+
+    def reads_any_order(self, x: Tensor) -> bool:
+        """Whether the image ``x``, the only argument, is read in the memory order that it has."""
+        (parameter,) = self.plan.parameters
+        if self.plan.source_layout or x.dim() != 4 or not x.is_floating_point():
+            return True
+        schedule = self._schedule({parameter.name: tuple(x.shape)}, x.device)
+        return parameter.name in schedule.as_given
 
     def _run_group(self, group: Group, values: dict[str, Any]) -> bool:
         """Let one kernel serve the group; False where it cannot serve these inputs."""

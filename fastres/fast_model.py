@@ -95,11 +95,10 @@ class FastModel(nn.Module):
         """Run the plan on positional arguments, one per parameter of the source's forward."""
         home = self._device(arguments)
         runner = self._runner(home)
-        arguments = [self._cast(value) for value in arguments]
         with torch.no_grad(), _without_autocast(home):
             if len(arguments) == 1 and isinstance(arguments[0], Tensor):
                 return runner(arguments[0])
-            return runner.executor.run(arguments)
+            return runner.executor.run([self._cast(value) for value in arguments])
 
     def plan(self) -> Plan:
         """Each step, what computes it, what was left to PyTorch and why; ``str()`` is a table."""
@@ -137,7 +136,7 @@ class FastModel(nn.Module):
         if device not in self._runners:
             ops = select_ops(self.backend, device, self.dtype)
             executor = Executor(self.traced, self.kept, ops, self.dtype, self._step_weights)
-            self._runners[device] = GraphRunner(executor)
+            self._runners[device] = GraphRunner(executor, casts=self.source_dtype)
         return self._runners[device]
 
     def _home(self) -> torch.device:

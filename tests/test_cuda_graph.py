@@ -1,0 +1,83 @@
+"""What goes into a graph, seen over a stand-in for torch.cuda; tests/gpu has the real one."""
+
+import pytest
+import torch
+from fused import small
+
+import fastres
+from benchmarks.call_cost import stubbed_graphs
+from fastres import backends, fold, plan, trace
+from fastres.engine import Executor
+
+CL = torch.channels_last
+
+
+@pytest.fixture(scope="module")
+def runner_class():
+    return stubbed_graphs().GraphRunner
+
+
+def executor(model, ops=None, dtype=torch.float32):
+    built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
+    return Executor(built, model, ops or backends.AtenOps(), dtype)
+
+
+def captured(runner, x):
+    """The graph's own image after two calls with ``x`` and one with its negative."""
+    with torch.no_grad():
+        for image in (x, x, -x):
+            runner(image)
+    (entry,) = runner._graphs.values()
+    return entry
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["NCHW", "NHWC"])
+def test_one_copy_converts_dtype_and_memory_order(runner_class, layout):
+    made = executor(small(), dtype=torch.bfloat16)
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout)
+    source = captured(runner_class(made, casts=torch.float32), x).source
+    assert source.dtype is torch.bfloat16
+    assert source.is_contiguous(memory_format=CL)
+    assert torch.equal(source, (-x).bfloat16()), "the last call's image, converted"
+
+
+def test_a_stem_that_reads_any_order_gets_the_image_as_it_is(runner_class):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run in the interpreter only where there is no GPU")
+    made = executor(fastres.resnet18(num_classes=3).eval(), backends.TritonOps(), torch.float16)
+    x = torch.randn(1, 3, 32, 32).half()
+    assert made.reads_any_order(x)
+    assert not executor(small()).reads_any_order(torch.randn(1, 3, 8, 8))
+    source = runner_class(made)._source(x)
+    assert source.stride() == x.stride()
+
+
+def test_other_dtypes_are_refused_as_without_a_graph(runner_class):
+    runner = runner_class(executor(small()), casts=torch.float32)
+    with pytest.raises(TypeError, match="x must be torch.float32.*got torch.float64"):
+        runner(torch.randn(1, 3, 8, 8).double())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, CL], ids=["NCHW", "NHWC"])
+def test_outputs_have_the_callers_memory_order(runner_class, layout):
+    """The graph's own image may be in another order than the caller's."""
+
+    class Features(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            return self.conv(x).relu()
+
+    model = Features().eval()
+    made = Executor(
+        plan.build(fold.fold(trace.trace(model))), model, backends.AtenOps(), torch.float32
+    )
+    x = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout)
+    output = captured(runner_class(made), x).output
+    assert output.is_contiguous(memory_format=layout)
+    assert not output.is_contiguous(
+        memory_format=CL if layout is not CL else torch.contiguous_format
+    )
