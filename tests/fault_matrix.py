@@ -85,7 +85,7 @@ def row_tests() -> dict[int, list[str]]:
 
 
 def rows_of(name: str) -> list[int]:
-    return [int(row) for row in re.findall(r"row(\d+)_", name)]
+    return [int(row) for row in re.findall(r"_row(\d+)(?=_)", name)]
 
 
 def test_of(case: str) -> str:
