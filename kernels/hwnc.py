@@ -90,7 +90,7 @@ def _write(
         y.store([p, row0, k0], rounded(acc, y.dtype).reshape(1, acc.shape[0], acc.shape[1]))
 
 
-@triton.jit(do_not_specialize=["H", "W", "P", "Q"])
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q"])
 def conv2d_hwnc_kernel(
     x,  # by MODE: descriptor of [H * W * N, C] or of [H, W * N, C], or a pointer
     w,  # descriptor of [K, R * S * C], tiles [BLOCK_N, BLOCK_K]
