@@ -44,7 +44,7 @@ def test_row17_a_report_records_torchs_flags(allowed):
 
 def on_gpu():
     """What the engine asks of an input, as a CUDA tensor would answer."""
-    return SimpleNamespace(device=torch.device("cuda"), shape=(2, 3, 8, 8))
+    return SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 3, 8, 8))
 
 
 def test_row25_folding_inside_a_capture_is_refused(monkeypatch):
@@ -64,7 +64,7 @@ def test_row25_a_users_own_capture_gets_the_steps_and_no_graph_in_it(monkeypatch
         assert isinstance(runner.executor, Executor)
         captured = GraphRunner(runner.executor)
         ran = []
-        monkeypatch.setattr(Executor, "run", lambda self, inputs: ran.append(inputs) or expected)
+        monkeypatch.setattr(Executor, "run", lambda _, *inputs: ran.append(inputs) or expected)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for _ in range(3):
             assert captured(on_gpu()) is expected

@@ -12,9 +12,10 @@ import torch
 from fused import images, small
 from torch import nn
 
-from fastres import bench, cli, compare, demo, describe, presets, report, roofline, timing
+from fastres import bench, cli, compare, demo, describe, forecast, presets, report, roofline, timing
 from fastres.timing import Method, Samples
-from messages.models import Branching
+from fastres.tuning import singly
+from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
 
 
@@ -92,6 +93,12 @@ add(
 )
 
 
+@case("forecast: a size that is not known")
+def _() -> None:
+    (group, *_) = singly(fast().traced.steps)
+    forecast._cycles(group, dict.fromkeys([*group.inputs, group.steps[0].name]), 2)
+
+
 @case("summary: without torchinfo")
 def _() -> None:
     with without("torchinfo"):
@@ -116,6 +123,7 @@ COMMANDS = (
     *("summary resnet5", "convert gone.h5 fused.safetensors", "convert resnet18 fused.pth"),
     *("export resnet18 model.pb --size 32", "plot resnet18 model.gif", "plot gone.keras m.svg"),
     *("plan resnet18 --checkpoint .", "plot resnet18 gone/model.svg", "report compare . ."),
+    *("tune resnet18 --batch 0", "tune resnet18 --device cpu", "tune resnet18 --dtype int8"),
     *("report", "report compare gone.json gone.json", "report compare a.json"),
 )
 
