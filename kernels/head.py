@@ -69,21 +69,22 @@ CONFIGS: tuple[HeadConfig, ...] = (
 
 
 @triton.jit
-def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, STRIDE, C, BLOCK_P: tl.constexpr):
-    """Sums over the pixels of the images, given by their first rows [BM], and channels [BC]."""
+def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, IMAGE, STRIDE, C, BLOCK_P: tl.constexpr):
+    """Sums over the pixels of the images [BM] and channels [BC]."""
     if image.shape[0] == 1:  # a plane of two dimensions, which agrees with the weights' layout
+        first = x_ptr + tl.sum(image) * IMAGE * C
         total = tl.zeros((c.shape[0],), tl.float32)
         for p0 in range(0, PIXELS, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            row = tl.sum(image) + tl.where(p < PIXELS, p, 0) * STRIDE  # [BP]
+            row = (tl.where(p < PIXELS, p, 0) * STRIDE).to(image.dtype)  # [BP]
             ok = (p < PIXELS)[:, None] & c_ok[None, :]
-            x = tl.load(x_ptr + row[:, None] * C + c[None, :], mask=ok, other=0.0)
+            x = tl.load(first + (row[:, None] * C + c[None, :]), mask=ok, other=0.0)
             total += tl.sum(x.to(tl.float32), axis=0)
         return total[None, :]
     total = tl.zeros((image.shape[0], c.shape[0]), tl.float32)
     for p0 in range(0, PIXELS, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        row = image[:, None] + tl.where(p < PIXELS, p, 0)[None, :] * STRIDE  # [BM, BP]
+        row = image[:, None] * IMAGE + tl.where(p < PIXELS, p, 0)[None, :] * STRIDE  # [BM, BP]
         ok = n_ok[:, None, None] & (p < PIXELS)[None, :, None] & c_ok[None, None, :]
         x = tl.load(x_ptr + row[:, :, None] * C + c[None, None, :], mask=ok, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=1)
@@ -139,7 +140,7 @@ def head_kernel(
         w_offset = output[:, None] * C + c[None, :]
         w = tl.load(w_ptr + w_offset, mask=c_ok[None, :], other=0.0)  # [BN, BC]
         total = _pixel_sums(
-            x_ptr, image * IMAGE, n_ok, c, c_ok, PIXELS, STRIDE, C, BLOCK_P
+            x_ptr, image, n_ok, c, c_ok, PIXELS, IMAGE, STRIDE, C, BLOCK_P
         )  # [BM, BC]
         mean = tl.div_rn(total, tl.broadcast_to(PIXELS.to(tl.float32), total.shape))
         mean = rounded(mean, x_ptr.dtype.element_ty)
