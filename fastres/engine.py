@@ -168,6 +168,11 @@ class Executor:
                     values.pop(name, None)
         return substitute(self.plan.output, lambda name: restore(values[name]))
 
+    def plan_for(self, *shapes: Shape) -> Plan:
+        """The plan with what serves each step for inputs of these shapes, one per parameter."""
+        names = (parameter.name for parameter in self.plan.parameters)
+        return self._schedule(dict(zip(names, map(tuple, shapes), strict=True))).plan
+
     def reads_any_order(self, x: Tensor) -> bool:
         """Whether the image ``x``, the only argument, is read in the memory order that it has."""
         (parameter,) = self.plan.parameters

@@ -7,19 +7,82 @@ of tiles, arithmetic, traffic from L2), and of its bytes through device memory; 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from math import prod
 from typing import Any
 
+import torch
+from torch import nn
+
+from . import fold, plan, trace
+from .choices import Choices
 from .ir import Conv2d, Flatten, Linear
+from .plan import Shape
 from .roofline import H200, cost
+from .triton_ops import TritonOps
 from .tuning import Group, Shapes
 
 CLOCK = 1.755e9  # cycles per second of an H200 under load
 LAUNCH_SECONDS = 1.3e-6  # inside a CUDA graph
 H200_SHAPE = (132, 227 * 1024)
 """SMs, and shared memory in bytes that a block may have."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A kernel as the planner chooses it.
+
+    Attributes:
+        name: of the first step, by its source module.
+        what: what serves the steps.
+        why: the reason, where there was a choice.
+        steps: how many it serves.
+        floor: seconds that no kernel can beat.
+        seconds: predicted.
+    """
+
+    name: str
+    what: str
+    why: str
+    steps: int
+    floor: float
+    seconds: float
+
+
+def forecast(
+    module: nn.Module, shape: Shape, dtype: torch.dtype, architecture: str = "sm_90"
+) -> tuple[Forecast, ...]:
+    """Each kernel that an H200 would run for a network, by the shipped table.
+
+    Args:
+        module: a network in eval mode with one image input, fully understood by the planner.
+        shape: (N, C, H, W) of its images.
+        dtype: float16 or bfloat16.
+        architecture: whose table.
+
+    Raises:
+        BackendError: Triton is not installed, whose kernels know their own cost.
+        ValueError: a step's size is not known.
+    """
+    method = "_forward_impl" if hasattr(module, "_forward_impl") else "forward"
+    whole = plan.build(fold.fold(trace.trace(module, method)))
+    shapes = whole.shapes(shape)
+    ops = TritonOps(choices=Choices(architecture))
+    arranged = ops.arrange(whole, shapes, dtype, torch.device("cpu"))
+    return tuple(
+        Forecast(
+            group.steps[0].where or group.steps[0].name,
+            ops.serves_group(group) if group.kernel else ops.serves(group.steps[0].op),
+            why,
+            len(group.steps),
+            cost(group, shapes, dtype.itemsize, H200).seconds,
+            predicted_seconds([group], shapes, dtype.itemsize),
+        )
+        for group, why in zip(arranged.groups, arranged.why, strict=True)
+        if not isinstance(group.steps[0].op, Flatten)
+    )
 
 
 def predicted_seconds(groups: Iterable[Group], shapes: Shapes, itemsize: int = 2) -> float:

@@ -1,9 +1,12 @@
 """The model of a GPU that is not here, and what the shipped table and the planner owe to it."""
 
+import json
+
 import pytest
 import torch
 
 import fastres
+from fastres import cli
 from fastres.choices import Choices, only
 from fastres.forecast import LAUNCH_SECONDS, predicted_seconds
 from fastres.plan import Plan
@@ -107,3 +110,30 @@ def test_every_gpu_of_the_table_gets_its_own_arrangement(resnet50):
     }
     assert served["sm_90"] == served["sm_100"] == {"", "stem", "gemm", "gemm_pair", "rot2"}
     assert served["sm_80"] == served["sm_89"] == served["gfx942"] == {"", "stem"}
+
+
+def test_the_roofline_command_shows_the_planned_kernels(capsys):
+    assert cli.run(["roofline", "resnet50", "--batch", "64", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)["as planned"]
+    assert sum(kernel["steps"] for kernel in planned) == 56, "all but a view"
+    whats = [kernel["what"] for kernel in planned]
+    assert whats.count("triton gemm_pair") == 4
+    assert "triton rot2" in whats
+    assert all(kernel["seconds"] > kernel["floor"] for kernel in planned)
+    assert all(kernel["why"] for kernel in planned if kernel["what"] == "triton rot2")
+    assert cli.run(["roofline", "resnet18", "--dtype", "float32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["as planned"] == []
+
+
+def test_the_plan_command_shows_what_a_batch_gets(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("shows this GPU's own choices")
+    shown = {}
+    for batch in ("1", "32"):
+        command = ["plan", "resnet50", "--backend", "triton", "--dtype", "float16"]
+        assert cli.run([*command, "--batch", batch]) == 0
+        shown[batch] = capsys.readouterr().out
+    assert "kernels chosen for 32x3x224x224" in shown["32"]
+    assert "triton rot2" in shown["32"]
+    assert "triton rot2" not in shown["1"]
+    assert "predicted: " in shown["1"]

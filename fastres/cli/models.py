@@ -25,6 +25,9 @@ from .console import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import torch
+
+    from ..forecast import Forecast
     from ..resnet import ResNet
 
 
@@ -93,6 +96,8 @@ def plan(
     dtype: Dtype = "float32",
     device: DeviceName = "auto",
     backend: Backend = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Images that kernels are chosen for.")] = 1,
+    size: Size = 224,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +106,8 @@ def plan(
     from ..optimize import optimize
 
     network = _network(model, None, checkpoint).to(parse_device(device))
-    found = optimize(network, dtype=parse_dtype(dtype), backend=backend, verify=False).plan()
+    fast = optimize(network, dtype=parse_dtype(dtype), backend=backend, verify=False)
+    found = fast.executor().plan_for((batch, network.conv1.in_channels, size, size))
     if as_json:
         print_json({"model": model, **found.to_dict()})
     else:
@@ -137,8 +143,11 @@ def roofline(
         fusion: floors(network, shape, fusion=fusion, itemsize=kind.itemsize, ceilings=ceilings)
         for fusion in ("none", *FUSIONS)
     }
+    planned = _planned(network, shape, kind)
     if as_json:
-        print_json({"model": model, "shape": shape} | {n: f.to_dict() for n, f in found.items()})
+        floors_of = {n: f.to_dict() for n, f in found.items()}
+        as_planned = {"as planned": [asdict(kernel) for kernel in planned]}
+        print_json({"model": model, "shape": shape} | floors_of | as_planned)
         return
     steps = found["epilogue per convolution"].kernels
     rows = [
@@ -157,6 +166,26 @@ def roofline(
         for n, f in found.items()
     ]
     OUT.print(table(("fused", "kernels", "floor us", "images/s at most"), whole))
+    if planned:
+        OUT.print("\nAs planned for an H200, and what the model of tiles and waves predicts")
+        lines = [
+            (k.name, k.what, f"{k.floor * 1e6:,.1f}", f"{k.seconds * 1e6:,.1f}", k.why)
+            for k in planned
+        ]
+        OUT.print(table(("from step", "served by", "floor us", "predicted us", "why"), lines))
+
+
+def _planned(network: ResNet, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Forecast, ...]:
+    """The kernels that the planner chooses; none in float32 or where Triton is missing."""
+    from ..errors import BackendError
+    from ..forecast import forecast
+
+    if dtype.itemsize != 2:
+        return ()
+    try:
+        return forecast(network.eval(), shape, dtype)
+    except BackendError:
+        return ()
 
 
 def env(as_json: AsJson = False) -> None:
