@@ -83,7 +83,7 @@ CONFIGS: dict[str, tuple[ShiftedConfig, ...]] = {
         ShiftedConfig(64, 32, 32, 8, 2),
         ShiftedConfig(64, 32, 32, 4, 2),
     ),
-    "ieee": (ShiftedConfig(16, 16, 16, 8, 2), ShiftedConfig(16, 16, 32, 4, 2)),
+    "ieee": (ShiftedConfig(16, 16, 32, 4, 2),),
 }
 """Tiles by arithmetic. Not every row suits all widths: see :func:`fits`."""
 
