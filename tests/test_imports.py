@@ -30,7 +30,17 @@ ORDER = (
         "digits",
         "describe",
     ),
-    *("environment", "timing", "forecast", "tuner", "results", "plots", "report_html", "report", "compare"),
+    *(
+        "environment",
+        "timing",
+        "forecast",
+        "tuner",
+        "results",
+        "plots",
+        "report_html",
+        "report",
+        "compare",
+    ),
     *("baselines", "probes", "presets", "bench", "demo", "classify"),
     *("cli", "__main__"),
 )
