@@ -113,33 +113,37 @@ def test_hwnc_converts_the_stem_once_and_gives_the_sources_layout_back(device):
             assert rms(out - exact) <= 2 * rms(expected - exact) + 4e-3 * rms(exact)
 
 
-NETWORKS = {
-    "resnet18": ("stem,head,gemm,conv2d_hwnc", "stem,head,gemm"),
-    "resnet50": ("stem,head,gemm,gemm_pair,rot2,conv2d_hwnc", "stem,head,gemm,gemm_pair,rot2"),
-}
+FLAT = "stem,head,gemm"
+SLOW = pytest.mark.slow
+NETWORKS = [
+    pytest.param("resnet18", 32, FLAT, 19, id="resnet18"),
+    pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc"),
+    pytest.param("resnet50", 64, f"{FLAT},gemm_pair,rot2", 16, id="resnet50", marks=SLOW),
+    pytest.param(
+        "resnet50", 64, f"{FLAT},gemm_pair,rot2,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SLOW
+    ),
+    # The 3x3s of the four blocks with a projection and of stage 4's two others stay.
+    pytest.param(
+        "resnet50", 64, f"{FLAT},gemm_pair,shifted_block", 6, id="resnet50-shifted", marks=SLOW
+    ),
+]
 
 
-@pytest.mark.parametrize("hwnc", [True, False], ids=["hwnc", "nhwc"])
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("resnet18", 32), pytest.param("resnet50", 64, marks=pytest.mark.slow)],
-)
-def test_whole_networks(name, size, hwnc, device, monkeypatch):
+@pytest.mark.parametrize(("name", "size", "forced", "others"), NETWORKS)
+def test_whole_networks(name, size, forced, others, device, monkeypatch):
     """As users force them, through the environment; in fp16, which all of the kernels take."""
-    forced = NETWORKS[name][0 if hwnc else 1]
-    monkeypatch.setenv("FASTRES_KERNELS", forced)
+    kept = {"rot2", "shifted_block"} - set(forced.split(","))
+    monkeypatch.setenv("FASTRES_KERNELS", ",".join([forced, *(f"-{name}" for name in kept)]))
     model = hostile_(fastres.create_model(name)).to(device, HALF)
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
     made = Executor(built, model, TritonOps(), HALF)
     x = real_images(2, size).to(device, HALF)
     LAUNCHES.clear()
     assert_right(made, model, x)
-    assert set(forced.split(",")) <= {n.split()[-1].replace("stem_", "") for n in served(made)} | {
-        "stem",
-        "gemm",
-    }
-    others = LAUNCHES["conv2d_kernel"]
-    assert others == (0 if hwnc else {"resnet18": 19, "resnet50": 16}[name])
+    shown = {label.split()[-1].replace("stem_hwnc", "stem") for label in served(made)}
+    flat = set() if name == "resnet18" else {"gemm"}
+    assert set(forced.split(",")) - {"gemm"} | flat <= shown
+    assert LAUNCHES["conv2d_kernel"] == others
 
 
 def served(made):
