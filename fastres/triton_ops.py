@@ -89,6 +89,9 @@ class TritonOps(AtenOps):
             if not self._takes(group, dtype, device):
                 return False
             kernel = BY_NAME[group.kernel]
+            # Launching with descriptors takes tens of microseconds where no CUDA graph hides them.
+            if kernel.copy_engine and plan.left and kernel.name not in choices.forced:
+                return False
             found = choices.decide(kernel.choice or kernel.name, case_of(group, shapes, kind))
             if isinstance(kernel, ConvHwnc):
                 found = Decision(not is_flat(group.steps[0].op), network.why)

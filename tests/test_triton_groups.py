@@ -10,7 +10,7 @@ from torch import nn
 
 import fastres
 from fastres import BasicBlock, Bottleneck, ResNet, fold, plan, trace
-from fastres.choices import only
+from fastres.choices import Choices, only
 from fastres.engine import Executor
 from fastres.tables import KERNELS
 from fastres.triton_ops import TritonOps
@@ -203,6 +203,18 @@ def test_a_residual_that_broadcasts_is_not_fused(device):
         torch.testing.assert_close(made.run([x]), model(x), rtol=1e-5, atol=1e-6)  # 16 products
     assert LAUNCHES["gemm_kernel"] == 1
     assert LAUNCHES["conv2d_kernel"] == 1
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["captured", "step by step"])
+def test_descriptors_only_where_a_graph_hides_their_launch(left, device):
+    """A plan with PyTorch calls in it gets no CUDA graph, and rows go to conv2d unless forced."""
+    layers = [nn.Conv2d(64, 64, 1), nn.ReLU(), *([nn.GELU()] if left else [])]
+    built = plan.build(fold.fold(trace.trace(nn.Sequential(*layers).eval())))
+    shapes = built.shapes((32, 64, 56, 56))
+    assert bool(built.left) is left
+    for choices, expected in ((Choices("sm_90"), not left), (only("gemm"), True)):
+        groups = TritonOps(choices=choices).arrange(built, shapes, HALF, device).groups
+        assert ("gemm" in [group.kernel for group in groups]) is expected
 
 
 def test_new_weights_reach_every_kernel(device):
