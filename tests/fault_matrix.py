@@ -1,6 +1,6 @@
 """docs/fault-matrix.md from a run: ``python tests/fault_matrix.py``, or ``make fault-matrix``.
 
-``--new`` runs those tests only that the page does not list yet, or that failed.
+``--new`` runs those tests only that the page does not list yet, or that failed, and says so there.
 
 A test serves the rows in its name: ``test_row7_...``, ``test_row14_row18_...``. Those of tests/gpu
 need a GPU and are named as such where there is none.
@@ -158,6 +158,12 @@ def kept() -> dict[str, str]:
     return dict(re.findall(r"^- `(tests/\S+::\w+)`: (.*)$", PAGE.read_text(), re.MULTILINE))
 
 
+def ran_on() -> str:
+    """Where the page says that it was run."""
+    found = re.search(r"^Run on (.*)\.$", PAGE.read_text(), re.MULTILINE)
+    return found[1] if found else "nothing"
+
+
 def machine() -> str:
     """Processor, torch and commit."""
     from fastres.environment import environment
@@ -181,7 +187,7 @@ def main() -> int:
     outcomes = Outcomes(frozenset(wanted))
     code = pytest.main(["-q", "-p", "no:cacheprovider", *files], [outcomes]) if files else 0
     results = known | {test: outcomes.of(test) for test in wanted}
-    PAGE.write_text(page(results, machine()))
+    PAGE.write_text(page(results, f"{ran_on()}; then {machine()}" if known else machine()))
     return int(code)
 
 
