@@ -149,6 +149,8 @@ class GraphRunner:
     def _replay(self, entry: _Captured, x: Tensor) -> Any:
         entry.source.copy_(x)
         entry.graph.replay()
+        if isinstance(entry.output, Tensor):
+            return entry.output.clone()
         return tree_map(_clone, entry.output)
 
     def _mark(self) -> None:

@@ -41,10 +41,12 @@ class FastModel(nn.Module):
 
     Attributes:
         signature: that of the source's forward.
+        positional: whether all of its parameters can be given by position.
         verification: the measured comparison with the source; None until it has run.
     """
 
     signature: ClassVar[inspect.Signature]
+    positional: ClassVar[bool]
 
     def __init__(
         self,
@@ -140,7 +142,11 @@ class FastModel(nn.Module):
         return self._runners[device]
 
     def _home(self) -> torch.device:
-        return next((t.device for t in self.buffers()), torch.device("cpu"))
+        folded = self.folded._buffers.values()  # at each call: buffers() walks all modules
+        found = next((t for t in folded if t is not None), None)
+        if found is None:
+            found = next(self.buffers(), None)
+        return torch.device("cpu") if found is None else found.device
 
     def _device(self, arguments: Sequence[Any]) -> torch.device:
         home = self._home()
@@ -177,6 +183,8 @@ class FastModel(nn.Module):
             return False
 
     def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        if self.positional and not kwargs and len(args) == len(self.traced.parameters):
+            return list(args)
         bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         names = [parameter.name for parameter in self.traced.parameters]
@@ -213,6 +221,9 @@ class FastModel(nn.Module):
         self._program = portable.lower(self.traced)
 
 
+_POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
 def with_signature(signature: inspect.Signature) -> type[FastModel]:
     """A FastModel whose forward shows this signature, as torch.export and its users look it up."""
 
@@ -227,6 +238,7 @@ def with_signature(signature: inspect.Signature) -> type[FastModel]:
     members = {
         "forward": forward,
         "signature": inspect.Signature(plain),
+        "positional": all(p.kind in _POSITIONAL for p in plain),
         "__module__": __name__,
         "__doc__": FastModel.__doc__,
     }

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
-from operator import attrgetter
+from operator import attrgetter, is_, methodcaller
 from typing import Any, cast
 
 import torch
@@ -127,35 +127,52 @@ class Watch:
         self._steps = OPTIMIZER_STEPS.count
         self._root, self._method = module, method
         self._traced = getattr(module, method)
-        self._modules = [
-            (m, m._modules, tuple(m._modules.values()), m.forward, _settings(m), _settings(m)(m))
-            for m in module.modules()
-        ]
-        watched = dict.fromkeys([*paths, *_counters(module)])
-        self._tensors = [_Watched(module, path) for path in watched]
+        self._modules = tuple(module.modules())
+        self._children = [m._modules for m in self._modules]
+        self._empty = [found for found in self._children if not found]
+        self._filled = [found for found in self._children if found]
+        self._members = list(map(tuple, map(_VALUES, self._filled)))
+        self._forwards = list(map(_FORWARD, self._modules))
+        self._settings = _settings(self._modules)
+        self._tensors = _Tensors(module, dict.fromkeys([*paths, *_counters(module)]))
 
     def reason(self) -> str | None:
         """As :func:`busy_reason`, for the watched modules."""
-        return busy_reason(m for m, *_ in self._modules)
+        below = self._modules[1:]
+        hooked = any(map(_HOOKS, below)) or any(map(_PRE_HOOKS, below))
+        if not hooked and not any(map(_TRAINING, self._modules)):
+            return None
+        return busy_reason(self._modules)
 
     def change(self) -> Change:
-        """Compare the module with what was recorded (about 50 us for a ResNet-50)."""
+        """Compare the module with what was recorded.
+
+        It runs beside each call, so nothing here loops in Python over modules or tensors.
+        """
         if getattr(self._root, self._method) != self._traced:
             return Change.STRUCTURE
         try:
-            for m, children, recorded, forward, settings, values in self._modules:
-                if m._modules is not children or tuple(children.values()) != recorded:
-                    return Change.STRUCTURE
-                if m.forward != forward or settings(m) != values:
-                    return Change.STRUCTURE
+            if not self._same_structure():
+                return Change.STRUCTURE
         except AttributeError:  # a setting was deleted
             return Change.STRUCTURE
-        if self._steps != OPTIMIZER_STEPS.count:
+        if self._steps != OPTIMIZER_STEPS.count or not self._tensors.same():
             return Change.WEIGHTS
-        for watched in self._tensors:
-            if watched.changed():
-                return Change.WEIGHTS
         return Change.NONE
+
+    def _same_structure(self) -> bool:
+        return (
+            all(map(is_, map(_CHILDREN, self._modules), self._children))
+            and not any(self._empty)
+            and list(map(tuple, map(_VALUES, self._filled))) == self._members
+            and list(map(_FORWARD, self._modules)) == self._forwards
+            and all(list(map(get, modules)) == values for get, modules, values in self._settings)
+        )
+
+
+_CHILDREN, _FORWARD, _TRAINING = map(attrgetter, ("_modules", "forward", "training"))
+_HOOKS, _PRE_HOOKS = map(attrgetter, ("_forward_hooks", "_forward_pre_hooks"))
+_VERSION, _VALUES = attrgetter("_version"), methodcaller("values")
 
 
 def _counters(module: nn.Module) -> list[str]:
@@ -163,33 +180,36 @@ def _counters(module: nn.Module) -> list[str]:
     return [path for path, _ in module.named_buffers() if path.endswith("num_batches_tracked")]
 
 
-class _Watched:
-    """One tensor by owner and name: the same object, version and address as before?
+class _Tensors:
+    """Tensors by owner and name: the same objects, versions and addresses as before?
 
     Inference tensors have no version.
     """
 
-    __slots__ = ("alias", "name", "owner", "pointer", "tensor", "version")
+    def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
+        found = [_place(module, path) for path in paths]
+        self._owners = [owner for owner, _ in found]
+        self._names = [name for _, name in found]
+        self._tensors = [owner[name] for owner, name in found]
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versions = list(map(_VERSION, self._versioned))
+        self._pointers = list(map(Tensor.data_ptr, self._tensors))
+        self._aliases = [t.detach() for t in self._tensors]
 
-    def __init__(self, module: nn.Module, path: str) -> None:
-        parent, _, self.name = path.rpartition(".")
-        holder = attribute(module, parent) if parent else module
-        in_parameters = self.name in holder._parameters
-        owner = holder._parameters if in_parameters else holder._buffers
-        self.owner = cast("dict[str, Tensor]", owner)
-        self.tensor = self.owner[self.name]
-        self.version = None if self.tensor.is_inference() else self.tensor._version
-        self.pointer = self.tensor.data_ptr()
-        self.alias = self.tensor.detach()
-
-    def changed(self) -> bool:
-        tensor = self.owner.get(self.name)
+    def same(self) -> bool:
         return (
-            tensor is None
-            or tensor is not self.tensor
-            or (self.version is not None and tensor._version != self.version)
-            or tensor.data_ptr() != self.pointer
+            all(map(is_, map(dict.get, self._owners, self._names), self._tensors))
+            and list(map(_VERSION, self._versioned)) == self._versions
+            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
         )
+
+
+def _place(module: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:
+    """The dictionary that holds a tensor, and its name there."""
+    parent, _, name = path.rpartition(".")
+    holder = attribute(module, parent) if parent else module
+    owner = holder._parameters if name in holder._parameters else holder._buffers
+    return cast("dict[str, Tensor]", owner), name
 
 
 _SETTINGS: dict[type, Any] = {
@@ -199,15 +219,26 @@ _SETTINGS: dict[type, Any] = {
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def _settings(module: nn.Module) -> Any:
-    """A getter of the settings that a trace bakes in: for a type not listed, all plain attributes.
+def _settings(modules: Iterable[nn.Module]) -> list[tuple[Any, list[nn.Module], list[Any]]]:
+    """Getters of the settings that a trace bakes in, each with its modules and their values."""
+    by_getter: dict[Any, list[nn.Module]] = {}
+    by_names: dict[tuple[str, ...], Any] = {}
+    for module in modules:
+        by_getter.setdefault(_getter(module, by_names), []).append(module)
+    return [(get, found, list(map(get, found))) for get, found in by_getter.items()]
+
+
+def _getter(module: nn.Module, by_names: dict[tuple[str, ...], Any]) -> Any:
+    """What reads a module's settings: for a type not listed, all plain attributes.
 
     Whether a module is training is no setting: it decides about the call, not about the plan.
     """
     if type(module) in _SETTINGS:
         return _SETTINGS[type(module)]
-    names = [n for n, value in vars(module).items() if n != "training" and _is_plain(value)]
-    return attrgetter(*names) if names else _nothing
+    names = tuple(n for n, value in vars(module).items() if n != "training" and _is_plain(value))
+    if not names:
+        return _nothing
+    return by_names.setdefault(names, attrgetter(*names))
 
 
 def _is_plain(value: Any) -> bool:
