@@ -30,7 +30,7 @@ from .environment import native_bf16
 from .errors import UnknownModelError
 from .fast_model import FastModel
 from .optimize import optimize
-from .presets import PRODUCTS, Spec
+from .presets import Spec
 from .probes import (
     SUSTAINED_SECONDS,
     cold_starts,
@@ -45,12 +45,7 @@ from .results import Case, Check, OutputError, Probe
 from .roofline import Ceilings, roofline
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    **dict.fromkeys(PRODUCTS, torch.float32),
-}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"
 RULE_OF_TWO = 2.0
 FLOOR_ULPS = 4.0

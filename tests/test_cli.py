@@ -38,7 +38,7 @@ def flat(text):
 MISTAKES = {
     ("plan", "resnet5"): ("unknown model 'resnet5'; did you mean resnet56, resnet50, resnet152?"),
     ("plan", "resnet18", "--dtype", "int8"): (
-        "dtype must be one of float32, float16, bfloat16, tf32, ieee; got 'int8'"
+        "dtype must be one of float32, float16, bfloat16; got 'int8'"
     ),
     ("plan", "resnet18", "--device", "tpu"): "device must be auto, cpu or cuda; got 'tpu'",
     ("plan", "resnet18", "--device", "cuda:99"): (
@@ -51,7 +51,7 @@ MISTAKES = {
     ("bench", "resnet18", "--batch", "1,x"): ("--batch takes integers such as 1,8,32; got '1,x'"),
     ("bench", "resnet18", "--batch", "0"): "batch must be at least 1, got 0",
     ("bench", "resnet18", "--dtype", "float31"): (
-        "dtype must be one of float32, float16, bfloat16, tf32, ieee; got 'float31'"
+        "dtype must be one of float32, float16, bfloat16; got 'float31'"
     ),
     ("demo", "--report", "report.pdf"): ("a report ends in .json, .md, .html; got 'report.pdf'"),
     ("verify", "resnet18", "--weights", "V9"): (
