@@ -236,7 +236,7 @@ class Executor:
         if plan.source_layout:
             arrangement = Arrangement(singly(plan.steps))
         else:
-            shapes = plan.shapes(*(given.get(p.name, ()) for p in plan.parameters))
+            shapes = plan.shapes(*(given.get(p.name) for p in plan.parameters))
             arrangement = self.ops.arrange(plan, shapes, self.dtype, device or self._device)
         served = replace(
             plan,
@@ -346,7 +346,7 @@ def check_inputs(plan: Plan, values: Mapping[str, Any], dtype: torch.dtype) -> N
             if isinstance(step.op, Conv2d):
                 _check_image(name, values[name], step.op, dtype)
     shapes = plan.shapes(
-        *(tuple(v.shape) if isinstance(v, Tensor) else () for v in values.values())
+        *(tuple(v.shape) if isinstance(v, Tensor) else None for v in values.values())
     )
     for step in plan.steps:
         shape = shapes[step.name]

@@ -83,10 +83,10 @@ class Plan:
         """The steps that stay PyTorch calls, each with the reason."""
         return tuple((s, left_to_torch(s.op)) for s in self.steps if left_to_torch(s.op))
 
-    def shapes(self, *inputs: Shape) -> dict[str, Shape | None]:
-        """Each value's shape for these input shapes; None behind a step left to PyTorch."""
+    def shapes(self, *inputs: Shape | None) -> dict[str, Shape | None]:
+        """Each value's shape for these input shapes; None behind one that is not known."""
         known: dict[str, Shape | None] = dict(
-            zip((p.name for p in self.parameters), map(tuple, inputs), strict=False)
+            zip((p.name for p in self.parameters), inputs, strict=False)
         )
         for step in self.steps:
             known[step.name] = output_shape(step.op, [known.get(name) for name in step.inputs])
@@ -356,7 +356,7 @@ def output_shape(op: Operation, inputs: list[Shape | None]) -> Shape | None:
         return (*x[:-1], op.out_features)
     if isinstance(op, GlobalAvgPool):
         return (*x[:2], 1, 1) if op.keepdim else x[:2]
-    if isinstance(op, Flatten):
+    if isinstance(op, Flatten) and x:
         return (x[0], prod(x[1:]))
     if isinstance(op, (ReLU, Add, BatchNorm2d)):
         return x
