@@ -412,6 +412,8 @@ class _Normalizer:
             return False
         if node.op == "call_method":
             return True
+        if node.target is getattr:  # a tensor's attribute
+            return node.args[1] in ("shape", "ndim", "dtype", "device")
         module_name = getattr(node.target, "__module__", None) or ""
         return module_name.startswith(("torch", "_operator")) or node.op == "get_attr"
 

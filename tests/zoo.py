@@ -25,7 +25,8 @@ class Case:
     """A model, what it is fed, and what stays a PyTorch call in its plan.
 
     ``left`` names those calls as :func:`left_names` does; ``arguments`` turns images into the
-    model's arguments; ``shell`` says that torch.fx cannot trace the whole.
+    model's arguments; ``shell`` says that torch.fx cannot trace the whole, ``only_size`` that it
+    takes images of no other size.
     """
 
     family: str
@@ -36,6 +37,12 @@ class Case:
     channels: int = 3
     arguments: Callable[[Tensor], tuple] = lambda images: (images,)
     shell: bool = False
+    only_size: bool = False
+
+    @property
+    def fixed(self) -> bool:
+        """Whether ``size`` is the one to use: a detector's, or the only one that fits."""
+        return self.shell or self.only_size
 
     def __str__(self) -> str:
         return f"{self.family}-{self.name}"
@@ -278,7 +285,7 @@ KERAS_CASES: tuple[Case, ...] = (
         "tutorial ResNet-50, 64x64",
         _keras(lambda k: k.resnet50(64, 6, zero_padding=True, pool=2)),
         frozenset({"Softmax"}),
-        size=64,
+        only_size=True,
     ),
     Case(
         "Keras",
