@@ -156,9 +156,11 @@ class Executor:
         if not self.plan.source_layout:
             for name in values.keys() - schedule.as_given:
                 values[name] = _to_channels_last(values[name])
-        groups = singly(self.plan.steps)
-        if observe is None:
-            groups = self._groups(schedule.arrangement, arguments)
+        groups = (
+            self._groups(schedule.arrangement, arguments)
+            if observe is None
+            else singly(self.plan.steps)
+        )
         for group in groups:
             if not (group.kernel and self._run_group(group, values)):
                 for step in group.steps:
