@@ -160,6 +160,12 @@ def check_channels_last(name: str, t: Tensor) -> None:
         )
 
 
+def check_contiguous(name: str, t: Tensor) -> None:
+    """Dense row-major memory."""
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got {describe(t)}")
+
+
 def check_activation(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A dense NHWC tensor of ``shape``, of the dtype and on the device of the input ``x``."""
     check_tensor(name, t, 4)
@@ -175,8 +181,13 @@ def check_vector(name: str, t: Tensor, size: int, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32 or {x.dtype} as the input is, got {t.dtype}")
     check_same_device(name, t, x)
     check_shape(name, t, (size,))
-    if not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got {describe(t)}")
+    check_contiguous(name, t)
+
+
+def check_precision(precision: str) -> None:
+    """How products of float32 are rounded: not at all, or to TF32."""
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
 
 
 def check_device(x: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import INTERPRETED, check_like, check_tensor, describe
+from ._common import INTERPRETED, check_contiguous, check_like, check_tensor, describe
 
 _UNIT = 16  # bytes
 
@@ -42,8 +42,7 @@ def check_rows(name: str, t: Tensor, x: Tensor) -> None:
     """A matrix of x's dtype and device that a descriptor can describe."""
     check_tensor(name, t, 2)
     check_like(name, t, x)
-    if not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got {describe(t)}")
+    check_contiguous(name, t)
     if not fits_descriptor(t.shape[1], t.dtype):
         raise ValueError(f"{name} must have rows of a multiple of 16 bytes, got {describe(t)}")
 

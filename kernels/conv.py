@@ -27,9 +27,11 @@ from ._common import (
     await_producers,
     check_activation,
     check_channels_last,
+    check_contiguous,
     check_device,
     check_like,
     check_out_memory,
+    check_precision,
     check_tensor,
     check_vector,
     describe,
@@ -328,8 +330,7 @@ def _check(
     check_channels_last("w", w)
     if b is not None:
         check_vector("b", b, w.shape[0], x)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     stride = int_pair("stride", stride, 1)
     padding = int_pair("padding", padding, 0)
     dilation = int_pair("dilation", dilation, 1)
@@ -390,8 +391,8 @@ def split_scratch(
         raise ValueError(
             f"scratch must be {size} or more elements of float32 on {device}, got {describe(given)}"
         )
-    elif not given.is_contiguous():
-        raise ValueError(f"scratch must be contiguous, got {describe(given)}")
+    else:
+        check_contiguous("scratch", given)
     return given
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from ._common import (
     await_producers,
     check_out_memory,
+    check_precision,
     check_shape,
     check_vector,
     dot,
@@ -289,8 +290,7 @@ def _check(
     if residual is not None:
         check_rows("residual", residual, x)
         check_shape("residual", residual, shape)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     return shape
 
 

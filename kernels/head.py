@@ -23,13 +23,14 @@ from torch import Tensor
 
 from ._common import (
     await_producers,
+    check_contiguous,
     check_device,
     check_like,
     check_out_memory,
+    check_precision,
     check_shape,
     check_tensor,
     check_vector,
-    describe,
     dot,
     launch,
     needs_int64,
@@ -222,12 +223,10 @@ def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int,
     check_tensor("w", w, 2)
     check_like("w", w, x)
     check_shape("w", w, (w.shape[0], x.shape[1]))
-    if not w.is_contiguous():
-        raise ValueError(f"w must be contiguous, got {describe(w)}; use .contiguous()")
+    check_contiguous("w", w)
     if b is not None:
         check_vector("b", b, w.shape[0], x)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     return x.shape[0], w.shape[0]
 
 
@@ -267,8 +266,7 @@ def head(
         check_tensor("out", out, 2)
         check_like("out", out, x)
         check_shape("out", out, shape)
-        if not out.is_contiguous():
-            raise ValueError(f"out must be contiguous, got {describe(out)}")
+        check_contiguous("out", out)
         check_out_memory(out, apart={"x": x, "w": w, "b": b}, same={})
     if not out.numel():
         return out

@@ -26,6 +26,7 @@ from ._common import (
     check_channels_last,
     check_like,
     check_out_memory,
+    check_precision,
     check_shape,
     check_tensor,
     check_vector,
@@ -249,8 +250,7 @@ def _check(
         raise ValueError(f"stride must be at least 1 and padding 0, got {stride} and {padding}")
     if padding >= min(w.shape[2:]):
         raise ValueError(f"padding must be less than the window, got {padding}")
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     p = window_count(height, w.shape[2], stride, padding, 1)
     q = window_count(width, w.shape[3], stride, padding, 1)
     if p < 1 or q < 1:

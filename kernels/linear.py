@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_like, check_shape, check_tensor, check_vector, describe
+from ._common import check_contiguous, check_like, check_shape, check_tensor, check_vector
 from ._config import TileConfig
 from .conv import CONFIGS as CONFIGS
 from .conv import conv2d
@@ -39,15 +39,10 @@ def _check(x: Tensor, w: Tensor, b: Tensor | None) -> None:
             f"x of shape {tuple(x.shape)} and w of shape {tuple(w.shape)} must agree in their "
             "second dimension, and it must be at least 1"
         )
-    _check_row_major("x", x)
-    _check_row_major("w", w)
+    check_contiguous("x", x)
+    check_contiguous("w", w)
     if b is not None:
         check_vector("b", b, w.shape[0], x)
-
-
-def _check_row_major(name: str, t: Tensor) -> None:
-    if not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got {describe(t)}; use .contiguous()")
 
 
 def _pixels(t: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ def linear(
         check_tensor("out", out, 2)
         check_like("out", out, x)
         check_shape("out", out, (x.shape[0], w.shape[0]))
-        _check_row_major("out", out)
+        check_contiguous("out", out)
     y = conv2d(
         _pixels(x),
         _pixels(w),

@@ -28,13 +28,14 @@ from ._common import (
     await_producers,
     check_activation,
     check_channels_last,
+    check_contiguous,
     check_device,
     check_like,
     check_out_memory,
+    check_precision,
     check_shape,
     check_tensor,
     check_vector,
-    describe,
     dot,
     launch,
     needs_int64,
@@ -294,8 +295,7 @@ def _check_matrix(name: str, w: Tensor, shape: tuple[int, int], t: Tensor) -> No
     check_tensor(name, w, 2)
     check_like(name, w, t)
     check_shape(name, w, shape)
-    if not w.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got {describe(w)}")
+    check_contiguous(name, w)
 
 
 def _check(
@@ -338,8 +338,7 @@ def _check(
             check_vector(name, vector, size, t)
     if stride not in (1, 2):
         raise ValueError(f"stride must be 1 or 2, got {stride!r}")
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     p, q = (window_count(size, 3, stride, 1, 1) for size in t.shape[2:])
     if p < 1 or q < 1:
         raise ValueError(f"t of {t.shape[2]}x{t.shape[3]} has no pixels")

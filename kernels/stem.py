@@ -30,6 +30,7 @@ from ._common import (
     check_device,
     check_like,
     check_out_memory,
+    check_precision,
     check_same_device,
     check_shape,
     check_tensor,
@@ -314,8 +315,7 @@ def _check(
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None:
             check_vector(name, vector, x.shape[1], w)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+    check_precision(precision)
     p, q = (window_count(size, WINDOW, STRIDE, PADDING, 1) for size in x.shape[2:])
     if p < 1 or q < 1:
         raise ValueError(f"x of {x.shape[2]}x{x.shape[3]} has no pixels")
