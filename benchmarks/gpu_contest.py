@@ -12,7 +12,8 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastres.timing import Method, measure, one_line
+from fastres.timing import Method, captured, measure, one_line
+from fastres.verify import rms
 
 Operands = tuple[Any, ...]
 Call = Callable[..., Any]
@@ -83,16 +85,13 @@ class Choice:
 def row_text(row: Any) -> str:
     """A configuration as the tables of ``kernels/`` spell it; values left at their default last."""
     values = [(f.name, getattr(row, f.name), f.default) for f in fields(row)]
-    plain = [repr(value) for _, value, default in values if default.__class__.__name__ == _MISSING]
+    plain = [repr(value) for _, value, default in values if default is MISSING]
     named = [
         f"{name}={value!r}"
         for name, value, default in values
-        if default.__class__.__name__ != _MISSING and value != default
+        if default is not MISSING and value != default
     ]
     return f"{type(row).__name__}({', '.join(plain + named)})"
-
-
-_MISSING = "_MISSING_TYPE"  # the class of dataclasses.MISSING
 
 
 def normal(setting: Setting, *shape: int, scale: float = 1.0) -> Tensor:
@@ -129,24 +128,12 @@ class Graphed:
 
     def __call__(self, _: int) -> Any:
         if self.graph is None:
-            self._capture()
-        assert self.graph is not None
+            self.graph = captured([partial(self._keep, operands) for operands in self.sets])
         self.graph.replay()
         return self.output
 
-    def _capture(self) -> None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.call(*self.sets[0])
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for operands in self.sets:
-                self.output = self.call(*operands)
-        self.graph = graph
+    def _keep(self, operands: Operands) -> None:
+        self.output = self.call(*operands)
 
 
 @dataclass(frozen=True)
@@ -161,15 +148,11 @@ class Judge:
         if [t.shape for t in got] != [t.shape for t in self.exact]:
             return f"shapes {[tuple(t.shape) for t in got]}"
         for out, exact, same in zip(got, self.exact, self.same, strict=True):
-            error, rounding, scale = _rms(out - exact), _rms(same - exact), _rms(exact)
+            error, rounding, scale = rms(out - exact), rms(same - exact), rms(exact)
             floor = FLOOR_ULPS * torch.finfo(out.dtype).eps * scale
             if not error <= RULE_OF_TWO * rounding + floor:
                 return f"wrong output: RMS error {error:.2e}, PyTorch's {rounding:.2e}"
         return None
-
-
-def _rms(values: Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
 
 
 def contest(

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import plan
 from .backends import AtenOps, CudnnOps
 from .cuda_graph import GraphRunner
 from .engine import Executor
@@ -201,7 +201,7 @@ def _twin(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_form
 
 
 def _executor(model: nn.Module, dtype: torch.dtype, ops: AtenOps) -> Executor:
-    return Executor(plan.build(fold.fold(trace.trace(model))), model, ops, dtype)
+    return Executor(plan.of_module(model), model, ops, dtype)
 
 
 def _folded(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:

@@ -44,6 +44,7 @@ from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError, Probe
 from .roofline import Ceilings, roofline
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
+from .verify import rms
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"
@@ -331,7 +332,7 @@ class Judge:
         for name, call in contenders.items():
             if name.startswith("eager"):
                 outputs = [call(x) for x in inputs]
-                rounding = _rms(torch.cat(outputs).double() - torch.cat(self.reference))
+                rounding = rms(torch.cat(outputs).double() - torch.cat(self.reference))
                 known = self.rounding.get(outputs[0].dtype, 0.0)
                 self.rounding[outputs[0].dtype] = max(known, rounding)
 
@@ -355,9 +356,9 @@ class Judge:
         return None
 
     def _error(self, difference: Tensor, output: Tensor, reference: Tensor) -> OutputError:
-        scale = _rms(reference)
+        scale = rms(reference)
         return OutputError(
-            rms=_rms(difference),
+            rms=rms(difference),
             max_abs=difference.abs().max().item(),
             reference_rms=scale,
             allowed_rms=self._allowed(output.dtype, len(output), scale),
@@ -456,7 +457,3 @@ def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The logits of each input from a float64 copy of the model, a few images at a time."""
     twin = eager(model, torch.float64, torch.contiguous_format)
     return [torch.cat([twin(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]
-
-
-def _rms(values: Tensor) -> float:
-    return values.double().square().mean().sqrt().item()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import fold, plan, trace
+from . import plan
 from .choices import Choices
 from .ir import Conv2d, Flatten, Linear
 from .plan import Shape
@@ -66,8 +66,7 @@ def forecast(
         BackendError: Triton is not installed, whose kernels know their own cost.
         ValueError: a step's size is not known.
     """
-    method = "_forward_impl" if hasattr(module, "_forward_impl") else "forward"
-    whole = plan.build(fold.fold(trace.trace(module, method)))
+    whole = plan.of_module(module)
     shapes = whole.shapes(shape)
     ops = TritonOps(choices=Choices(architecture))
     arranged = ops.arrange(whole, shapes, dtype, torch.device("cpu"))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import plan, trace
 from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
@@ -177,7 +177,7 @@ class Live:
 
     def _build(self) -> None:
         try:
-            self._plan = plan.build(fold.fold(trace.trace(self.module, METHOD)))
+            self._plan = plan.of_module(self.module, METHOD)
             self._home = self._weights_home()
             if self._home is None:
                 self._refuse("it has no convolution or linear layer")

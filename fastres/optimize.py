@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import plan, trace
 from .backends import check_backend
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
@@ -109,7 +109,7 @@ def optimize(
 
 def _fuse(model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool) -> FastModel:
     """The fused copy of a module that can be traced whole."""
-    traced = plan.build(fold.fold(trace.trace(model)))
+    traced = plan.of_module(model)
     source_dtype = _weight_dtype(model, traced)
     dtype = dtype or source_dtype
     folded = {

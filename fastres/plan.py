@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, TypeAlias
 
+from torch import nn
+
+from .fold import fold
 from .ir import (
     Add,
     AvgPool2d,
@@ -29,6 +32,7 @@ from .ir import (
     ReLU,
     refs,
 )
+from .trace import trace
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -144,6 +148,15 @@ class Plan:
             shapes = ", ".join("x".join(map(str, shape)) for shape in self.chosen_for)
             left.append(f"kernels chosen for {shapes}")
         return "\n".join(line.rstrip() for line in lines + left)
+
+
+def of_module(module: nn.Module, method: str = "forward") -> Plan:
+    """The plan of what a module computes in eval mode.
+
+    Raises:
+        TraceError: torch.fx cannot trace the method.
+    """
+    return build(fold(trace(module, method)))
 
 
 def build(graph: Graph) -> Plan:

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import plan
 from .aten_ops import AtenOps
 from .backends import select_ops
+from .baselines import SHORT
 from .engine import Executor
 from .environment import gpu_state
 from .fast_model import FastModel
@@ -28,6 +29,7 @@ from .ir import Flatten, Parameter, Ref
 from .plan import Plan, Step
 from .results import ColdStart, LayerTime, Probe
 from .roofline import Ceilings, roofline
+from .timing import captured
 
 Model = Callable[[Tensor], Tensor]
 
@@ -40,7 +42,6 @@ L2_SET_BYTES, L2_READS = 16 * 2**20, 512
 REPEATS = 10
 SUSTAINED_SECONDS = 3.0
 COLD_SECONDS = 120.0
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 def probe(
@@ -213,7 +214,7 @@ def layers(
 
     A step repeats on the same operands, so that they are cached where they fit.
     """
-    whole = plan.build(fold.fold(trace.trace(model)))
+    whole = plan.of_module(model)
     ops = select_ops("auto", x.device, dtype)
     costs = roofline(model, tuple(x.shape), itemsize=dtype.itemsize, ceilings=ceilings).kernels
     timed: list[tuple[Step, float]] = []
@@ -254,16 +255,7 @@ def _step_seconds(call: Callable[[], Any], x: Tensor) -> float:
 
 def _graph_seconds(call: Callable[[], Any]) -> float:
     """GPU seconds of one call out of a graph of several, in which launches cost least."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(REPEATS):
-            call()
-    return _best(graph.replay, torch.device("cuda")) / REPEATS
+    return _best(captured([call] * REPEATS).replay, torch.device("cuda")) / REPEATS
 
 
 def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -278,7 +270,7 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     multiplied = _best(lambda: a @ b, device)
-    name = f"{_machine(device)}, {NAMES.get(dtype, str(dtype))}, measured"
+    name = f"{_machine(device)}, {SHORT.get(dtype, str(dtype))}, measured"
     cached = _l2_bandwidth(device) if device.type == "cuda" else None
     return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied, cached)
 

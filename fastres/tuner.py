@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import fold, plan, trace
+from . import plan
 from .aten_ops import AtenOps, conv_precision
 from .choices import (
     APART,
@@ -33,9 +33,10 @@ from .fold import Weights, fold_step
 from .group_kernels import BY_NAME
 from .ir import Conv2d, Flatten, Parameter, Ref, attribute, refs
 from .plan import Plan, Shape, Step
-from .timing import one_line
+from .timing import captured, one_line
 from .triton_ops import TritonOps
 from .tuning import Case, Group, case_of, network_case, singly
+from .verify import rms
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]
 Progress = Callable[[int, int], None]
@@ -126,12 +127,6 @@ class Tuned:
         return {"machine": self.machine, "path": self.path, "cases": cases}
 
 
-def plan_of(module: nn.Module) -> Plan:
-    """The plan of a network with one image input."""
-    method = "_forward_impl" if hasattr(module, "_forward_impl") else "forward"
-    return plan.build(fold.fold(trace.trace(module.eval(), method)))
-
-
 def tune(
     module: nn.Module,
     shapes: Iterable[Shape],
@@ -159,7 +154,7 @@ def tune(
             f"tuning measures on a CUDA GPU, got device {str(device)!r}; --dry lists the cases"
         )
     path = cache or cache_path()
-    whole = plan_of(module)
+    whole = plan.of_module(module.eval())
     results: list[tuple[Trial, Measurement]] = []
     for dtype in dtypes:
         for shape in shapes:
@@ -302,17 +297,13 @@ def _judge(
 ) -> str:
     """What is wrong with a kernel's outputs: at most twice PyTorch's error, or four roundings."""
     found = _error([_judged(y) for y in outputs], exact)
-    scale = max(_rms(y) for y in exact)
+    scale = max(rms(y) for y in exact)
     allowed = 2 * error + 4 * torch.finfo(dtype).eps * scale
     return "" if found <= allowed else f"wrong: error {found:.3g}, allowed {allowed:.3g}"
 
 
 def _error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(_rms(y.double() - e) for y, e in zip(outputs, exact, strict=True))
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+    return max(rms(y.double() - e) for y, e in zip(outputs, exact, strict=True))
 
 
 def _turns(executor: Executor, inputs: Sequence[Tensor]) -> list[Callable[[], Any]]:
@@ -325,16 +316,7 @@ def _turns(executor: Executor, inputs: Sequence[Tensor]) -> list[Callable[[], An
 
 def graph_seconds(calls: Sequence[Callable[[], Any]]) -> float:
     """GPU seconds of one call, out of a graph of all of them, in which launches cost least."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return median(_replays(graph, len(calls)))
+    return median(_replays(captured(calls), len(calls)))
 
 
 def _replays(graph: torch.cuda.CUDAGraph, calls: int) -> Iterator[float]:

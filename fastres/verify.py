@@ -110,20 +110,20 @@ def judge(
     truth = reference if exact is None else _flat(exact)
     keep &= torch.isfinite(truth)
     reference, candidate, truth = reference[keep], candidate[keep], truth[keep]
-    scale = _rms(truth)
-    rms = _rms(candidate - truth)
-    own = None if exact is None else _rms(reference - truth)
+    scale = rms(truth)
+    error = rms(candidate - truth)
+    own = None if exact is None else rms(reference - truth)
     eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
     # Without float64, two roundings of every one of ~100 layers are allowed to add up at random.
     allowed = 20 * eps * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
-    ok = same_holes and rms <= allowed
+    ok = same_holes and error <= allowed
     against = "float64" if exact is not None else "the reference"
-    bound = f"error {rms:.3g} against {against}, allowed {allowed:.3g}"
+    bound = f"error {error:.3g} against {against}, allowed {allowed:.3g}"
     return Verification(
         ok=ok,
         reason=bound if same_holes else "infinite or NaN outputs in different places",
         max_abs=float((candidate - reference).abs().max()) if candidate.numel() else 0.0,
-        rms=rms,
+        rms=error,
         reference_rms=own,
         scale=scale,
         agreement=_agreement(expected, actual),
@@ -174,11 +174,11 @@ def _step_error(step: Step, source: nn.Module, operands: list[Tensor], result: T
     exact = _unfolded(step, source, [v.double() for v in operands], torch.float64)
     plain = _unfolded(step, source, operands, result.dtype).double()
     keep = torch.isfinite(exact) & torch.isfinite(plain)
-    rms = _rms((result.double() - exact)[keep])
+    error = rms((result.double() - exact)[keep])
     eps = torch.finfo(result.dtype).eps
-    floor = STEP_FLOOR_ULPS.get(result.dtype, FLOOR_ULPS) * eps * _rms(exact[keep])
-    allowed = 2 * _rms((plain - exact)[keep]) + floor
-    return StepError(step.where or step.name, describe(step.op), rms, allowed)
+    floor = STEP_FLOOR_ULPS.get(result.dtype, FLOOR_ULPS) * eps * rms(exact[keep])
+    allowed = 2 * rms((plain - exact)[keep]) + floor
+    return StepError(step.where or step.name, describe(step.op), error, allowed)
 
 
 def _unfolded(step: Step, source: nn.Module, operands: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -263,8 +263,9 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.square().mean().sqrt()) if x.numel() else 0.0
+def rms(x: Tensor) -> float:
+    """Root mean square in float64; 0 of no elements."""
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:

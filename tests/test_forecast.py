@@ -9,11 +9,10 @@ import fastres
 from fastres import cli
 from fastres.choices import Choices, only
 from fastres.forecast import LAUNCH_SECONDS, predicted_seconds
-from fastres.plan import Plan
+from fastres.plan import Plan, of_module
 from fastres.roofline import H200, roofline
 from fastres.tables import TABLES, shipped
 from fastres.triton_ops import TritonOps
-from fastres.tuner import plan_of
 from fastres.tuning import case_of
 
 pytest.importorskip("triton")
@@ -23,7 +22,7 @@ BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
 
 @pytest.fixture(scope="module")
 def resnet50() -> Plan:
-    return plan_of(fastres.resnet50())
+    return of_module(fastres.resnet50().eval())
 
 
 def shapes_of(plan, batch):

@@ -12,8 +12,9 @@ from fastres import Bottleneck, ResNet, cli
 from fastres.choices import load
 from fastres.engine import Executor
 from fastres.errors import BackendError
+from fastres.plan import of_module
 from fastres.triton_ops import TritonOps
-from fastres.tuner import plan_of, trials, tune
+from fastres.tuner import trials, tune
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
@@ -40,7 +41,7 @@ def tuned_file(tmp_path, monkeypatch):
 
 
 def served(model, batch=2):
-    made = Executor(plan_of(model), model, TritonOps(cudnn=True), HALF)
+    made = Executor(of_module(model), model, TritonOps(cudnn=True), HALF)
     with torch.no_grad():
         made.run([torch.randn(batch, 3, 8, 8).to(HALF)])
     return made.plan
@@ -51,7 +52,7 @@ def run(cheap, model=None, batch=2, **kwargs):
 
 
 def test_equal_pieces_are_tried_once_and_small_ones_first():
-    found = trials(plan_of(network()), (2, 3, 8, 8), TritonOps(), HALF)
+    found = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
     keys = [trial.case.key for trial in found]
     assert len(keys) == len(set(keys))
     lengths = [len(trial.group.steps) for trial in found]
@@ -61,7 +62,7 @@ def test_equal_pieces_are_tried_once_and_small_ones_first():
     assert "cudnn" not in alternatives
     assert "conv2d_hwnc" not in alternatives, "for two images nobody wants that layout"
     wide = hostile_(ResNet(Bottleneck, [1], num_classes=8, stem="cifar"))
-    network_trial = trials(plan_of(wide), (32, 3, 8, 8), TritonOps(), HALF)[-1]
+    network_trial = trials(of_module(wide), (32, 3, 8, 8), TritonOps(), HALF)[-1]
     assert network_trial.kernels == ("apart", "conv2d_hwnc")
 
 

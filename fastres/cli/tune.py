@@ -79,10 +79,11 @@ def tune(
 def _trials(
     network: torch.nn.Module, shapes: list[tuple[int, int, int, int]], kinds: list[torch.dtype]
 ) -> list[Trial]:
+    from ..plan import of_module
     from ..triton_ops import TritonOps
-    from ..tuner import plan_of, trials
+    from ..tuner import trials
 
-    whole, ops = plan_of(network), TritonOps(cudnn=True)
+    whole, ops = of_module(network.eval()), TritonOps(cudnn=True)
     found = [
         trial for kind in kinds for shape in shapes for trial in trials(whole, shape, ops, kind)
     ]
