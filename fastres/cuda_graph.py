@@ -121,14 +121,17 @@ class GraphRunner:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
-            source = self._source(x)
+            source, contiguous = self._source(x), not is_channels_last(x)
+            # Memory that is aligned as the caller's was not wants kernels of its own, and while
+            # capturing none can be compiled or loaded.
+            self.executor.run([source], contiguous=contiguous)
             graph = torch.cuda.CUDAGraph()
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
             ):
-                output = self.executor.run([source], contiguous=not is_channels_last(x))
+                output = self.executor.run([source], contiguous=contiguous)
             torch.cuda.current_stream().wait_stream(stream)
         self._graphs[key] = _Captured(graph, source, output, scratch)
         return self._graphs[key]

@@ -81,3 +81,23 @@ def test_outputs_have_the_callers_memory_order(runner_class, layout):
     assert not output.is_contiguous(
         memory_format=CL if layout is not CL else torch.contiguous_format
     )
+
+
+def test_what_is_captured_has_run_before_on_the_same_memory(runner_class, monkeypatch):
+    """So that nothing is compiled in a capture, as for an image that starts on an odd address."""
+    made = executor(small())
+    addresses = []
+    run = made.run
+
+    def recorded(arguments, **options):
+        addresses.append(arguments[0].data_ptr())
+        return run(arguments, **options)
+
+    monkeypatch.setattr(made, "run", recorded)
+    image = torch.randn(1 + 3 * 8 * 8)[1:].view(1, 3, 8, 8)
+    runner = runner_class(made)
+    with torch.no_grad():
+        runner(image)
+        runner(image)
+    assert addresses[0] == image.data_ptr()
+    assert addresses[-1] == addresses[-2] != image.data_ptr()
