@@ -25,7 +25,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check lint types bench publish gpu clean
-.PHONY: fuzz mutants fault-matrix gpu-sanitize
+.PHONY: fuzz mutants fault-matrix gpu-kernels gpu-sanitize
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
@@ -34,6 +34,7 @@ help:
 	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
 	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
+	@echo "make gpu-kernels  each kernel against what it replaces, in one call of nine minutes: $(OUT)/gpu"
 	@echo "make fuzz    random cases for MINUTES=30; what fails is kept in tests/regressions"
 	@echo "make mutants inject known bugs, one by one; the tests must notice each: docs/mutants.md"
 	@echo "make fault-matrix  what can go wrong, and the tests that would notice: docs/fault-matrix.md"
@@ -74,6 +75,9 @@ publish: bench
 gpu: $(READY)
 	$(RUN) -m pytest -q -x tests/gpu $(PYTEST_ARGS)
 	$(RUN) -m fastres bench resnet50 --device cuda --batch 1,32,256 --dtype float16 --output $(OUT)/gpu
+
+gpu-kernels: $(READY)
+	$(RUN) benchmarks/kernels_gpu.py --output $(OUT)/gpu
 
 MINUTES ?= 30
 SEED ?= 0
