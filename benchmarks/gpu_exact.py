@@ -22,7 +22,7 @@ NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "
 conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2, shifted = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
-stem = import_module("fastres.kernels.stem")
+sliding, stem = (import_module(f"fastres.kernels.{name}") for name in ("sliding", "stem"))
 
 Trial = Callable[[Setting], None]
 FLOAT = torch.float32
@@ -158,6 +158,22 @@ def hwnc_trial(kind: str, row: Any) -> Trial:
     return run
 
 
+def sliding_trial(row: Any) -> Trial:
+    def run(setting: Setting) -> None:
+        if not sliding.runs_on(setting.device):
+            return
+        w, b = integers(setting, 72, 64, 3, 3), integers(setting, 72, dtype=FLOAT)
+        for batch, width in ((row.images, 5), (20, 4)):
+            x = integers(setting, batch, 64, 6, width).permute(2, 3, 0, 1).contiguous()
+            for residual in (None, integers(setting, 6, width, batch * 72).view(6, width, -1, 72)):
+                given = {"padding": 1, "residual": residual, "relu": True}
+                want = hwnc.conv2d_hwnc_ref(x, w, b, upcast=True, **given)
+                out = poison(want.to(setting.dtype))
+                agree(hwnc.conv2d_hwnc(x, w, b, config=row, out=out, **given), want)
+
+    return run
+
+
 def stem_trial(row: Any) -> Trial:
     def run(setting: Setting) -> None:
         w, b = integers(setting, 64, 3, 7, 7), integers(setting, 64, dtype=FLOAT)
@@ -210,6 +226,8 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
         for dtype in DTYPES[kind]:
             yield from ((f"conv2d_hwnc {kind}", dtype, row, hwnc_trial(kind, row)) for row in rows)
     for dtype in DTYPES["half"]:
+        for row in sliding.CONFIGS:
+            yield "conv2d_hwnc sliding", dtype, row, sliding_trial(row)
         for row in rot2.CONFIGS:
             yield "rot2", dtype, row, rot2_trial(row, 64, 64)
     for kind, rows in shifted.CONFIGS.items():

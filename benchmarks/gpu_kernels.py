@@ -21,7 +21,7 @@ from benchmarks.gpu_contest import (
     normal,
     row_text,
 )
-from benchmarks.gpu_exact import conv, fitted, gemm, head, hwnc, rot2, shifted, stem
+from benchmarks.gpu_exact import conv, fitted, gemm, head, hwnc, rot2, shifted, sliding, stem
 from fastres.kernels import (
     global_avg_pool,
     linear,
@@ -150,7 +150,10 @@ def _conv3x3(
     contenders: dict[str, Call] = {"cuDNN unfused": reference}
     contenders |= on_gpu(setting, cuDNN_fused=cudnn)
     contenders |= _conv_rows(setting, Problem(batch * stage.size**2, c, c, 9, 1, 2), splits, given)
-    for row in rows_that_fit(setting, hwnc.CONFIGS) if not splits else ():
+    rows = [] if splits else rows_that_fit(setting, hwnc.CONFIGS)
+    if (c, stride, splits) == (sliding.CHANNELS, 1, False) and sliding.runs_on(setting.device):
+        rows += sliding.CONFIGS
+    for row in rows:
         contenders[machine_name("conv2d_hwnc", row)] = lambda x, w, b, h, row=row: _to_nchw(
             hwnc.conv2d_hwnc(h, w, b, config=row, **given)
         )

@@ -129,23 +129,35 @@ def _cycles(group: Group, shapes: Shapes, itemsize: int) -> float:
         projected = shapes[last.inputs[0]]
         assert projected is not None
         channels += projected[1]
-    return _matrix_cycles(group, rows, channels, itemsize, machine)
+    return _matrix_cycles(group, y, channels, itemsize, machine)
 
 
-def _matrix_cycles(group: Group, rows: int, channels: int, itemsize: int, machine: Any) -> float:
+def _matrix_cycles(group: Group, y: Shape, channels: int, itemsize: int, machine: Any) -> float:
     op = group.steps[0].op
     if not isinstance(op, (Conv2d, Linear)):
         return 0.0
     config = _kernels("_config")
     taps, groups = (prod(op.kernel), op.groups) if isinstance(op, Conv2d) else (1, 1)
     outputs = _outputs(op) // groups
-    problem = config.Problem(rows, outputs, channels // groups, taps, groups, itemsize)
+    problem = config.Problem(prod(y) // y[1], outputs, channels // groups, taps, groups, itemsize)
     file = {"gemm": "gemm", "gemm_pair": "gemm", "conv2d_hwnc": "hwnc"}.get(group.kernel, "conv")
     table = _kernels(file).CONFIGS["half"]
     if group.kernel == "gemm_pair":
         table = [row for row in table if not row.persistent]
     row = config.select_config(table, problem, "half", machine)
-    return float(config.estimated_cycles(row, problem, "half", machine))
+    cycles = float(config.estimated_cycles(row, problem, "half", machine))
+    if group.kernel == "conv2d_hwnc" and isinstance(op, Conv2d):
+        return min(cycles, _sliding_cycles(op, y, machine))
+    return cycles
+
+
+def _sliding_cycles(op: Conv2d, y: Shape, machine: Any) -> float:
+    """Cycles of the sliding form of a convolution in HWNC, infinite where it has none."""
+    sliding = _kernels("sliding")
+    if not sliding.supports(op.in_channels, op.kernel, op.stride[0], op.padding[0], torch.half):
+        return float("inf")
+    size = (y[2], y[3], y[0], y[1])
+    return _best(sliding.estimated_cycles, sliding.CONFIGS, size, machine)
 
 
 def _outputs(op: Any) -> int:

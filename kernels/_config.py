@@ -116,7 +116,7 @@ _TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
 _SPLIT_OVERHEAD = 2500  # cycles to publish a partial sum and to find it
 
 
-def _bandwidth(programs: int) -> float:
+def l2_bandwidth(programs: int) -> float:
     """Bytes per cycle from L2 to each of so many SMs at a time."""
     return min(_SM_BYTES, _L2_BYTES / programs)
 
@@ -134,10 +134,10 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     arithmetic = row.block_m * row.block_n * row.block_k / rate
     traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize
     full, rest = divmod(programs, machine.sms)
-    bandwidth = _bandwidth(min(programs, machine.sms))
+    bandwidth = l2_bandwidth(min(programs, machine.sms))
     busy = full * steps * max(arithmetic, traffic / bandwidth)
     if rest:  # the last wave has L2 for itself
-        busy += steps * max(arithmetic, traffic / _bandwidth(rest))
+        busy += steps * max(arithmetic, traffic / l2_bandwidth(rest))
 
     registers = 56 + row.block_m * row.block_n // (32 * row.num_warps)  # per thread
     resident = min(

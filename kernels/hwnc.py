@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import ceil
+from typing import TypeAlias
 
 import torch
 import triton
@@ -38,10 +39,15 @@ from ._common import (
     rounded,
     window_count,
 )
-from ._config import Problem, machine_of, select_config
+from ._config import Machine, Problem, estimated_cycles, machine_of, select_config
 from ._tma import check_aligned, check_copy_engine, descriptor, fits_descriptor
 from .conv import arithmetic, conv2d_ref
 from .gemm import GemmConfig
+
+try:
+    from . import sliding
+except ImportError:  # a Triton whose Gluon, which is experimental, has another form
+    sliding = None  # type: ignore[assignment]
 
 CONFIGS: dict[str, tuple[GemmConfig, ...]] = {
     "half": (
@@ -58,6 +64,8 @@ CONFIGS: dict[str, tuple[GemmConfig, ...]] = {
     "ieee": (GemmConfig(64, 32, 16, 4, 3),),
 }
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
+
+Config: TypeAlias = "GemmConfig | sliding.SlidingConfig"
 
 
 @triton.jit
@@ -265,12 +273,40 @@ def _check(
     return shape
 
 
-@lru_cache(maxsize=4096)
-def _select(problem: Problem, kind: str, device: torch.device) -> GemmConfig:
+def select(
+    problem: Problem, kind: str, machine: Machine, slides: tuple[int, int, int, int] | None
+) -> Config:
+    """The row of least estimated cycles, also of the sliding kernel for outputs of size ``slides``
+    (P, Q, N, K) where it can serve them."""
     rows = [row for row in CONFIGS[kind] if problem.channels % row.block_k == 0]
-    row = select_config(rows, problem, kind, machine_of(device))
+    row = select_config(rows, problem, kind, machine)
     assert isinstance(row, GemmConfig)
-    return row
+    if slides is None:
+        return row
+    other = sliding.select_config(sliding.CONFIGS, slides, machine)
+    faster = sliding.estimated_cycles(other, slides, machine) < estimated_cycles(
+        row, problem, kind, machine
+    )
+    return other if faster else row
+
+
+@lru_cache(maxsize=4096)
+def _select(
+    problem: Problem,
+    kind: str,
+    slides: tuple[int, int, int, int] | None,
+    device: torch.device,
+) -> Config:
+    return select(problem, kind, machine_of(device), slides)
+
+
+def _slides(x: Tensor, w: Tensor, stride: int, padding: int) -> bool:
+    """Whether the sliding kernel can serve the convolution on x's GPU."""
+    return (
+        sliding is not None
+        and sliding.runs_on(x.device)
+        and sliding.supports(w.shape[1], w.shape[2:], stride, padding, x.dtype)
+    )
 
 
 def conv2d_hwnc(
@@ -284,7 +320,7 @@ def conv2d_hwnc(
     relu: bool = False,
     precision: str = "ieee",
     out: Tensor | None = None,
-    config: GemmConfig | None = None,
+    config: Config | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, w) + b + residual)`` in one kernel, in the layout [H, W, N, C].
 
@@ -296,7 +332,9 @@ def conv2d_hwnc(
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
         out: where to write; may be ``residual`` itself, since each program reads its tile of the
             residual before it writes that tile, and no other program touches it.
-        config: the tile to use instead of the selected one; its ``block_k`` divides C.
+        config: the tile to use instead of the selected one. Its ``block_k`` divides C; a
+            ``SlidingConfig`` is for 3x3 convolutions of 64 channels in half precision with stride
+            and padding 1 on sm_90.
 
     Returns:
         (P, Q, N, K), contiguous, of x's dtype. A batch of 0 launches nothing.
@@ -321,9 +359,16 @@ def conv2d_hwnc(
     problem = Problem(
         p * q * batch, outputs, channels, w.shape[2] * w.shape[3], 1, x.element_size()
     )
+    slides = _slides(x, w, stride, padding)
     if config is None:
-        config = _select(problem, arithmetic(x.dtype, precision), x.device)
-    elif channels % config.block_k or config.persistent:
+        kind = arithmetic(x.dtype, precision)
+        config = _select(problem, kind, shape if slides else None, x.device)
+    if not isinstance(config, GemmConfig):
+        if not slides:
+            raise ValueError(f"config must be a GemmConfig for this convolution, got {config}")
+        sliding.run(x, w, b, residual, out, relu, config)
+        return out
+    if channels % config.block_k or config.persistent:
         raise ValueError(f"config must not be persistent and divide {channels} channels: {config}")
     bm, bn, bk, parts = config.block_m, config.block_n, config.block_k, config.parts
     if batch % bm == 0:

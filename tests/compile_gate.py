@@ -167,7 +167,7 @@ def inspect(kernel, case: Case, verdict: Verdict) -> None:
         verdict.problems += wait_problems("ACQBULK", sass)
     elif "griddepcontrol" in kernel.asm.get("ptx", ""):
         verdict.problems.append("waits although it is launched after the end of those before it")
-    if not re.search(case.ttir, kernel.asm["ttir"]):
+    if not re.search(case.ttir, kernel.asm.get("ttir", "")):  # Gluon has none
         verdict.problems.append(f"no {case.ttir} in Triton's IR")
     verdict.shared = kernel.metadata.shared
     if "cubin" in kernel.asm:

@@ -28,12 +28,14 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-NAMES = ("gemm", "head", "hwnc", "rot2", "shifted", "stem")
-gemm, head, hwnc, rot2, shifted, stem = (import_module(f"fastres.kernels.{name}") for name in NAMES)
+NAMES = ("gemm", "head", "hwnc", "rot2", "shifted", "sliding", "stem")
+gemm, head, hwnc, rot2, shifted, sliding, stem = (
+    import_module(f"fastres.kernels.{name}") for name in NAMES
+)
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
-_tma.has_copy_engine = lambda device: True
+_tma.has_copy_engine = sliding.runs_on = lambda device: True
 HOPPER = Machine(132, 227 * 1024)
 gemm.machine_of = rot2.machine_of = shifted.machine_of = lambda device: HOPPER
 
@@ -290,6 +292,44 @@ def hwnc_cases(full: bool) -> Iterator[Case]:
                 yield tile_case("conv2d_hwnc", what, row, target, kind, run)
 
 
+def sliding_run(
+    row: sliding.SlidingConfig, batch: int, bias: bool, residual: bool, dtype: torch.dtype
+) -> None:
+    w = fake(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    hwnc.conv2d_hwnc(
+        fake(56, 56, batch, 64, dtype=dtype),
+        w,
+        fake(64) if bias else None,
+        padding=1,
+        residual=fake(56, 56, batch, 64, dtype=dtype) if residual else None,
+        relu=True,
+        config=row,
+    )
+
+
+SLIDING_PATHS = {
+    "plain": (256, True, False),
+    "residual": (256, True, True),
+    "ragged": (200, False, True),
+}
+
+
+def sliding_cases(full: bool) -> Iterator[Case]:
+    for row, (path, sizes) in product(sliding.CONFIGS, SLIDING_PATHS.items()):
+        for dtype in HALVES if full else HALVES[:1]:
+            yield Case(
+                "sliding",
+                f"{path} {short(dtype)}",
+                " ".join(map(str, astuple(row))),
+                "sm_90",
+                partial(sliding_run, row, *sizes, dtype),
+                wgmma=True,
+                unusable=""
+                if row.shared_bytes() <= TARGETS["sm_90"].shared_limit
+                else "too much shared memory",
+            )
+
+
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
@@ -297,6 +337,7 @@ def all_cases(full: bool) -> Iterable[Case]:
     yield from shifted_cases(full)
     yield from head_cases(full)
     yield from hwnc_cases(full)
+    yield from sliding_cases(full)
 
 
 def main() -> int:

@@ -25,8 +25,8 @@ from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
 
 # The package gives some of these names to functions.
-NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted")
-cache_read, gemm, head, hwnc, rot2, shifted = (
+NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted", "sliding")
+cache_read, gemm, head, hwnc, rot2, shifted, sliding = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 
@@ -115,6 +115,10 @@ def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
     window = whole(8, 16, 3, 3, dtype=dtype)
     keywords = {"ours": {"padding": 1, "config": PIXELS}, "ref": {"padding": 1}}
     yield "conv2d_hwnc", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
+    if sliding.runs_on(DEVICE) and dtype is not torch.float32:
+        x, window = whole(2, 3, 70, 64, dtype=dtype).contiguous(), whole(64, 64, 3, 3, dtype=dtype)
+        keywords = {"ours": {"padding": 1, "config": sliding.CONFIGS[0]}, "ref": {"padding": 1}}
+        yield "sliding", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
     if dtype is torch.float32:
         return
     t, x2 = whole(37, 16, dtype=dtype), whole(37, 64, dtype=dtype)
