@@ -21,8 +21,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import ceil
+from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -37,6 +39,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ._common import INTERPRETED, await_producers, launch, relu_keeping_nan
 from ._config import MULTIPLY_ADDS, Machine, l2_bandwidth
+
+# Triton 3.7 and later have other names for the same.
+copy_in: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+copy_out: Any = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
 CHANNELS = 64  # read, and written by one program
 _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
@@ -107,8 +113,11 @@ def supports(
 
 @cache
 def runs_on(device: torch.device) -> bool:
-    """Whether the GPU has warpgroup products: sm_90 alone. The interpreter does not know Gluon."""
+    """Whether the GPU has warpgroup products: sm_90 alone. The interpreter does not know Gluon,
+    and with Triton 3.9 each product waits for the one before (ptxas warns C7512)."""
     if device.type != "cuda" or torch.version.hip is not None or INTERPRETED:
+        return False
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return False
     return torch.cuda.get_device_capability(device)[0] == 9
 
@@ -126,7 +135,7 @@ def _load_column(x, ring, ready, p, q, n0, N, IMAGES: gl.constexpr, STAGES: gl.c
     mbarrier.expect(barrier, 3 * IMAGES * 64 * 2)
     for r in gl.static_range(3):
         pixel = ring.index(slot * 3 + r)
-        tma.async_copy_global_to_shared(x, [p + r - 1, q * N + n0, 0], barrier, pixel)
+        copy_in(x, [p + r - 1, q * N + n0, 0], barrier, pixel)
 
 
 @gluon.jit
@@ -196,7 +205,7 @@ def _visit(
     tma.store_wait(0)
     result.store(value.to(y.dtype).reshape([1, 1, IMAGES, 64]))
     fence_async_shared()
-    tma.async_copy_shared_to_global(y, [p, q - 1, n0, k0], result)
+    copy_out(y, [p, q - 1, n0, k0], result)
     return warpgroup_mma_wait(0, deps=(left, middle, right, a0, a1, a2))
 
 
@@ -204,7 +213,7 @@ def _visit(
 def _load_shortcut(residual, shortcut, barrier, p, q, n0, k0, IMAGES: gl.constexpr):
     """Ask for what is added to the output at (p, q)."""
     mbarrier.expect(barrier, IMAGES * 64 * 2)
-    tma.async_copy_global_to_shared(residual, [p, q, n0, k0], barrier, shortcut)
+    copy_in(residual, [p, q, n0, k0], barrier, shortcut)
 
 
 @gluon.jit(do_not_specialize=["N", "H", "columns"])
@@ -243,7 +252,7 @@ def sliding_kernel(
     fence_async_shared()
     mbarrier.expect(ready.index(STAGES), 9 * 64 * 64 * 2)
     for tap in gl.static_range(9):
-        tma.async_copy_global_to_shared(w, [k0, tap * 64], ready.index(STAGES), weights.index(tap))
+        copy_in(w, [k0, tap * 64], ready.index(STAGES), weights.index(tap))
     for q in gl.static_range(STAGES):
         _load_column(x, ring, ready, p, q, n0, N, IMAGES, STAGES)
     if residual is not None:

@@ -177,11 +177,7 @@ class Machine:
             wait=lambda barrier, phase: barrier.wait(phase),
             MBarrierLayout=lambda: "barriers",
         )
-        self.tma = types.SimpleNamespace(
-            async_copy_global_to_shared=self.copy_in,
-            async_copy_shared_to_global=self.copy_out,
-            store_wait=self.store_wait,
-        )
+        self.tma = types.SimpleNamespace(store_wait=self.store_wait)
 
     def _language(self) -> types.SimpleNamespace:
         dtypes = {name: getattr(torch, name) for name in ("float32", "float16", "int64")}
@@ -297,6 +293,8 @@ def _function(machine: Machine, kernel: Any) -> Callable[..., Any]:
         "gl": machine.gl,
         "mbarrier": machine.mbarrier,
         "tma": machine.tma,
+        "copy_in": machine.copy_in,
+        "copy_out": machine.copy_out,
         "fence_async_shared": machine.fence_async_shared,
         "warpgroup_mma": machine.warpgroup_mma,
         "warpgroup_mma_wait": machine.warpgroup_mma_wait,

@@ -183,7 +183,7 @@ BROKEN = {
         "        mbarrier.wait(ready.index(STAGES + 1), q % 2)\n",
     ),
     "a sum read while products run": ("warpgroup_mma_wait(6, deps", "warpgroup_mma_wait(7, deps"),
-    "stores not seen by the copy": ("    fence_async_shared()\n    tma.", "    tma."),
+    "stores not seen by the copy": ("    fence_async_shared()\n    copy", "    copy"),
     "a result overwritten while it is copied": ("    tma.store_wait(0)\n    result", "    result"),
     "ends while copies run": ("    tma.store_wait(0)\n\n\ndef run", "\n\ndef run"),
     "a column too many": ("if q + STAGES < columns", "if q + STAGES <= columns"),
