@@ -136,6 +136,7 @@ class Stem(GroupKernel):
     rule = "stem_pool"
     layouts = ("nhwc",)
     copy_engine = False
+    hwnc = False
 
     def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
         conv, pool = group.steps[0].op, group.steps[-1].op
@@ -156,20 +157,17 @@ class Stem(GroupKernel):
         if not x.is_contiguous():
             x = x.contiguous(memory_format=CHANNELS_LAST)
         packed = call.extra[0] if x.is_contiguous() else call.extra[1]  # a single pixel is both
-        precision = conv_precision()
-        return (call.kernels.stem(x, weight, bias, packed=packed, precision=precision),)
+        settings = {"packed": packed, "precision": conv_precision(), "hwnc": self.hwnc}
+        return (call.kernels.stem(x, weight, bias, **settings),)
 
 
 class StemHwnc(Stem):
-    """The same for a network in HWNC, whose layout the pooled images are put into."""
+    """The same for a network in HWNC, which writes the pooled images in that layout."""
 
     name = "stem_hwnc"
     choice = Stem.name
     layouts = ("hwnc",)
-
-    def run(self, call: Launch) -> Outputs:
-        outputs = super().run(call)
-        return outputs and tuple(images(pixels(y, "hwnc"), "hwnc") for y in outputs)
+    hwnc = True
 
 
 class Head(GroupKernel):

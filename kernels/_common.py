@@ -166,6 +166,14 @@ def check_contiguous(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got {describe(t)}")
 
 
+def is_hwnc(x: Tensor) -> bool:
+    """Images (N, C, H, W) of a supported dtype, dense in that order and not in NHWC."""
+    if x.dim() != 4 or not x.numel() or x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    check_tensor("x", x, 4)
+    return x.permute(2, 3, 0, 1).is_contiguous()
+
+
 def check_activation(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A dense NHWC tensor of ``shape``, of the dtype and on the device of the input ``x``."""
     check_tensor(name, t, 4)

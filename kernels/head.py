@@ -32,6 +32,7 @@ from ._common import (
     check_tensor,
     check_vector,
     dot,
+    is_hwnc,
     launch,
     needs_int64,
     rounded,
@@ -208,17 +209,9 @@ def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
     return min(usable, key=lambda row: estimated_cycles(row, problem, machine))
 
 
-def _is_hwnc(x: Tensor) -> bool:
-    """Images of a supported dtype, dense in that order and not in NHWC."""
-    if x.dim() != 4 or not x.numel() or x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    check_tensor("x", x, 4)
-    return x.permute(2, 3, 0, 1).is_contiguous()
-
-
 def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:
     """Refuse what the kernel does not take; otherwise the shape of the output."""
-    if not _is_hwnc(x):
+    if not is_hwnc(x):
         check_image(x)
     check_tensor("w", w, 2)
     check_like("w", w, x)
@@ -291,7 +284,7 @@ def head(
         ),
         batch,
         height * width,
-        *((1, batch) if _is_hwnc(x) else (height * width, 1)),
+        *((1, batch) if is_hwnc(x) else (height * width, 1)),
         channels,
         shape[1],
         config.splits,

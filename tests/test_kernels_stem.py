@@ -75,6 +75,24 @@ def test_row3_every_size_is_exact(integers, size, planar):
     assert torch.equal(stem(x, w, b, config=SMALL), expected(x, w, b))
 
 
+@interpreter
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (13, 18), (5, 66)], ids=str)
+def test_the_layout_hwnc_is_exact(integers, poisoned, size, batch):
+    x = images(integers, (batch, 3, *size), HALF, True)
+    w, b = integers(9, 3, 7, 7, dtype=HALF), integers(9)
+    want = expected(x, w, b)
+    n, k, p, q = want.shape
+    guarded = poisoned((want.numel(),), HALF)
+    out = guarded.out.view(p, q, n, k).permute(2, 3, 0, 1)
+    assert stem(x, w, b, hwnc=True, out=out, config=SMALL) is out
+    guarded.check()
+    assert torch.equal(out, want)
+    fresh = stem(x, w, b, hwnc=True, config=SMALL)
+    assert fresh.stride() == out.stride()
+    assert torch.equal(fresh, want)
+
+
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
 
 
@@ -132,10 +150,11 @@ def test_packed_weights_may_be_given(integers):
 
 @interpreter
 @pytest.mark.parametrize("planar", [True, False], ids=["NCHW", "NHWC"])
-def test_row6_the_int64_path_is_exact(monkeypatch, integers, planar):
+@pytest.mark.parametrize("hwnc", [False, True])
+def test_row6_the_int64_path_is_exact(monkeypatch, integers, planar, hwnc):
     monkeypatch.setattr(stem_module, "needs_int64", lambda *_: True)
     x, w = images(integers, (3, 2, 6, 7), HALF, planar), integers(4, 2, 7, 7, dtype=HALF)
-    assert torch.equal(stem(x, w, config=SMALL), expected(x, w))
+    assert torch.equal(stem(x, w, hwnc=hwnc, config=SMALL), expected(x, w))
 
 
 @interpreter
@@ -194,6 +213,17 @@ BAD = {
     ),
     "precision": ({"precision": "fast"}, ValueError, "precision must be 'ieee' or 'tf32'"),
     "out dtype": ({"out": torch.empty(1, 8, 3, 3).half()}, TypeError, "out must be torch.float32"),
+    "out NHWC": (
+        {"out": torch.empty(3, 3, 2, 8).permute(2, 3, 0, 1), "x": X.repeat(2, 1, 1, 1)},
+        ValueError,
+        "out must be dense in channels_last order",
+    ),
+    "out HWNC": (
+        {"out": torch.empty(2, 3, 3, 8).permute(0, 3, 1, 2), "x": X.repeat(2, 1, 1, 1)}
+        | {"hwnc": True},
+        ValueError,
+        r"out must be dense in the order \(H, W, N, C\)",
+    ),
     "out over w": ({"out": W.view(-1)[:72].view(1, 8, 3, 3)}, ValueError, "out"),
 }
 

@@ -84,7 +84,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     )
 
 
-def test_hwnc_converts_the_stem_once_and_gives_the_sources_layout_back(device):
+def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
     """The layout is the network's own affair: outputs have the strides of the source's."""
 
     class Features(nn.Module):
