@@ -124,6 +124,13 @@ def _cycles(group: Group, shapes: Shapes, itemsize: int) -> float:
         sizes = (rows, x[1], y[1], _outputs(last.op), machine)
         row = rot2.select_config(rot2.CONFIGS, *sizes)
         return float(rot2.estimated_cycles(row, *sizes))
+    if group.kernel == "sliding_block":
+        block, reduced = _kernels("sliding_fused"), 0
+        if len(group.steps) > 2:
+            reduced = _outputs(last.op)
+        size, expanded = (y[2], y[3], y[0]), _outputs(group.steps[1].op)
+        row = block.select_config(block.CONFIGS, size, expanded, reduced, machine)
+        return float(block.estimated_cycles(row, size, expanded, reduced, machine))
     channels = x[1]
     if group.kernel == "gemm_pair":
         projected = shapes[last.inputs[0]]

@@ -352,6 +352,55 @@ class ShiftedBlock(GroupKernel):
         return tuple(named[name] for name in call.group.outputs)
 
 
+class SlidingBlock(GroupKernel):
+    """A bottleneck of 64 channels from its 3x3 on, and the next one's reduction, in HWNC."""
+
+    name = "sliding_block"
+    rule = "shifted_block"
+    layouts = ("hwnc",)
+
+    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+        conv, expand, *reduce = (step.op for step in group.steps)
+        assert isinstance(conv, Conv2d)
+        assert isinstance(expand, Conv2d)
+        fused = kernels.sliding_fused
+        plain = (conv.stride, conv.padding, conv.dilation) == ((1, 1), (1, 1), (1, 1))
+        if fused is None or not (plain and expand.residual):
+            return False
+        reduced = sum(op.out_channels for op in reduce if isinstance(op, Conv2d))
+        widths = conv.in_channels, conv.out_channels, expand.out_channels, reduced
+        anywhere = device.type == "cpu" and not kernels.INTERPRETED
+        machine = fused.HOPPER if anywhere else kernels.machine_of(device)
+        runs = anywhere or fused.runs_on(device)
+        return bool(runs and fused.supports(*widths, dtype, machine))
+
+    def run(self, call: Launch) -> Outputs:
+        conv, expand, *reduce = call.group.steps
+        (t,) = call.operands(conv)
+        x = call.inputs[call.group.inputs.index(expand.inputs[1])]
+        (w2, b2), (w3, b3), *last = call.weights
+        if not _same_pixels(t, x, w3.shape[0]):
+            return None
+        w1, b1 = (last[0][0].flatten(1), last[0][1]) if last else (None, None)
+        narrow, wide = pixels(t, "hwnc"), pixels(x, "hwnc")
+        made = call.kernels.sliding_fused.sliding_block(
+            narrow,
+            w2,
+            b2,
+            w3.flatten(1),
+            b3,
+            wide,
+            w1,
+            b1,
+            out=(
+                wide if expand.in_place else torch.empty_like(wide),
+                None if w1 is None else narrow.new_empty(*narrow.shape[:3], w1.shape[0]),
+            ),
+        )
+        named = dict(zip((s.name for s in (expand, *reduce)), made, strict=False))
+        return tuple(images(named[name], "hwnc") for name in call.group.outputs)
+
+
 class ConvHwnc(GroupKernel):
     """A convolution of a network in HWNC."""
 
@@ -427,6 +476,7 @@ GROUP_KERNELS: tuple[GroupKernel, ...] = tuple(
             GemmPair(),
             Rot2(),
             ShiftedBlock(),
+            SlidingBlock(),
             ConvHwnc(),
             Cudnn(),
         ),

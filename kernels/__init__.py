@@ -24,6 +24,11 @@ from .rot2 import supports as rot2_supports
 from .shifted import shifted_block, shifted_block_ref
 from .stem import pack_stem_weight, stem, stem_ref
 
+try:
+    from . import sliding_fused
+except ImportError:  # a Triton whose Gluon, which is experimental, has another form
+    sliding_fused = None  # type: ignore[assignment]
+
 __all__ = [
     "INTERPRETED",
     "LAUNCHES",
@@ -57,6 +62,7 @@ __all__ = [
     "shifted_block_ref",
     "rot2",
     "rot2_supports",
+    "sliding_fused",
     "stem",
     "stem_ref",
 ]

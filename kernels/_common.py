@@ -174,6 +174,24 @@ def is_hwnc(x: Tensor) -> bool:
     return x.permute(2, 3, 0, 1).is_contiguous()
 
 
+def check_hwnc(name: str, t: Tensor, shape: Sequence[int] | None, x: Tensor) -> None:
+    """Dense (H, W, N, C), of ``shape`` if one is given, of the dtype and on the device of ``x``."""
+    check_tensor(name, t, 4)
+    check_like(name, t, x)
+    if shape is not None:
+        check_shape(name, t, shape)
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous (H, W, N, C), got {describe(t)}")
+
+
+def check_matrix(name: str, w: Tensor, shape: Sequence[int], x: Tensor) -> None:
+    """A dense row-major matrix of ``shape``, of the dtype and on the device of the input ``x``."""
+    check_tensor(name, w, 2)
+    check_like(name, w, x)
+    check_shape(name, w, shape)
+    check_contiguous(name, w)
+
+
 def check_activation(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A dense NHWC tensor of ``shape``, of the dtype and on the device of the input ``x``."""
     check_tensor(name, t, 4)

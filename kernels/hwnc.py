@@ -25,13 +25,12 @@ from torch import Tensor
 from ._common import (
     await_producers,
     check_channels_last,
+    check_hwnc,
     check_like,
     check_out_memory,
     check_precision,
-    check_shape,
     check_tensor,
     check_vector,
-    describe,
     dot,
     launch,
     needs_int64,
@@ -220,13 +219,6 @@ def supports(channels: int, outputs: int, dtype: torch.dtype) -> bool:
     return channels > 0 and channels % 64 == 0 and fits_descriptor(outputs, dtype)
 
 
-def _check_image(name: str, t: Tensor, x: Tensor) -> None:
-    check_tensor(name, t, 4)
-    check_like(name, t, x)
-    if not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous (H, W, N, C), got {describe(t)}")
-
-
 def _check(
     x: Tensor,
     w: Tensor,
@@ -237,7 +229,7 @@ def _check(
     precision: str,
 ) -> tuple[int, int, int, int]:
     """Refuse what the kernel does not take; otherwise the shape of the output."""
-    _check_image("x", x, x)
+    check_hwnc("x", x, None, x)
     check_tensor("w", w, 4)
     check_like("w", w, x)
     height, width, batch, channels = x.shape
@@ -268,8 +260,7 @@ def _check(
         )
     shape = (p, q, batch, w.shape[0])
     if residual is not None:
-        _check_image("residual", residual, x)
-        check_shape("residual", residual, shape)
+        check_hwnc("residual", residual, shape, x)
     return shape
 
 
@@ -347,8 +338,7 @@ def conv2d_hwnc(
     if out is None:
         out = x.new_empty(shape)
     else:
-        _check_image("out", out, x)
-        check_shape("out", out, shape)
+        check_hwnc("out", out, shape, x)
         check_out_memory(out, apart={"x": x, "w": w, "b": b}, same={"residual": residual})
     if not out.numel():
         return out

@@ -28,9 +28,9 @@ from ._common import (
     await_producers,
     check_activation,
     check_channels_last,
-    check_contiguous,
     check_device,
     check_like,
+    check_matrix,
     check_out_memory,
     check_precision,
     check_shape,
@@ -291,13 +291,6 @@ def select_config(
     return min(usable, key=lambda row: estimated_cycles(row, problem, kind, machine))
 
 
-def _check_matrix(name: str, w: Tensor, shape: tuple[int, int], t: Tensor) -> None:
-    check_tensor(name, w, 2)
-    check_like(name, w, t)
-    check_shape(name, w, shape)
-    check_contiguous(name, w)
-
-
 def _check(
     t: Tensor,
     w2: Tensor,
@@ -320,12 +313,12 @@ def _check(
     check_channels_last("w2", w2)
     check_tensor("w3", w3, 2)
     expanded = w3.shape[0]
-    _check_matrix("w3", w3, (expanded, middle), t)
+    check_matrix("w3", w3, (expanded, middle), t)
     reduced = 0
     if w1 is not None:
         check_tensor("w1", w1, 2)
         reduced = w1.shape[0]
-        _check_matrix("w1", w1, (reduced, expanded), t)
+        check_matrix("w1", w1, (reduced, expanded), t)
     elif b1 is not None:
         raise ValueError("b1 is given without w1")
     if not supports(channels, middle, expanded, reduced) or (w1 is not None and not reduced):

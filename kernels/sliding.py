@@ -92,7 +92,7 @@ def estimated_cycles(
     products = 9 * CHANNELS * CHANNELS * row.images / MULTIPLY_ADDS["half"]
     traffic = 3 * CHANNELS * 2 * row.images / l2_bandwidth(min(programs, machine.sms))
     column = max(here * products, here * traffic, products + _TURN)
-    return ceil(programs / (machine.sms * resident)) * (_columns(q) * column + _START)
+    return ceil(programs / (machine.sms * resident)) * (columns_of(q) * column + _START)
 
 
 def select_config(
@@ -122,13 +122,13 @@ def runs_on(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _columns(width: int) -> int:
+def columns_of(width: int) -> int:
     """Columns that a program visits: one past the row, rounded up to full turns of three sums."""
     return ceil((width + 1) / 3) * 3
 
 
 @gluon.jit
-def _load_column(x, ring, ready, p, q, n0, N, IMAGES: gl.constexpr, STAGES: gl.constexpr):
+def load_column(x, ring, ready, p, q, n0, N, IMAGES: gl.constexpr, STAGES: gl.constexpr) -> None:
     """Ask for the input pixels of column ``q`` in the rows p - 1 to p + 1."""
     slot = q % STAGES
     barrier = ready.index(slot)
@@ -139,12 +139,19 @@ def _load_column(x, ring, ready, p, q, n0, N, IMAGES: gl.constexpr, STAGES: gl.c
 
 
 @gluon.jit
-def _add_products(a0, a1, a2, weights, acc, s: gl.constexpr, FIRST: gl.constexpr):
+def unknown_zero(q) -> Any:
+    """0 for every column, but the compiler cannot tell. In an index of the weights it keeps the
+    descriptors of so many fixed tiles, two registers each, from being held through the loop."""
+    return q // 1048576
+
+
+@gluon.jit
+def add_products(a0, a1, a2, weights, acc, zero, s: gl.constexpr, FIRST: gl.constexpr) -> Any:
     """``acc`` plus the three rows' pixels times the weights of the window's column ``s``."""
-    first = weights.index(s).permute((1, 0))
+    first = weights.index(zero + s).permute((1, 0))
     acc = warpgroup_mma(a0, first, acc, use_acc=not FIRST, is_async=True)
-    acc = warpgroup_mma(a1, weights.index(3 + s).permute((1, 0)), acc, is_async=True)
-    return warpgroup_mma(a2, weights.index(6 + s).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(a1, weights.index(zero + 3 + s).permute((1, 0)), acc, is_async=True)
+    return warpgroup_mma(a2, weights.index(zero + 6 + s).permute((1, 0)), acc, is_async=True)
 
 
 @gluon.jit
@@ -180,18 +187,14 @@ def _visit(
     a1 = ring.index(slot * 3 + 1).reshape([IMAGES, 64]).load(OPERAND)
     a2 = ring.index(slot * 3 + 2).reshape([IMAGES, 64]).load(OPERAND)
     if q + STAGES < columns:
-        _load_column(x, ring, ready, p, q + STAGES, n0, N, IMAGES, STAGES)
+        load_column(x, ring, ready, p, q + STAGES, n0, N, IMAGES, STAGES)
 
-    left = _add_products(a0, a1, a2, weights, left, 2, False)
-    middle = _add_products(a0, a1, a2, weights, middle, 1, False)
-    right = _add_products(a0, a1, a2, weights, right, 0, True)
+    zero = unknown_zero(q)
+    left = add_products(a0, a1, a2, weights, left, zero, 2, False)
+    middle = add_products(a0, a1, a2, weights, middle, zero, 1, False)
+    right = add_products(a0, a1, a2, weights, right, zero, 0, True)
 
-    if residual is None:
-        left = warpgroup_mma_wait(6, deps=(left,))
-    else:  # the sum with it takes the operands' registers
-        left, middle, right, a0, a1, a2 = warpgroup_mma_wait(
-            0, deps=(left, middle, right, a0, a1, a2)
-        )
+    left = warpgroup_mma_wait(6, deps=(left,))
     value = left
     if bias is not None:
         value += bias[None, :]
@@ -254,7 +257,7 @@ def sliding_kernel(
     for tap in gl.static_range(9):
         copy_in(w, [k0, tap * 64], ready.index(STAGES), weights.index(tap))
     for q in gl.static_range(STAGES):
-        _load_column(x, ring, ready, p, q, n0, N, IMAGES, STAGES)
+        load_column(x, ring, ready, p, q, n0, N, IMAGES, STAGES)
     if residual is not None:
         _load_shortcut(residual, shortcut, ready.index(STAGES + 1), p, -1, n0, k0, IMAGES)
 
@@ -300,15 +303,15 @@ def run(
         sliding_kernel,
         height * ceil(batch / config.images) * ceil(outputs / CHANNELS),
         x.device,
-        _descriptor(x.view(height, -1, CHANNELS), 1, config.images, CHANNELS),
-        _descriptor(w.permute(0, 2, 3, 1).reshape(outputs, -1), CHANNELS, CHANNELS),
+        descriptor(x.view(height, -1, CHANNELS), 1, config.images, CHANNELS),
+        descriptor(w.permute(0, 2, 3, 1).reshape(outputs, -1), CHANNELS, CHANNELS),
         b,
-        None if residual is None else _descriptor(residual, 1, 1, config.images, CHANNELS),
-        _descriptor(out, 1, 1, config.images, CHANNELS),
+        None if residual is None else descriptor(residual, 1, 1, config.images, CHANNELS),
+        descriptor(out, 1, 1, config.images, CHANNELS),
         batch,
         height,
         outputs,
-        _columns(width),
+        columns_of(width),
         RELU=relu,
         IMAGES=config.images,
         STAGES=config.num_stages,
@@ -316,7 +319,7 @@ def run(
     )
 
 
-def _descriptor(t: Tensor, *block: int) -> TensorDescriptor:
+def descriptor(t: Tensor, *block: int) -> TensorDescriptor:
     """A descriptor of a dense tensor that moves boxes of shape ``block``."""
     layout = gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[t.dtype])
     return TensorDescriptor.from_tensor(t, list(block), layout)

@@ -28,16 +28,17 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-NAMES = ("gemm", "head", "hwnc", "rot2", "shifted", "sliding", "stem")
-gemm, head, hwnc, rot2, shifted, sliding, stem = (
+NAMES = ("gemm", "head", "hwnc", "rot2", "shifted", "sliding", "sliding_fused", "stem")
+gemm, head, hwnc, rot2, shifted, sliding, sliding_fused, stem = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
-_tma.has_copy_engine = sliding.runs_on = lambda device: True
+_tma.has_copy_engine = sliding.runs_on = sliding_fused.runs_on = lambda device: True
 HOPPER = Machine(132, 227 * 1024)
 gemm.machine_of = rot2.machine_of = shifted.machine_of = lambda device: HOPPER
+sliding_fused.machine_of = shifted.machine_of
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -330,6 +331,36 @@ def sliding_cases(full: bool) -> Iterator[Case]:
             )
 
 
+def block_run(row: sliding_fused.SlidingBlockConfig, reduced: int, dtype: torch.dtype) -> None:
+    w2 = fake(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    sliding_fused.sliding_block(
+        fake(56, 56, 256, 64, dtype=dtype),
+        w2,
+        fake(64),
+        fake(256, 64, dtype=dtype),
+        fake(256),
+        fake(56, 56, 256, 256, dtype=dtype),
+        fake(reduced, 256, dtype=dtype) if reduced else None,
+        fake(reduced) if reduced else None,
+        config=row,
+    )
+
+
+def block_cases(full: bool) -> Iterator[Case]:
+    for row, reduced in product(sliding_fused.CONFIGS, (0, 64, 128)):
+        if not sliding_fused.fits(row, 256, reduced, HOPPER):
+            continue
+        for dtype in HALVES if full else HALVES[:1]:
+            yield Case(
+                "sliding_block",
+                f"64>{reduced} {short(dtype)}",
+                f"s{row.num_stages}",
+                "sm_90",
+                partial(block_run, row, reduced, dtype),
+                wgmma=True,
+            )
+
+
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
@@ -338,6 +369,7 @@ def all_cases(full: bool) -> Iterable[Case]:
     yield from head_cases(full)
     yield from hwnc_cases(full)
     yield from sliding_cases(full)
+    yield from block_cases(full)
 
 
 def main() -> int:

@@ -190,10 +190,12 @@ class Machine:
             allocate_shared_memory=self.allocate,
             arange=lambda start, end, layout: torch.arange(start, end),
             zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-            load=lambda values, mask, other: torch.where(mask, values(mask), other),
+            load=lambda pointer, mask=True, other=0.0: pointer.load(mask, other),
             SliceLayout=lambda *a: a,
             DotOperandLayout=lambda *a: a,
             NVMMADistributedLayout=lambda *a: a,
+            SwizzledSharedLayout=lambda *a: a,
+            convert_layout=lambda values, layout: values,
         )
 
     def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: Any) -> Any:
@@ -278,8 +280,9 @@ class Pointer:
     def __add__(self, offset: Tensor) -> Pointer:
         return Pointer(self.values, self.offset + offset)
 
-    def __call__(self, mask: Tensor) -> Tensor:
-        return self.values[torch.where(mask, self.offset, 0)]
+    def load(self, mask: Tensor | bool, other: float) -> Tensor:
+        where = torch.as_tensor(mask).expand_as(self.offset)
+        return torch.where(where, self.values[torch.where(where, self.offset, 0)], other)
 
 
 def _function(machine: Machine, kernel: Any) -> Callable[..., Any]:

@@ -190,8 +190,11 @@ BROKEN = {
     "a column too few": ("if q + STAGES < columns", "if q + STAGES + 1 < columns"),
     "bytes miscounted": ("3 * IMAGES * 64 * 2", "3 * IMAGES * 64"),
     "rows of the window shifted": ("[p + r - 1, q * N", "[p + r, q * N"),
-    "columns of the window mirrored": ("weights, left, 2, False", "weights, left, 0, False"),
-    "a sum not begun anew": ("weights, right, 0, True", "weights, right, 0, False"),
+    "columns of the window mirrored": (
+        "weights, left, zero, 2, False",
+        "weights, left, zero, 0, False",
+    ),
+    "a sum not begun anew": ("weights, right, zero, 0, True", "weights, right, zero, 0, False"),
     "images of the next pixel": ("tile // H * IMAGES", "tile // H * IMAGES + 1"),
 }
 
