@@ -22,7 +22,9 @@ NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "
 conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2, shifted = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
-sliding, stem = (import_module(f"fastres.kernels.{name}") for name in ("sliding", "stem"))
+sliding, sliding_fused, stem = (
+    import_module(f"fastres.kernels.{name}") for name in ("sliding", "sliding_fused", "stem")
+)
 
 Trial = Callable[[Setting], None]
 FLOAT = torch.float32
@@ -174,6 +176,23 @@ def sliding_trial(row: Any) -> Trial:
     return run
 
 
+def block_trial(row: Any, reduced: int) -> Trial:
+    def run(setting: Setting) -> None:
+        fitting = sliding_fused.fits(row, 256, reduced, machine_of(setting.device))
+        if not (fitting and sliding_fused.runs_on(setting.device)):
+            return
+        t, x = (integers(setting, 6, 5, 70, c).contiguous() for c in (64, 256))
+        w2 = sparse(setting, 64, 9 * 64).view(64, 3, 3, 64).permute(0, 3, 1, 2)
+        w3, w1 = sparse(setting, 256, 64), sparse(setting, reduced, 256) if reduced else None
+        b2, b3, b1 = (integers(setting, n, dtype=FLOAT) for n in (64, 256, max(1, reduced)))
+        inputs = (t, w2, b2, w3, b3, x, w1, b1 if reduced else None)
+        want = sliding_fused.sliding_block_ref(*inputs, upcast=True)
+        out = tuple(None if y is None else poison(y.to(setting.dtype)) for y in want)
+        agree(sliding_fused.sliding_block(*inputs, out=out, config=row), want)
+
+    return run
+
+
 def stem_trial(row: Any) -> Trial:
     def run(setting: Setting) -> None:
         w, b = integers(setting, 64, 3, 7, 7), integers(setting, 64, dtype=FLOAT)
@@ -228,6 +247,9 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
     for dtype in DTYPES["half"]:
         for row in sliding.CONFIGS:
             yield "conv2d_hwnc sliding", dtype, row, sliding_trial(row)
+        for row in sliding_fused.CONFIGS:
+            for reduced in (0, 64, 128):
+                yield f"sliding_block {reduced}", dtype, row, block_trial(row, reduced)
         for row in rot2.CONFIGS:
             yield "rot2", dtype, row, rot2_trial(row, 64, 64)
     for kind, rows in shifted.CONFIGS.items():

@@ -21,7 +21,18 @@ from benchmarks.gpu_contest import (
     normal,
     row_text,
 )
-from benchmarks.gpu_exact import conv, fitted, gemm, head, hwnc, rot2, shifted, sliding, stem
+from benchmarks.gpu_exact import (
+    conv,
+    fitted,
+    gemm,
+    head,
+    hwnc,
+    rot2,
+    shifted,
+    sliding,
+    sliding_fused,
+    stem,
+)
 from fastres.kernels import (
     global_avg_pool,
     linear,
@@ -331,6 +342,8 @@ def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, A
 
 def shifted_cases(setting: Setting) -> Iterator[Case]:
     """3x3 + expansion + next reduction: in one kernel, as conv2d + rot2, as three, by cuDNN."""
+    if sliding_fused.runs_on(setting.device):
+        yield from _sliding_cases(setting)
     for batch in setting.batches(256, 32):
         for number, times in SEAMS[:1] if setting.tiny else SEAMS:
             for stage in stages(setting, number):
@@ -368,6 +381,41 @@ def _shifted(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str
         shifted.shifted_block_ref,
         flop=work,
         choice=Choice("shifted_block", "conv2d + ", c, batch),
+    )
+
+
+def _sliding_cases(setting: Setting) -> Iterator[Case]:
+    """The same of stage 1 in HWNC: in one kernel, or as conv2d_hwnc + rot2."""
+    for batch in setting.batches(256, 64):
+        for _, times in SEAMS[:2]:
+            for stage in stages(setting, 1):
+                title = f"HWNC stage 1 to {times * stage.channels} channels batch {batch}"
+                yield Case(title, partial(_sliding, setting, stage, batch, times))
+
+
+def _sliding(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, Any]:
+    c, reduced = stage.channels, times * stage.channels
+
+    def make() -> Operands:
+        t, w2, b2, w3, b3, x, w1, b1 = _block_operands(setting, stage, batch, reduced)
+        return hwnc.to_hwnc(t), w2, b2, w3, b3, hwnc.to_hwnc(x), w1, b1
+
+    def parts(t: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, x: Tensor, *rest: Tensor):
+        middle = hwnc.conv2d_hwnc(t, w2, b2, padding=1, relu=True)
+        wide, narrow = rot2.rot2(middle.view(-1, c), w3, b3, x.view(-1, 4 * c), *rest)
+        return wide.view(x.shape), narrow.view(*x.shape[:3], -1)
+
+    contenders: dict[str, Call] = {"PyTorch": sliding_fused.sliding_block_ref}
+    contenders["conv2d_hwnc + rot2"] = parts
+    for row in setting.rows(sliding_fused.CONFIGS):
+        if sliding_fused.fits(row, 4 * c, reduced, machine_of(setting.device)):
+            contenders[machine_name("sliding_block", row)] = partial(
+                sliding_fused.sliding_block, config=row
+            )
+    work = 2 * batch * stage.size**2 * c * (9 * c + 4 * c + 4 * reduced)
+    choice = Choice("sliding_block", "conv2d_hwnc + ", c, batch)
+    return contest(
+        setting, contenders, make, sliding_fused.sliding_block_ref, flop=work, choice=choice
     )
 
 

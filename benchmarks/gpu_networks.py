@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -15,6 +17,7 @@ from benchmarks.gpu_contest import Case, Judge, Setting
 from fastres import BasicBlock, ResNet, bench, create_model, optimize
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
+from fastres.choices import FORCE_VARIABLE
 from fastres.fast_model import FastModel
 from fastres.kernels import _common
 from fastres.presets import AUTOTUNED, Spec
@@ -73,12 +76,12 @@ def autotune_cases(setting: Setting) -> Iterator[Case]:
         yield Case(f"resnet50 batch {batch}", partial(_bench, setting, spec, Method(10, 3.0)))
 
 
-def _network(setting: Setting) -> ResNet:
+def _network(setting: Setting, name: str = "resnet50") -> ResNet:
     if setting.tiny:
         model = ResNet(BasicBlock, [1, 1], num_classes=5, stem="cifar", planes=8).eval()
         calibrate_(model, random_images(8, 3, 16)[0])
         return model
-    model = create_model("resnet50").eval()
+    model = create_model(name).eval()
     calibrate_(model)
     return model.to(setting.device)
 
@@ -127,6 +130,42 @@ def _judge(model: ResNet, dtype: torch.dtype, x: Tensor) -> Judge:
     exact = eager(model, torch.float64, torch.contiguous_format)
     same = eager(model, dtype, torch.channels_last)
     return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
+
+
+LAYOUTS = {
+    "NHWC": "-conv2d_hwnc",
+    "HWNC": "conv2d_hwnc,-sliding_block",
+    "HWNC, sliding block": "conv2d_hwnc,sliding_block",
+    "NHWC, no rot2": "-conv2d_hwnc,-rot2",
+}
+"""What FASTRES_KERNELS asks for, by what it is."""
+
+
+def layout_cases(setting: Setting) -> Iterator[Case]:
+    """Whole networks by the layouts and fusions that concern all of them."""
+    for name in ("resnet50",) if setting.tiny else ("resnet50", "resnet18"):
+        yield Case(f"{name} batch 256", partial(_layouts, setting, name))
+
+
+@torch.no_grad()
+def _layouts(setting: Setting, name: str) -> dict[str, Any]:
+    model = _network(setting, name)
+    x = _images(setting, 4 if setting.tiny else 256)
+    calls = {}
+    for what, kernels in LAYOUTS.items():
+        with patch.dict(os.environ, {FORCE_VARIABLE: kernels}):
+            calls[what] = _fast(setting, model, x[:2])
+            for _ in range(0 if setting.tiny else 3):  # compiles, captures, replays
+                calls[what](x.to(calls[what].dtype))
+    dtype = calls["NHWC"].dtype
+    judge = _judge(model, dtype, x)
+    if setting.tiny:
+        found = {what: judge(what, 0, call(x.to(dtype))) for what, call in calls.items()}
+        return {"checked": list(found), "failures": {k: v for k, v in found.items() if v}}
+    comparison = measure(
+        calls, [x.to(dtype)], check=judge, device="cuda", method=Method(10, 4.0, 0.05, 0.1)
+    )
+    return {"comparison": comparison.to_dict(), "failures": comparison.failures}
 
 
 def early_cases(setting: Setting) -> Iterator[Case]:

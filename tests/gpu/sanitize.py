@@ -25,8 +25,8 @@ from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
 
 # The package gives some of these names to functions.
-NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted", "sliding")
-cache_read, gemm, head, hwnc, rot2, shifted, sliding = (
+NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted", "sliding", "sliding_fused")
+cache_read, gemm, head, hwnc, rot2, shifted, sliding, sliding_fused = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 
@@ -119,6 +119,18 @@ def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
         x, window = whole(2, 3, 70, 64, dtype=dtype).contiguous(), whole(64, 64, 3, 3, dtype=dtype)
         keywords = {"ours": {"padding": 1, "config": sliding.CONFIGS[0]}, "ref": {"padding": 1}}
         yield "sliding", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
+        w3, w1 = torch.eye(256, 64, device=DEVICE).to(dtype), torch.eye(64, 256, device=DEVICE)
+        thin = torch.zeros_like(window)
+        thin[:, :, 1, 1] = torch.eye(64, device=DEVICE).to(dtype)
+        wide = whole(2, 3, 70, 256, dtype=dtype).contiguous()
+        block = (x, thin, None, w3, None, wide, w1.to(dtype))
+        yield (
+            "sliding_block",
+            sliding_fused.sliding_block,
+            sliding_fused.sliding_block_ref,
+            block,
+            {},
+        )
     if dtype is torch.float32:
         return
     t, x2 = whole(37, 16, dtype=dtype), whole(37, 64, dtype=dtype)
