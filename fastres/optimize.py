@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import plan, trace
 from .backends import check_backend
+from .copies import duplicate
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
@@ -150,7 +151,7 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     arguments = _few(arguments)
     reference = source
     if model.dtype is not model.source_dtype:
-        reference = copy.deepcopy(source).to(model.dtype)
+        reference = duplicate(source).to(model.dtype)
     keywords = [p.name for p in model.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if keywords:
         reference = _ByPosition(reference, keywords)
@@ -233,14 +234,14 @@ def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) ->
         holder = holder._modules[parent]  # type: ignore[assignment]
     if hasattr(holder, name):
         return
-    value = copy.deepcopy(attribute(source, path))
+    value = attribute(source, path)
     if isinstance(value, nn.Module):
-        holder.add_module(name, value.requires_grad_(False).to(dtype))
+        holder.add_module(name, duplicate(value).requires_grad_(False).to(dtype))
     elif isinstance(value, Tensor):
-        value = value.detach()
+        value = value.detach().clone()
         holder.register_buffer(name, value.to(dtype) if value.is_floating_point() else value)
     else:
-        setattr(holder, name, value)
+        setattr(holder, name, copy.deepcopy(value))
 
 
 def _few(arguments: Sequence[Any], images: int = 4) -> Sequence[Any]:

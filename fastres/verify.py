@@ -7,7 +7,6 @@ scale. The root mean square over all outputs is compared: a maximum over a whole
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .copies import duplicate
 from .engine import Executor
 from .errors import VerificationError
 from .fold import unnormalised_conv
@@ -243,7 +243,7 @@ def _float64_outputs(module: Any, arguments: tuple[Any, ...]) -> list[Tensor] | 
     if not isinstance(module, nn.Module):
         return None
     try:
-        exact = copy.deepcopy(module).double()
+        exact = duplicate(module).double()
         return _tensors(exact(*tree_map(_to_float64, arguments)))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None

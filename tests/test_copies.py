@@ -1,0 +1,39 @@
+"""The user's module is copied wherever something would be done to it."""
+
+import pytest
+from test_trace import compare, image, module
+from torch.nn.utils import prune, weight_norm
+
+import fastres
+
+
+def test_what_forward_assigns_is_not_left_behind():
+    """Neither on the module nor in its containers: the tracer's values cannot even be copied."""
+
+    def forward(self, x):
+        self.seen = self.by_name["y"] = self.conv(x)
+        return self.next(self.seen)
+
+    source = module(forward)
+    source.seen, source.by_name = None, {}
+    fastres.optimize(source, verify=False)
+    assert source.seen is None
+    assert not source.by_name
+    compare(source, image())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+        lambda conv: weight_norm(conv).weight_g.data.mul_(2),
+    ],
+    ids=["pruned", "weight_norm of old"],
+)
+def test_layers_whose_weight_is_a_result(change):
+    """deepcopy refuses such tensors; the layer's own hook computes them anew at each call."""
+    source = module(lambda self, x: self.next(self.relu(self.conv(x))))
+    change(source.conv)
+    assert not source.conv.weight.is_leaf
+    plan = compare(source, image())
+    assert [step.where for step, why in plan.left if why == "has forward hooks"] == ["conv"]
