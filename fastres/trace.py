@@ -383,6 +383,8 @@ class _Normalizer:
         for i, op in enumerate(ops):
             last = i == len(ops) - 1
             name = node.name if last else f"{node.name}_{type(op).__name__.lower()}"
+            if isinstance(op, Call):
+                op = replace(op, args=(Ref(*source),))
             self._emit(node, name, op, source)
             source = (name,)
 
