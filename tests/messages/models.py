@@ -56,6 +56,9 @@ add(
     lambda: fastres.create_model("resnext50_32x4d", groups=2),
 )
 
+add("reset_classifier: another pooling", lambda: small().reset_classifier(7, "max"))
+add("reset_classifier: classes of no pooling", lambda: small().reset_classifier(7, ""))
+
 add("call: another rank", lambda: quiet(small(), images()[0]))
 add("call: another number of channels", lambda: quiet(small(), images()[:, :2]))
 add("call: another dtype", lambda: quiet(small(), images().double()))
@@ -255,6 +258,8 @@ add("verify: answers of other shapes", lambda: fastres.verify(torch.sin, torch.s
 
 add("features: no model", lambda: features("resnet18", [1]))
 add("features: nothing wanted", lambda: features(small(), []))
+add("features: a name alone", lambda: features(small(), "layer4"))
+add("features: no images", lambda: features(nn.Sequential(nn.Linear(3, 4)), ["0"]))
 add("features: numbers and names", lambda: features(small(), [1, "layer1"]))
 add("features: no such module", lambda: features(small(), ["layer9"]))
 add("features: no such map", lambda: features(small(), [7]))
