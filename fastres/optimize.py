@@ -88,8 +88,11 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is of torch.jit, which torch.fx cannot record; optimize its source")
     model = unwrapped(model)
     _check_source(model)
+    _check_example(example_input)
     check_backend(backend)
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
@@ -189,6 +192,21 @@ def _check_source(model: nn.Module) -> None:
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
+    if "meta" in devices:
+        raise ValueError("model is on the meta device: it has no weights to fold")
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    dtypes = {m.weight.dtype: f"{m.weight.dtype} ({name}.weight)" for name, m in layers}
+    if len(dtypes) > 1:
+        raise ValueError(f"model must have weights of one dtype; got {', '.join(dtypes.values())}")
+
+
+def _check_example(example: Any) -> None:
+    taken = isinstance(example, (Tensor, Sequence)) and not isinstance(example, str)
+    if example is not None and not taken:
+        raise TypeError(
+            "example_input must be a tensor or a sequence of positional arguments; "
+            f"got {type(example).__name__}"
+        )
 
 
 def _plain_attributes(source: nn.Module) -> dict[str, Any]:

@@ -30,6 +30,12 @@ def quiet(model: Any, *args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
 
+def half_in_half() -> nn.Module:
+    model = small()
+    model.fc.half()
+    return model
+
+
 def fast(source: nn.Module | None = None, **kwargs: Any) -> Any:
     return fastres.optimize(source or small(), verify=False, **kwargs)
 
@@ -156,6 +162,10 @@ add("optimize: twice", lambda: fastres.optimize(fast()))
 add("optimize: training mode", lambda: fastres.optimize(small().train()))
 add("optimize: no such backend", lambda: fast(backend="cuda"))
 add("optimize: no such dtype", lambda: fast(dtype=torch.int8))
+add("optimize: a dictionary as example", lambda: fast(example_input={"x": images()}))
+add("optimize: a script", lambda: fast(torch.jit.script(small())))
+add("optimize: no values", lambda: fast(small().to("meta")))
+add("optimize: half of it in another dtype", lambda: fast(half_in_half()))
 add("optimize: Python that cannot be traced", lambda: fast(Branching().eval()))
 add("optimize: arguments that cannot be traced", lambda: fast(Starred().eval()))
 add(
