@@ -254,7 +254,10 @@ def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) ->
         return
     value = attribute(source, path)
     if isinstance(value, nn.Module):
-        holder.add_module(name, duplicate(value).requires_grad_(False).to(dtype))
+        copied = duplicate(value).to(dtype)
+        for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
+            parameter.detach_()
+        holder.add_module(name, copied)
     elif isinstance(value, Tensor):
         value = value.detach().clone()
         holder.register_buffer(name, value.to(dtype) if value.is_floating_point() else value)

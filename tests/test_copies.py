@@ -1,6 +1,7 @@
 """The user's module is copied wherever something would be done to it."""
 
 import pytest
+import torch
 from test_trace import compare, image, module
 from torch.nn.utils import prune, weight_norm
 
@@ -37,3 +38,11 @@ def test_layers_whose_weight_is_a_result(change):
     assert not source.conv.weight.is_leaf
     plan = compare(source, image())
     assert [step.where for step, why in plan.left if why == "has forward hooks"] == ["conv"]
+
+
+def test_a_scripted_layer_is_called_whole():
+    source = module(lambda self, x: self.next(self.norm(self.conv(x))))
+    source.norm = torch.jit.script(source.norm)
+    (left,) = [step for step, why in compare(source, image()).left if step.where == "norm"]
+    assert left.op.reason == "its forward was replaced on the instance"  # by torch.jit
+    assert all(p.requires_grad for p in source.parameters())
