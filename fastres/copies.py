@@ -15,7 +15,8 @@ def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Modu
     """A deep copy, in which objects given by their ``id`` are replaced.
 
     Results of autograd, which deepcopy refuses, are copied as constants: pruning and the old
-    weight_norm keep them on modules, and their hooks compute them anew at each call.
+    weight_norm keep them on modules, and their hooks compute them anew at each call. Process
+    groups, which it refuses too, are shared.
     """
     results = {
         id(value): value.detach().clone()
@@ -23,7 +24,9 @@ def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Modu
         for value in vars(part).values()
         if isinstance(value, Tensor) and not value.is_leaf
     }
-    return copy.deepcopy(module, {**results, **(replaced or {})})
+    synchronised = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)]
+    groups = {id(norm.process_group): norm.process_group for norm in synchronised}
+    return copy.deepcopy(module, {**results, **groups, **(replaced or {})})
 
 
 def sketch(module: Module) -> Module:

@@ -1,8 +1,12 @@
 """The user's module is copied wherever something would be done to it."""
 
+from threading import Lock
+
 import pytest
 import torch
+from helpers import hostile_
 from test_trace import compare, image, module
+from torch import nn
 from torch.nn.utils import prune, weight_norm
 
 import fastres
@@ -46,3 +50,13 @@ def test_a_scripted_layer_is_called_whole():
     (left,) = [step for step, why in compare(source, image()).left if step.where == "norm"]
     assert left.op.reason == "its forward was replaced on the instance"  # by torch.jit
     assert all(p.requires_grad for p in source.parameters())
+
+
+def test_process_groups_are_shared():
+    """A lock stands for the group: neither can be copied, and inference asks neither."""
+    norm = nn.SyncBatchNorm(8)
+    norm.process_group = Lock()
+    source = hostile_(nn.Sequential(nn.Conv2d(3, 8, 3), norm))
+    found = fastres.optimize(source, example_input=image().float(), dtype=torch.bfloat16)
+    assert "against float64" in found.verification.reason
+    assert source[1].process_group is norm.process_group
