@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from . import trace
 from .live import LiveModule
+from .optimize import unwrapped
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def features(
     """The feature maps of a network, (N, C, h, w) each, for images (N, in_chans, H, W).
 
     Args:
-        model: a ResNet of fastres, torchvision or timm, or any module that torch.fx can trace.
+        model: a ResNet of fastres, torchvision or timm, or any module that torch.fx can trace;
+            (Distributed)DataParallel and torch.compile are looked through.
         out_indices: which maps. Numbers as in timm's ``features_only``: 0 is the stem before its
             pooling, 1 to 4 are the stages, negative ones count from the end; the maps come in a
             list. Names of modules, or names with the keys wanted, as in torchvision's feature
@@ -87,11 +89,15 @@ def features(
 
     Raises:
         TypeError: ``model`` is no module, or ``out_indices`` neither numbers nor names.
-        ValueError: an index or a name that the model does not have; the message lists those.
+        ValueError: an index or a name that the model does not have; the message lists those. Or
+            there is no convolution.
         TraceError: the model's Python cannot be recorded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    model = unwrapped(model)
+    if isinstance(out_indices, str) or not isinstance(out_indices, Iterable):
+        raise TypeError(f"out_indices must be a sequence or a mapping; got {out_indices!r}")
     wanted = list(out_indices)
     if not wanted:
         raise ValueError("out_indices is empty")
@@ -139,7 +145,9 @@ def _tops(model: nn.Module) -> str:
 def _sizes(model: Features) -> tuple[tuple[int, int], ...]:
     """(channels, reduction) of each map, from shapes alone."""
     side = 256
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None:
+        raise ValueError("model has no Conv2d before its maps, so they are no maps of an image")
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     image = torch.empty(1, first.in_channels, side, side, device="meta", dtype=first.weight.dtype)

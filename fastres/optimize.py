@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import plan, trace
 from .backends import check_backend
+from .copies import duplicate
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
@@ -87,8 +88,11 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model is of torch.jit, which torch.fx cannot record; optimize its source")
     model = unwrapped(model)
     _check_source(model)
+    _check_example(example_input)
     check_backend(backend)
     if dtype is not None and dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
@@ -150,7 +154,7 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     arguments = _few(arguments)
     reference = source
     if model.dtype is not model.source_dtype:
-        reference = copy.deepcopy(source).to(model.dtype)
+        reference = duplicate(source).to(model.dtype)
     keywords = [p.name for p in model.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if keywords:
         reference = _ByPosition(reference, keywords)
@@ -188,6 +192,21 @@ def _check_source(model: nn.Module) -> None:
     devices = {str(t.device) for t in (*model.parameters(), *model.buffers())}
     if len(devices) > 1:
         raise ValueError(f"model must be on one device; got {', '.join(sorted(devices))}")
+    if "meta" in devices:
+        raise ValueError("model is on the meta device: it has no weights to fold")
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    dtypes = {m.weight.dtype: f"{m.weight.dtype} ({name}.weight)" for name, m in layers}
+    if len(dtypes) > 1:
+        raise ValueError(f"model must have weights of one dtype; got {', '.join(dtypes.values())}")
+
+
+def _check_example(example: Any) -> None:
+    taken = isinstance(example, (Tensor, Sequence)) and not isinstance(example, str)
+    if example is not None and not taken:
+        raise TypeError(
+            "example_input must be a tensor or a sequence of positional arguments; "
+            f"got {type(example).__name__}"
+        )
 
 
 def _plain_attributes(source: nn.Module) -> dict[str, Any]:
@@ -233,14 +252,17 @@ def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) ->
         holder = holder._modules[parent]  # type: ignore[assignment]
     if hasattr(holder, name):
         return
-    value = copy.deepcopy(attribute(source, path))
+    value = attribute(source, path)
     if isinstance(value, nn.Module):
-        holder.add_module(name, value.requires_grad_(False).to(dtype))
+        copied = duplicate(value).to(dtype)
+        for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
+            parameter.detach_()
+        holder.add_module(name, copied)
     elif isinstance(value, Tensor):
-        value = value.detach()
+        value = value.detach().clone()
         holder.register_buffer(name, value.to(dtype) if value.is_floating_point() else value)
     else:
-        setattr(holder, name, value)
+        setattr(holder, name, copy.deepcopy(value))
 
 
 def _few(arguments: Sequence[Any], images: int = 4) -> Sequence[Any]:

@@ -17,6 +17,7 @@ from .ir import (
     Add,
     AvgPool2d,
     BatchNorm2d,
+    Call,
     Conv2d,
     Flatten,
     GlobalAvgPool,
@@ -29,7 +30,10 @@ from .ir import (
 )
 
 FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
-NORM_ACTS = ("timm.layers.norm_act.BatchNormAct2d",)
+NORM_ACTS = tuple(
+    f"timm.layers.norm_act.{name}"
+    for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
+)
 NORMALIZE = ("fastres.preprocess.Normalize",)
 
 
@@ -115,15 +119,27 @@ def _frozen_norm(m: Any, path: str) -> Operation:
 
 
 def _norm_act(m: Any, path: str) -> list[Operation] | None:
+    """The norm, and what timm's modules do to its output."""
     norm = _batch_norm(m, path)
-    inner = [getattr(m, name, None) for name in ("drop", "act")]
-    if norm is None or any(child is not None and has_hooks(child) for child in inner):
+    if norm is None:
         return None
-    if not (inner[0] is None or isinstance(inner[0], nn.Identity)):
-        return None
-    if isinstance(inner[1], nn.Identity):
-        return [norm]
-    return [norm, ReLU()] if type(inner[1]) is nn.ReLU else None
+    inner = {name: getattr(m, name, None) for name in ("drop", "act")}
+    return [norm, *(op for name, child in inner.items() for op in _after(child, f"{path}.{name}"))]
+
+
+def _after(module: nn.Module | None, path: str) -> list[Operation]:
+    """A module as the step of a chain; its operand is filled in where the chain is emitted."""
+    if module is None:
+        return []
+    if has_hooks(module) or "forward" in vars(module):
+        return [Call("call_module", path, reason="has hooks or a forward of its own")]
+    if type(module) is nn.Identity:
+        return []
+    if type(module) is nn.ReLU:
+        return [ReLU()]
+    reason = f"{type(module).__name__} is not fused"
+    any_layout = type(module).__module__.startswith("torch.nn.")
+    return [Call("call_module", path, reason=reason, any_layout=any_layout)]
 
 
 def _max_pool(m: Any, path: str) -> Operation | None:

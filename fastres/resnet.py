@@ -268,7 +268,8 @@ class ResNet(LiveModule):
         self.layer4 = self._make_layer(block, planes * 8, depth4, stride=2, dilate=dilate[2])
 
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.num_features = self.inplanes
+        self.pooled = True
+        self.num_features, self.num_classes = self.inplanes, num_classes
         self.fc = _classifier(self.num_features, num_classes)
         self._init_weights(zero_init_residual)
 
@@ -342,25 +343,40 @@ class ResNet(LiveModule):
         x = self.layer3(x)
         return self.layer4(x)
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """The last stage's feature map -> logits, or what the classifier reads: pooled features."""
+        if self.pooled:
+            x = self.avgpool(x)
+            x = torch.flatten(x, 1)
+        return x if pre_logits else self.fc(x)
+
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.forward_features(x)
-        x = self.avgpool(x)
-        x = torch.flatten(x, 1)
-        return self.fc(x)
+        return self.forward_head(self.forward_features(x))
 
-    def get_classifier(self) -> nn.Module:
-        """The module that turns pooled features into logits."""
-        return self.fc
+    @torch.jit.unused
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The module that turns pooled features into logits, or its name."""
+        return "fc" if name_only else self.fc
 
-    def reset_classifier(self, num_classes: int) -> None:
+    @torch.jit.unused
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new, freshly initialised classifier in place; 0 leaves the pooled features.
 
-        Raises ValueError for a negative number of classes.
+        global_pool: "avg", or "" for the feature map as it is, which needs ``num_classes=0``;
+            None keeps what there is.
+
+        Raises ValueError for a negative number of classes, another pooling, or classes without one.
         """
         _check_at_least("num_classes", num_classes, 0)
+        if global_pool is not None:
+            _check_choice("global_pool", global_pool, ("avg", ""))
+        pooled = self.pooled if global_pool is None else global_pool == "avg"
+        if num_classes and not pooled:
+            raise ValueError(f"global_pool='' needs num_classes=0, got {num_classes}")
         like = next(self.parameters())
         fc = _classifier(self.num_features, num_classes).to(like.device, like.dtype)
         self.fc = fc.train(self.training)
+        self.num_classes, self.pooled = num_classes, pooled
 
 
 def _classifier(num_features: int, num_classes: int) -> nn.Module:

@@ -7,7 +7,6 @@ traced are replaced, by fused copies of themselves.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from .copies import duplicate
 from .cuda_graph import warm_up
 from .engine import is_channels_last, to_contiguous
 from .errors import VerificationError
@@ -76,7 +76,7 @@ class FastShell(nn.Module):
         self.signature = inspect.signature(source.forward)
         self._pending: nn.Module | None = None
         replaced = {id(source.get_submodule(path)): part for path, part in found.items()}
-        self.body: nn.Module = copy.deepcopy(source, replaced)
+        self.body: nn.Module = duplicate(source, replaced)
         self.body.requires_grad_(False).to(self.dtype)
         self.eval()
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from .copies import sketch
 from .errors import FastresError
 from .ir import (
     Add,
@@ -190,7 +191,7 @@ def _record(module: nn.Module, method: str) -> tuple[fx.Graph, Any]:
     tracer.traced_func_name = method
     _refuse_signature(module, method)
     try:
-        return tracer.trace(module), tracer.returned
+        return tracer.trace(sketch(module)), tracer.returned
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
@@ -382,6 +383,8 @@ class _Normalizer:
         for i, op in enumerate(ops):
             last = i == len(ops) - 1
             name = node.name if last else f"{node.name}_{type(op).__name__.lower()}"
+            if isinstance(op, Call):
+                op = replace(op, args=(Ref(*source),))
             self._emit(node, name, op, source)
             source = (name,)
 

@@ -161,6 +161,15 @@ def test_compiles_and_optimizes(images):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_are_looked_through(images, wrap):
+    model = small()
+    body = fastres.features(wrap(model), [4])
+    assert body.layer4 is model.layer4
+    with torch.inference_mode():
+        torch.testing.assert_close(body(images), [model.forward_features(images)])
+
+
 def detector(body, levels):
     anchors = AnchorGenerator(tuple((2 ** (4 + i),) for i in range(levels)), ((1.0,),) * levels)
     options = {"min_size": 96, "max_size": 96, "box_detections_per_img": 20}
@@ -219,6 +228,13 @@ BAD = {
     ),
     "mixed": (lambda m: fastres.features(m, [1, "layer1"]), TypeError, "numbers or names"),
     "none": (lambda m: fastres.features(m, []), ValueError, "empty"),
+    "a name alone": (lambda m: fastres.features(m, "layer4"), TypeError, "mapping; got 'layer4'"),
+    "a number alone": (lambda m: fastres.features(m, 4), TypeError, "mapping; got 4"),
+    "no images": (
+        lambda m: fastres.features(nn.Sequential(nn.Linear(3, 4)), ["0"]),
+        ValueError,
+        "no Conv2d",
+    ),
     "unnumbered": (
         lambda m: fastres.features(MnistResNet18(), [1]),
         ValueError,
@@ -236,11 +252,37 @@ def test_mistakes_are_named(name):
 
 def test_timm_users_methods(images):
     model = small()
-    with torch.no_grad():
-        torch.testing.assert_close(model.forward_features(images), by_hand(model, images)[4])
-    assert model.get_classifier() is model.fc
-    model.reset_classifier(3)
+    with torch.inference_mode():
+        maps = model.forward_features(images)
+        torch.testing.assert_close(maps, by_hand(model, images)[4])
+        torch.testing.assert_close(model.forward_head(maps), model(images))
+        torch.testing.assert_close(model.forward_head(maps, pre_logits=True), maps.mean((2, 3)))
+    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+    model.reset_classifier(3, "avg")
     assert model(images).shape == (2, 3)
-    model.reset_classifier(0)
-    with torch.no_grad():
-        torch.testing.assert_close(model(images), by_hand(model, images)[4].mean((2, 3)))
+    assert model.num_classes == 3
+    with torch.inference_mode():
+        model.reset_classifier(0)
+        torch.testing.assert_close(model(images), maps.mean((2, 3)))
+        model.reset_classifier(0, "")
+        torch.testing.assert_close(model(images), maps)
+        torch.testing.assert_close(torch.jit.script(model)(images), maps)
+        model.reset_classifier(0, "avg")
+        torch.testing.assert_close(model(images), maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "num_classes must be an integer of at least 0, got -1"),
+        ((7, "max"), "global_pool must be one of 'avg', '', got 'max'"),
+        ((7, ""), "global_pool='' needs num_classes=0, got 7"),
+    ],
+)
+def test_classifiers_that_cannot_be(images, arguments, message):
+    model = small()
+    with torch.inference_mode():
+        before = model(images)
+        with pytest.raises(ValueError, match=message):
+            model.reset_classifier(*arguments)
+        assert torch.equal(model(images), before)

@@ -8,7 +8,7 @@ import torch
 import torchvision
 from fused import executions
 from helpers import hostile_, real_images
-from timm.layers import BatchNormAct2d
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.utils.flop_counter import FlopCounterMode
@@ -68,7 +68,31 @@ class TestFolding:
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images))
         assert len(fast.plan().steps) == (2 if act is nn.Hardswish else 1)
-        assert bool(fast.plan().left) == (act is nn.Hardswish)
+        left = [why for _, why in fast.plan().left]
+        assert left == (["Hardswish is not fused"] if act is nn.Hardswish else [])
+
+    @pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
+    def test_batch_norm_act_synchronised_or_frozen(self, images, convert):
+        layers = nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 5, 1), BatchNormAct2d(5)
+        model = convert(hostile_(nn.Sequential(*layers))).eval().double()
+        assert not any(type(m) is BatchNormAct2d for m in model.modules())
+        fast = fastres.optimize(model, example_input=images)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(images), model(images))
+        assert len(fast.plan().steps) == 2
+
+    @pytest.mark.parametrize("change", ["hook", "forward"])
+    def test_what_was_changed_in_a_batch_norm_act_is_kept(self, images, change):
+        model = hostile_(nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8))).double()
+        act = model[1].act
+        if change == "hook":
+            act.register_forward_hook(lambda module, args, out: 2 * out)
+        else:
+            act.forward = lambda x: x.abs()
+        fast = fastres.optimize(model, example_input=images)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(images), model(images))
+        assert [why for _, why in fast.plan().left] == ["has hooks or a forward of its own"]
 
     def test_a_networks_children_in_a_sequential(self, images):
         source = hostile_(torchvision.models.resnet18()).double()

@@ -1,5 +1,6 @@
 """What ``optimize`` and its copies refuse, and how arguments are taken."""
 
+import numpy as np
 import pytest
 import torch
 from fused import small
@@ -91,6 +92,10 @@ def two_devices():
     return nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1, device="meta")).eval()
 
 
+def two_dtypes():
+    return nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1).half()).eval()
+
+
 @pytest.mark.parametrize(
     ("make", "kwargs", "error", "message"),
     [
@@ -106,6 +111,11 @@ def two_devices():
         (small, {"example_input": real_images(1, 8).double()}, TypeError, "got torch.float64"),
         (lambda: fastres.optimize(small(), verify=False), {}, TypeError, "is a FastModel already"),
         (two_devices, {}, ValueError, "on one device; got cpu, meta"),
+        (lambda: small().to("meta"), {}, ValueError, "no weights to fold"),
+        (two_dtypes, {}, ValueError, r"float32 \(0.weight\), torch.float16 \(1.weight\)"),
+        (lambda: torch.jit.script(small()), {}, TypeError, "model is of torch.jit"),
+        (small, {"example_input": {"x": 1}}, TypeError, "example_input must be .*got dict"),
+        (small, {"example_input": np.ones((1, 3, 8, 8))}, TypeError, "got ndarray"),
     ],
 )
 def test_wrong_arguments_are_named(make, kwargs, error, message):

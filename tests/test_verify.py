@@ -81,6 +81,19 @@ def test_infinities_and_nan_must_be_in_the_same_places():
     assert "infinite or NaN outputs in different places" in found.reason
 
 
+def test_a_float64_model_is_not_held_to_its_own_rounding():
+    """It has no error against itself, but another order of adding up a deep network has."""
+    model, x = small().double(), images(2).double()
+
+    def off(units):
+        return lambda x: model(x) * (1 + units * torch.finfo(torch.float64).eps)
+
+    found = fastres.verify(model, off(12), x)
+    assert found.ok
+    assert found.reference_rms is None
+    assert not fastres.verify(model, off(60), x).ok
+
+
 def test_without_float64_the_reference_itself_is_the_measure():
     """A function is no module: it cannot be run in float64."""
     model, x = small(), images()

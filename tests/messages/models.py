@@ -30,6 +30,12 @@ def quiet(model: Any, *args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
 
+def half_in_half() -> nn.Module:
+    model = small()
+    model.fc.half()
+    return model
+
+
 def fast(source: nn.Module | None = None, **kwargs: Any) -> Any:
     return fastres.optimize(source or small(), verify=False, **kwargs)
 
@@ -55,6 +61,9 @@ add(
     "create_model: an argument that makes the variant",
     lambda: fastres.create_model("resnext50_32x4d", groups=2),
 )
+
+add("reset_classifier: another pooling", lambda: small().reset_classifier(7, "max"))
+add("reset_classifier: classes of no pooling", lambda: small().reset_classifier(7, ""))
 
 add("call: another rank", lambda: quiet(small(), images()[0]))
 add("call: another number of channels", lambda: quiet(small(), images()[:, :2]))
@@ -153,6 +162,10 @@ add("optimize: twice", lambda: fastres.optimize(fast()))
 add("optimize: training mode", lambda: fastres.optimize(small().train()))
 add("optimize: no such backend", lambda: fast(backend="cuda"))
 add("optimize: no such dtype", lambda: fast(dtype=torch.int8))
+add("optimize: a dictionary as example", lambda: fast(example_input={"x": images()}))
+add("optimize: a script", lambda: fast(torch.jit.script(small())))
+add("optimize: no values", lambda: fast(small().to("meta")))
+add("optimize: half of it in another dtype", lambda: fast(half_in_half()))
 add("optimize: Python that cannot be traced", lambda: fast(Branching().eval()))
 add("optimize: arguments that cannot be traced", lambda: fast(Starred().eval()))
 add(
@@ -255,6 +268,8 @@ add("verify: answers of other shapes", lambda: fastres.verify(torch.sin, torch.s
 
 add("features: no model", lambda: features("resnet18", [1]))
 add("features: nothing wanted", lambda: features(small(), []))
+add("features: a name alone", lambda: features(small(), "layer4"))
+add("features: no images", lambda: features(nn.Sequential(nn.Linear(3, 4)), ["0"]))
 add("features: numbers and names", lambda: features(small(), [1, "layer1"]))
 add("features: no such module", lambda: features(small(), ["layer9"]))
 add("features: no such map", lambda: features(small(), [7]))
