@@ -86,7 +86,7 @@ class FastModel(nn.Module):
             VerificationError: this is the first call and the outputs differ from the source's.
         """
         if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
-            return self._program(self, self._functional(), *args, **kwargs)
+            return self._run_portable(args, kwargs)
         arguments = self._bind(args, kwargs)
         if self._pending is not None and can_show_errors(arguments):
             self._pending(self, arguments)
@@ -101,6 +101,13 @@ class FastModel(nn.Module):
             if len(arguments) == 1 and isinstance(arguments[0], Tensor):
                 return runner(arguments[0])
             return runner.executor.run([self._cast(value) for value in arguments])
+
+    def _run_portable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As the engine, by operators that compilers, exporters and transforms can see."""
+        args = tuple([self._cast(value) for value in args])
+        kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        with _without_autocast(self._home()):
+            return self._program(self, self._functional(), *args, **kwargs)
 
     def plan(self) -> Plan:
         """Each step, what computes it, what was left to PyTorch and why; ``str()`` is a table."""
