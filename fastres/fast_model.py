@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +27,10 @@ from .verify import Verification
 class FastModel(nn.Module):
     """A fused copy of a module, for inference only; made by :func:`optimize`.
 
-    The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
-    dtype is fixed, under autocast too: folding again from the source is more exact than casting
-    what was folded. The source's plain attributes (such as timm's ``feature_info``) can be read
-    from the copy.
+    The folded weights are buffers, so ``.to(device)``, ``state_dict``, ``functional_call`` and
+    ``deepcopy`` work. The dtype is fixed, under autocast too: folding again from the source is more
+    exact than casting what was folded. The source's plain attributes (such as timm's
+    ``feature_info``) can be read from the copy.
 
     Args:
         traced: the plan.
@@ -76,6 +78,8 @@ class FastModel(nn.Module):
         self._runners: dict[torch.device, GraphRunner] = {}
         self._program = portable.lower(traced)
         self._on_triton = self._served_by_triton()
+        self._settle()
+        self.register_load_state_dict_post_hook(_settle)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,6 +90,8 @@ class FastModel(nn.Module):
             VerificationError: this is the first call and the outputs differ from the source's.
         """
         if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
+            return self._run_portable(args, kwargs)
+        if self._has_other_weights():
             return self._run_portable(args, kwargs)
         arguments = self._bind(args, kwargs)
         if self._pending is not None and can_show_errors(arguments):
@@ -206,12 +212,20 @@ class FastModel(nn.Module):
         self._runners.clear()
         super()._apply(lambda t: _keeping_dtype(fn, t), recurse)
         self._on_triton = self._served_by_triton()
+        self._settle()
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; the engine takes the new weights."""
+    def _settle(self) -> None:
+        """Take the tensors that are here now for the model's own, which engines are built from."""
         self._runners.clear()
-        return super().load_state_dict(*args, **kwargs)
+        tables: Any = [d for m in self.modules() for d in (m._parameters, m._buffers)]
+        self._places: list[dict[str, Any]] = tables
+        self._own = [tensor for place in self._places for tensor in place.values()]
+
+    def _has_other_weights(self) -> bool:
+        """Whether other tensors are in their places, as torch.func.functional_call puts them."""
+        here = chain.from_iterable(map(dict.values, self._places))
+        return not all(map(is_, here, self._own))
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("described", {})
@@ -221,11 +235,19 @@ class FastModel(nn.Module):
         return new, (self.signature,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runners": {}, "_pending": None, "_program": None}
+        dropped: dict[str, Any] = {
+            "_runners": {},
+            "_pending": None,
+            "_program": None,
+            "_places": [],
+            "_own": [],
+        }
+        return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._program = portable.lower(self.traced)
+        self._settle()
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -260,6 +282,11 @@ def new(signature: inspect.Signature) -> FastModel:
 _ATEN = portable.Aten()
 _ANY_LAYOUT = portable.AnyLayout()
 _CUSTOM_OPS = portable.CustomOps()
+
+
+def _settle(model: FastModel, _: Any) -> None:
+    """What runs after a load_state_dict, the model's own or that of a module that holds it."""
+    model._settle()
 
 
 def _transformed(arguments: Sequence[Any]) -> bool:
