@@ -252,6 +252,14 @@ add("classify: no such photograph", lambda: read_image("gone.jpg"))
 add("classify: no photograph", lambda: read_image(str(written("text.jpg", b"text"))))
 
 
+@case("classify: a photograph of floats")
+def _() -> None:
+    from PIL import Image
+
+    Image.new("F", (8, 8)).save("floats.tiff")
+    read_image("floats.tiff")
+
+
 @case("classify: without Pillow")
 def _() -> None:
     with without("PIL"):
