@@ -79,10 +79,12 @@ class TestExport:
 
     def test_mistakes(self, model, images, tmp_path):
         fast = fastres.optimize(model, verify=False)
+        half = fastres.optimize(model, dtype=torch.bfloat16, verify=False)
         for arguments, kind, message in (
             ((model, tmp_path / "m.onnx", images), TypeError, "must be a FastModel"),
             ((fast, tmp_path / "m.pb", images), ValueError, r"\.onnx or \.pt2"),
             ((fast, tmp_path / "m.onnx", images[:1]), ValueError, "at least two"),
+            ((half, tmp_path / "m.onnx", images), ValueError, "float32 or torch.float16; got"),
         ):
             with pytest.raises(kind, match=message):
                 fastres.export(*arguments)
