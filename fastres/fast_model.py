@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import is_
@@ -218,14 +218,17 @@ class FastModel(nn.Module):
     def _settle(self) -> None:
         """Take the tensors that are here now for the model's own, which engines are built from."""
         self._runners.clear()
-        tables: Any = [d for m in self.modules() for d in (m._parameters, m._buffers)]
-        self._places: list[dict[str, Any]] = tables
-        self._own = [tensor for place in self._places for tensor in place.values()]
+        self._owners = [m for m in self.modules() if m._buffers or m._parameters]
+        self._own = list(self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        # The dictionaries are looked up at each call: torch.export leaves others behind.
+        tables = ((m._buffers.values(), m._parameters.values()) for m in self._owners)
+        return chain.from_iterable(chain.from_iterable(tables))
 
     def _has_other_weights(self) -> bool:
         """Whether other tensors are in their places, as torch.func.functional_call puts them."""
-        here = chain.from_iterable(map(dict.values, self._places))
-        return not all(map(is_, here, self._own))
+        return not all(map(is_, self._tensors(), self._own))
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("described", {})
@@ -254,24 +257,30 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 
 def with_signature(signature: inspect.Signature) -> type[FastModel]:
-    """A FastModel whose forward shows this signature, as torch.export and its users look it up."""
-
-    def forward(self: FastModel, *args: Any, **kwargs: Any) -> Any:
-        return FastModel.forward(self, *args, **kwargs)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    """A FastModel whose forward shows this signature."""
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
-        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
     members = {
-        "forward": forward,
+        "forward": forward_showing(signature, FastModel),
         "signature": inspect.Signature(plain),
         "positional": all(p.kind in _POSITIONAL for p in plain),
         "__module__": __name__,
         "__doc__": FastModel.__doc__,
     }
     return type("FastModel", (FastModel,), members)
+
+
+def forward_showing(signature: inspect.Signature, kind: type[nn.Module]) -> Callable[..., Any]:
+    """``kind.forward`` with this signature, as torch.export and its users look it up."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
+        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
+    return forward
 
 
 def new(signature: inspect.Signature) -> FastModel:
