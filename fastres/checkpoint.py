@@ -71,12 +71,12 @@ def load_checkpoint(
     model: nn.Module,
     path: PathLike,
     *,
-    strip: Sequence[str] = ("module.", "_orig_mod."),
+    strip: str | Sequence[str] = ("module.", "_orig_mod."),
     num_classes_mismatch: str = "error",
 ) -> tuple[str, ...]:
     """Load the file at ``path`` into ``model``, all of it or nothing.
 
-    strip: prefixes taken off the names, as DataParallel, DDP and torch.compile put them on.
+    strip: prefixes (or one) taken off the names, as DataParallel, DDP, torch.compile put them on.
     num_classes_mismatch: "error", or "reinit" to load the rest and initialise the classifier anew
         where the file's has another number of classes.
 
@@ -98,7 +98,7 @@ def load_state_dict(
     state: Mapping[str, Any],
     *,
     source: str = "the state dict",
-    strip: Sequence[str] = (),
+    strip: str | Sequence[str] = (),
     num_classes_mismatch: str = "error",
 ) -> tuple[str, ...]:
     """As :func:`load_checkpoint`, from a state dict in memory; ``source`` names it in errors."""
@@ -107,7 +107,7 @@ def load_state_dict(
             f"num_classes_mismatch must be 'error' or 'reinit', got {num_classes_mismatch!r}"
         )
     expected = model.state_dict()
-    state = _strip(state, strip, expected, source)
+    state = _strip(state, (strip,) if isinstance(strip, str) else strip, expected, source)
     classifier = _mismatched_classifier(model, state, expected)
     fresh: dict[str, Tensor] = {}
     if classifier and num_classes_mismatch == "reinit":

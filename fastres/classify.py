@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,9 +84,9 @@ def classify(
 
 
 def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]) -> Tensor:
-    """The preprocessed RGB image of a file, (3, H, W). Raises ValueError when it is not one."""
+    """The preprocessed RGB image of a file, upright, (3, H, W). Raises ValueError if it is none."""
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError as error:
         raise MissingDependencyError(
             f"reading images needs Pillow, which cannot be imported ({error}); "
@@ -93,10 +94,21 @@ def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]
         ) from error
     try:
         with Image.open(path) as image:
-            return preprocess(image.convert("RGB"))
+            return preprocess(_rgb(ImageOps.exif_transpose(image)))
     except FileNotFoundError:
         raise ValueError(f"cannot read image {os.fspath(path)!r}: there is no such file") from None
     except Exception as error:
         # Damaged files raise nearly anything in Pillow: OSError, SyntaxError, struct.error.
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"cannot read image {os.fspath(path)!r}: {reason}") from error
+
+
+def _rgb(image: Any) -> Any:
+    """8-bit RGB of any image; of more than 8 bits, Pillow would cut off what is above 255."""
+    from PIL import Image
+
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers of no known range (mode {image.mode})")
+    return image.convert("RGB")

@@ -17,6 +17,7 @@ from .fast_model import FastModel
 from .verify import judge
 
 FORMATS = (".onnx", ".pt2")
+ONNX_DTYPES = (torch.float32, torch.float16)  # those whose convolutions onnxruntime can run
 PROTOBUF_LIMIT = 2**31 - 2**24  # bytes that a single .onnx file can hold, some left for the graph
 
 
@@ -52,7 +53,8 @@ def export(model: FastModel, path: str | os.PathLike[str], images: Tensor) -> Ex
 
     Raises:
         TypeError: ``model`` is not a FastModel.
-        ValueError: another suffix, fewer than two images, or a model not on the CPU.
+        ValueError: another suffix, fewer than two images, a model not on the CPU, or for ``.onnx``
+            another dtype than float32 and float16.
         MissingDependencyError: ``.onnx`` without onnxscript.
         VerificationError: the file gives other answers than the model.
     """
@@ -61,6 +63,10 @@ def export(model: FastModel, path: str | os.PathLike[str], images: Tensor) -> Ex
         raise TypeError(f"model must be a FastModel, got {type(model).__name__}; optimize it first")
     if path.suffix not in FORMATS:
         raise ValueError(f"path must end in {' or '.join(FORMATS)}; got {str(path)!r}")
+    if path.suffix == ".onnx" and model.dtype not in ONNX_DTYPES:
+        raise ValueError(
+            f"a .onnx file must hold a model of torch.float32 or torch.float16; got {model.dtype}"
+        )
     if images.dim() != 4 or len(images) < 2:
         raise ValueError(f"images must be at least two, (N, C, H, W); got {tuple(images.shape)}")
     if any(buffer.device.type != "cpu" for buffer in model.buffers()):

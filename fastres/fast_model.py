@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -25,10 +27,10 @@ from .verify import Verification
 class FastModel(nn.Module):
     """A fused copy of a module, for inference only; made by :func:`optimize`.
 
-    The folded weights are buffers, so ``.to(device)``, ``state_dict`` and ``deepcopy`` work. The
-    dtype is fixed, under autocast too: folding again from the source is more exact than casting
-    what was folded. The source's plain attributes (such as timm's ``feature_info``) can be read
-    from the copy.
+    The folded weights are buffers, so ``.to(device)``, ``state_dict``, ``functional_call`` and
+    ``deepcopy`` work. The dtype is fixed, under autocast too: folding again from the source is more
+    exact than casting what was folded. The source's plain attributes (such as timm's
+    ``feature_info``) can be read from the copy.
 
     Args:
         traced: the plan.
@@ -76,6 +78,8 @@ class FastModel(nn.Module):
         self._runners: dict[torch.device, GraphRunner] = {}
         self._program = portable.lower(traced)
         self._on_triton = self._served_by_triton()
+        self._settle()
+        self.register_load_state_dict_post_hook(_settle)
         self.eval()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -86,7 +90,9 @@ class FastModel(nn.Module):
             VerificationError: this is the first call and the outputs differ from the source's.
         """
         if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
-            return self._program(self, self._functional(), *args, **kwargs)
+            return self._run_portable(args, kwargs)
+        if self._has_other_weights():
+            return self._run_portable(args, kwargs)
         arguments = self._bind(args, kwargs)
         if self._pending is not None and can_show_errors(arguments):
             self._pending(self, arguments)
@@ -101,6 +107,13 @@ class FastModel(nn.Module):
             if len(arguments) == 1 and isinstance(arguments[0], Tensor):
                 return runner(arguments[0])
             return runner.executor.run([self._cast(value) for value in arguments])
+
+    def _run_portable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As the engine, by operators that compilers, exporters and transforms can see."""
+        args = tuple([self._cast(value) for value in args])
+        kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        with _without_autocast(self._home()):
+            return self._program(self, self._functional(), *args, **kwargs)
 
     def plan(self) -> Plan:
         """Each step, what computes it, what was left to PyTorch and why; ``str()`` is a table."""
@@ -199,12 +212,23 @@ class FastModel(nn.Module):
         self._runners.clear()
         super()._apply(lambda t: _keeping_dtype(fn, t), recurse)
         self._on_triton = self._served_by_triton()
+        self._settle()
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As ``nn.Module.load_state_dict``; the engine takes the new weights."""
+    def _settle(self) -> None:
+        """Take the tensors that are here now for the model's own, which engines are built from."""
         self._runners.clear()
-        return super().load_state_dict(*args, **kwargs)
+        self._owners = [m for m in self.modules() if m._buffers or m._parameters]
+        self._own = list(self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor | None]:
+        # The dictionaries are looked up at each call: torch.export leaves others behind.
+        tables = ((m._buffers.values(), m._parameters.values()) for m in self._owners)
+        return chain.from_iterable(chain.from_iterable(tables))
+
+    def _has_other_weights(self) -> bool:
+        """Whether other tensors are in their places, as torch.func.functional_call puts them."""
+        return not all(map(is_, self._tensors(), self._own))
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("described", {})
@@ -214,35 +238,49 @@ class FastModel(nn.Module):
         return new, (self.signature,), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_runners": {}, "_pending": None, "_program": None}
+        dropped: dict[str, Any] = {
+            "_runners": {},
+            "_pending": None,
+            "_program": None,
+            "_places": [],
+            "_own": [],
+        }
+        return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._program = portable.lower(self.traced)
+        self._settle()
 
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def with_signature(signature: inspect.Signature) -> type[FastModel]:
-    """A FastModel whose forward shows this signature, as torch.export and its users look it up."""
-
-    def forward(self: FastModel, *args: Any, **kwargs: Any) -> Any:
-        return FastModel.forward(self, *args, **kwargs)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    """A FastModel whose forward shows this signature."""
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
-    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
-        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
     members = {
-        "forward": forward,
+        "forward": forward_showing(signature, FastModel),
         "signature": inspect.Signature(plain),
         "positional": all(p.kind in _POSITIONAL for p in plain),
         "__module__": __name__,
         "__doc__": FastModel.__doc__,
     }
     return type("FastModel", (FastModel,), members)
+
+
+def forward_showing(signature: inspect.Signature, kind: type[nn.Module]) -> Callable[..., Any]:
+    """``kind.forward`` with this signature, as torch.export and its users look it up."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return kind.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):
+        own = own.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    forward.__signature__ = inspect.Signature([own, *plain])  # type: ignore[attr-defined]
+    return forward
 
 
 def new(signature: inspect.Signature) -> FastModel:
@@ -253,6 +291,11 @@ def new(signature: inspect.Signature) -> FastModel:
 _ATEN = portable.Aten()
 _ANY_LAYOUT = portable.AnyLayout()
 _CUSTOM_OPS = portable.CustomOps()
+
+
+def _settle(model: FastModel, _: Any) -> None:
+    """What runs after a load_state_dict, the model's own or that of a module that holds it."""
+    model._settle()
 
 
 def _transformed(arguments: Sequence[Any]) -> bool:

@@ -25,7 +25,8 @@ def from_keras(path: str | os.PathLike[str], *, input_size: Pair | None = None) 
     """A Keras model from its ``.h5`` or ``.keras`` file, as a PyTorch module in eval mode.
 
     It takes (N, C, H, W) float32 images where Keras takes (N, H, W, C), and returns what Keras
-    returns: probabilities if the model ends in a softmax. Keras is not needed, h5py is.
+    returns: probabilities if the model ends in a softmax. Its ``input_size`` is the height and
+    width that the file asks for, None where it leaves them open. Keras is not needed, h5py is.
 
     Args:
         path: the file, as ``model.save`` wrote it.
@@ -63,7 +64,10 @@ class Builder:
         outputs = self.model(Layer((), config["class_name"], config["config"]), config, None)
         nodes = [self.finished(value) for value in outputs]
         self.graph.output(nodes[0] if len(nodes) == 1 else nodes)
-        return fx.GraphModule(self.root, self.graph, "KerasModel").eval()
+        assert self.input is not None
+        module = fx.GraphModule(self.root, self.graph, "KerasModel").eval()
+        module.input_size = self.input.size  # type: ignore[assignment]
+        return module
 
     def model(
         self, layer: Layer, config: Mapping[str, Any], given: Sequence[Value] | None

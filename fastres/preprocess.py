@@ -10,6 +10,7 @@ normalisation, so the borders of u - c are filled with r, which is what a normal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,19 +36,22 @@ class Normalize(nn.Module):
         layout: ``"NCHW"`` or ``"NHWC"``, as the images come.
 
     Raises:
-        ValueError: different numbers of channels, an unknown layout, or a std that is not positive.
+        TypeError: mean or std is no sequence of numbers.
+        ValueError: different numbers of channels or none, an unknown layout, a number that is not
+            finite, or a std that is not positive.
     """
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], *, layout: str = "NCHW"
     ) -> None:
         super().__init__()
-        if len(mean) != len(std) or not mean:
+        mean, std = _numbers("mean", mean), _numbers("std", std)
+        if len(mean) != len(std):
             raise ValueError(
                 f"mean and std must be as long; got {len(mean)} and {len(std)} channels"
             )
         if min(std) <= 0:
-            raise ValueError(f"std must be positive; got {tuple(std)}")
+            raise ValueError(f"std must be positive; got {std}")
         if layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
         self.layout = layout
@@ -71,7 +75,7 @@ class Normalize(nn.Module):
             else:
                 found = [getattr(transforms, name, None) for name in names]
             if found[0] is not None and found[1] is not None:
-                return cls(tuple(found[0]), tuple(found[1]), layout=layout)
+                return cls(found[0], found[1], layout=layout)
         raise TypeError(f"transforms has no mean and std; got {type(transforms).__name__}")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -93,6 +97,17 @@ class Normalize(nn.Module):
     def extra_repr(self) -> str:
         mean, std = self.mean.tolist(), self.std.tolist()
         return f"mean={mean}, std={std}, layout={self.layout!r}"
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """Those of a list, an array or a tensor, one per channel."""
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must have a number for each channel; got {values!r}") from error
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{name} must have a finite number for each channel; got {values!r}")
+    return numbers
 
 
 class Centered(nn.Module):

@@ -38,6 +38,7 @@ __all__ = [
     "resnet101",
     "resnet110",
     "resnet152",
+    "resnet1202",
     "resnext50_32x4d",
     "resnext101_32x8d",
     "resnext101_64x4d",
@@ -424,6 +425,7 @@ VARIANTS: Mapping[str, Variant] = {
     "resnet44": Variant(BasicBlock, (7, 7, 7), defaults=_CIFAR),
     "resnet56": Variant(BasicBlock, (9, 9, 9), defaults=_CIFAR),
     "resnet110": Variant(BasicBlock, (18, 18, 18), defaults=_CIFAR),
+    "resnet1202": Variant(BasicBlock, (200, 200, 200), defaults=_CIFAR),
 }
 
 
@@ -540,3 +542,8 @@ def resnet56(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNe
 def resnet110(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """ResNet-110 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
     return create_model("resnet110", weights=weights, progress=progress, **kwargs)
+
+
+def resnet1202(weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
+    """ResNet-1202 for CIFAR-10 (https://arxiv.org/abs/1512.03385, section 4.2)."""
+    return create_model("resnet1202", weights=weights, progress=progress, **kwargs)

@@ -21,6 +21,7 @@ from .copies import duplicate
 from .cuda_graph import warm_up
 from .engine import is_channels_last, to_contiguous
 from .errors import VerificationError
+from .fast_model import forward_showing
 from .guards import unfused
 from .ir import Call
 from .plan import Plan, Step
@@ -74,6 +75,7 @@ class FastShell(nn.Module):
         self.verification: Verification | None = None
         self.channels_last = False
         self.signature = inspect.signature(source.forward)
+        self.__class__ = _with_signature(self.signature)
         self._pending: nn.Module | None = None
         replaced = {id(source.get_submodule(path)): part for path, part in found.items()}
         self.body: nn.Module = duplicate(source, replaced)
@@ -207,8 +209,23 @@ class FastShell(nn.Module):
                 raise
             return getattr(self.body, name)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (self.signature,), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}
+
+
+def _with_signature(signature: inspect.Signature) -> type[FastShell]:
+    """A FastShell whose forward shows this signature."""
+    forward = forward_showing(signature, FastShell)
+    members = {"forward": forward, "__module__": __name__, "__doc__": FastShell.__doc__}
+    return type("FastShell", (FastShell,), members)
+
+
+def _new(signature: inspect.Signature) -> FastShell:
+    kind = _with_signature(signature)
+    return kind.__new__(kind)
 
 
 _LEAVES = (Tensor, int, float, str, type(None))

@@ -7,14 +7,14 @@ scale. The root mean square over all outputs is compared: a maximum over a whole
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import duplicate
 from .engine import Executor
@@ -220,15 +220,26 @@ def _copies(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    leaves = [leaf for leaf in tree_flatten(_as_tree(output))[0] if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in _leaves(output) if isinstance(leaf, Tensor)]
     if not leaves:
         raise VerificationError(f"the output holds no tensor; got {type(output).__name__}")
     return leaves
 
 
+def _leaves(output: Any) -> Iterator[Any]:
+    for leaf in tree_leaves(_as_tree(output)):
+        yield from _leaves(leaf) if _is_dataclass(leaf) else (leaf,)
+
+
 def _as_tree(output: Any) -> Any:
-    """Dictionary-like outputs (Hugging Face's ModelOutput) as plain dictionaries."""
+    """Outputs like dictionaries (Hugging Face's ModelOutput) and dataclasses as plain ones."""
+    if _is_dataclass(output) and not isinstance(output, dict):
+        return {field.name: getattr(output, field.name) for field in fields(output)}
     return dict(output) if isinstance(output, dict) else output
+
+
+def _is_dataclass(value: Any) -> bool:
+    return is_dataclass(value) and not isinstance(value, type)
 
 
 def _check_structure(expected: list[Tensor], actual: list[Tensor]) -> None:

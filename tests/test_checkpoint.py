@@ -141,6 +141,16 @@ def test_row36_values_that_are_no_tensors_are_named(source, tmp_path):
     refused(small(), tmp_path / "list.pth", "not a tensor: bn1.bias is a list")
 
 
+def test_a_single_prefix_is_no_list_of_letters(source, tmp_path):
+    path = tmp_path / "ema.pth"
+    state = {f"ema.{name}": value for name, value in source.state_dict().items()}
+    torch.save(state, path)
+    assert load_checkpoint(source, path, strip="ema.") == ()
+    torch.save(state | {"ema.mean": torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match="unexpected: mean$"):
+        load_checkpoint(source, path, strip="ema.")
+
+
 def test_prefixes_that_collide_are_refused(source, tmp_path):
     state = snapshot(source) | {"module.fc.bias": torch.ones(5)}
     save_file(state, tmp_path / "twice.safetensors")

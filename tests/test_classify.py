@@ -3,17 +3,19 @@
 import json
 from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from helpers import hostile_
 
 from fastres import cli
-from fastres.classify import classify
+from fastres.classify import classify, read_image
 from fastres.pretrained import load_network
 from fastres.resnet import create_model
 
 torchvision = pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
+to_tensor = torchvision.transforms.functional.pil_to_tensor
 datasets = pytest.importorskip("sklearn.datasets")
 
 
@@ -71,6 +73,22 @@ def test_the_command_prints_labels_or_json(photos, checkpoint, capsys):
     assert [len(photo["top"]) for photo in read] == [2, 2]
     assert cli.run(arguments) == 0
     assert read[1]["top"][0]["label"] in capsys.readouterr().out
+
+
+def test_a_photograph_of_a_turned_camera_is_turned_back(photos, tmp_path):
+    upright = Image.open(photos[1])
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # turn a quarter clockwise to show it
+    path = tmp_path / "turned.png"
+    upright.rotate(90, expand=True).save(path, exif=orientation)
+    assert torch.equal(read_image(path, to_tensor), to_tensor(upright.convert("RGB")))
+
+
+def test_sixteen_bits_of_grey_keep_their_shades(photos, tmp_path):
+    grey = np.array(Image.open(photos[1]))
+    path = tmp_path / "deep.png"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    assert torch.equal(read_image(path, to_tensor), torch.from_numpy(grey).expand(3, -1, -1))
 
 
 @pytest.mark.parametrize(

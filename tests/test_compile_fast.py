@@ -194,6 +194,39 @@ def test_vmap(source, fast, images):
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_images_in_the_sources_dtype_are_cast_as_in_eager_calls(dtype):
+    images = real_images(3, 64)
+    fast = fastres.optimize(tiny(), example_input=images, dtype=dtype)
+    wanted = fast(images)
+    programs = {
+        "compiled": torch.compile(fast, fullgraph=True, backend="aot_eager"),
+        "exported": export(fast, (images,), dynamic_shapes={"x": {0: Dim("batch")}}).module(),
+        "traced": torch.jit.trace(fast, (images,), check_trace=False),
+        "mapped": vmap(lambda image: fast(image[None])[0]),
+    }
+    # Two bfloat16 programs round each of ten layers apart, by half a unit or 2^-9 of its scale.
+    tolerance = 10 * torch.finfo(dtype).eps * wanted.abs().max().item()
+    for program in programs.values():
+        found = program(images)
+        assert found.dtype is dtype
+        torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+def test_autocast_changes_no_dtype(images):
+    """float32 all through: a copy computing in bfloat16 would be off in the third digit."""
+    images = images.float()
+    fast = fastres.optimize(tiny(), example_input=images)
+    wanted = fast(images)
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False):
+        counted = fast(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compiled(images)
+    torch.testing.assert_close(counted, wanted)
+    torch.testing.assert_close(found, wanted)
+
+
 def test_operations_are_counted_as_the_sources():
     images = real_images(1, 64)
     source = hostile_(resnet18())

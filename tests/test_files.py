@@ -79,10 +79,12 @@ class TestExport:
 
     def test_mistakes(self, model, images, tmp_path):
         fast = fastres.optimize(model, verify=False)
+        half = fastres.optimize(model, dtype=torch.bfloat16, verify=False)
         for arguments, kind, message in (
             ((model, tmp_path / "m.onnx", images), TypeError, "must be a FastModel"),
             ((fast, tmp_path / "m.pb", images), ValueError, r"\.onnx or \.pt2"),
             ((fast, tmp_path / "m.onnx", images[:1]), ValueError, "at least two"),
+            ((half, tmp_path / "m.onnx", images), ValueError, "float32 or torch.float16; got"),
         ):
             with pytest.raises(kind, match=message):
                 fastres.export(*arguments)
@@ -164,6 +166,20 @@ class TestPlot:
         fastres.plot_model(fast, tmp_path / "model.svg")
 
 
+def written_by_keras(path):
+    """Images of 12x16 that a Dense layer behind a Flatten insists on."""
+    keras = pytest.importorskip("keras_models", exc_type=ImportError).keras
+    layers = [
+        keras.Input((12, 16, 3)),
+        keras.layers.Conv2D(4, 3, activation="relu"),
+        keras.layers.BatchNormalization(),
+        keras.layers.Flatten(),
+        keras.layers.Dense(5, activation="softmax"),
+    ]
+    keras.Sequential(layers).save(path)
+    return path
+
+
 class TestCommands:
     def test_convert(self, run, model, images, tmp_path):
         checkpoint, target = tmp_path / "weights.safetensors", tmp_path / "fused.safetensors"
@@ -189,6 +205,33 @@ class TestCommands:
         code, out, _ = run("plot", fused, tmp_path / "model.svg", "--size", 32)
         assert code == 0
         assert texts(tmp_path / "model.svg")[1] == "(1, 3, 32, 32)"
+
+    def test_a_keras_file_says_the_size_itself(self, run, tmp_path):
+        keras_file = written_by_keras(tmp_path / "model.keras")
+        fused, drawn = tmp_path / "fused.safetensors", tmp_path / "model.svg"
+        code, out, _ = run("summary", keras_file, "--json")
+        assert code == 0
+        # 3x3 convolution 3->4 with bias, its batch norm's two, Dense from 10x14x4 to 5 with bias.
+        assert json.loads(out)["parameters"] == (27 * 4 + 4) + 8 + (560 * 5 + 5)
+        assert json.loads(out)["input_size"] == [1, 3, 12, 16]
+        assert run("convert", keras_file, fused)[0] == 0
+        assert run("export", fused, tmp_path / "model.pt2")[0] == 0
+        assert run("plot", keras_file, drawn)[0] == 0
+        assert texts(drawn)[1] == "(1, 3, 12, 16)"
+
+    def test_a_fused_file_has_a_dtype_and_weights(self, run, model, images, tmp_path):
+        fused, target = tmp_path / "fused.safetensors", tmp_path / "again.safetensors"
+        fastres.save(fastres.optimize(model, dtype=torch.bfloat16, verify=False), fused)
+        for arguments, message in (
+            (("convert", fused, target, "--dtype", "float16"), "is folded in torch.bfloat16"),
+            (("convert", fused, target, "--checkpoint", fused), "which has weights"),
+            (("summary", fused), "summarise its source"),
+        ):
+            code, _, err = run(*arguments)
+            assert code == 2
+            assert message in err
+        assert run("convert", fused, target)[0] == 0
+        assert fastres.load(target).dtype is torch.bfloat16
 
     def test_mistakes_are_one_line(self, run, tmp_path):
         for arguments, message in (

@@ -9,6 +9,7 @@ import torch
 from fused import assert_close, executions, plain, rms, small
 from helpers import hostile_, real_images
 from torch import nn
+from torch.func import functional_call
 
 import fastres
 from fastres.errors import VerificationError
@@ -220,6 +221,27 @@ def test_state_dict_round_trip():
     assert torch.equal(first(x), out)
     first.load_state_dict(fastres.optimize(small(seed=3), verify=False).state_dict(), assign=True)
     assert not torch.equal(first(x), out)
+
+
+def test_weights_loaded_through_the_module_around_it():
+    first, second = (fastres.optimize(small(seed=seed), verify=False) for seed in (1, 2))
+    x = real_images(2, 16)
+    around = nn.Sequential(first)
+    assert not torch.equal(around(x), second(x))
+    around.load_state_dict(nn.Sequential(second).state_dict())
+    assert torch.equal(around(x), second(x))
+
+
+def test_functional_call_uses_the_weights_given_and_keeps_the_own():
+    first, second = (fastres.optimize(small(seed=seed), verify=False) for seed in (1, 2))
+    x = real_images(2, 16)
+    own, others = copy.deepcopy(first)(x), second(x)
+    for _ in range(2):  # before the engine has run and after
+        found = functional_call(first, second.state_dict(), (x,))
+        # The same float32 arithmetic in another memory order.
+        torch.testing.assert_close(found, others, rtol=0, atol=1e-5 * others.abs().max().item())
+        assert torch.equal(first(x), own)
+    assert (own - others).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("wrap", ["DataParallel", "compile", "hooked inside"])

@@ -1,5 +1,6 @@
 """The package as it is installed: names in pyproject.toml, and what wheel and sdist contain."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,13 @@ def built(tmp_path_factory):
 def test_packages_in_pyproject_are_those_of_the_tree():
     listed = set(PROJECT["tool"]["setuptools"]["packages"])
     assert listed == {str(Path(name).parent).replace("/", ".") for name in modules_in(ROOT)}
+
+
+def test_the_extras_that_messages_advise_exist():
+    sources = "".join(path.read_text() for path in (ROOT / "fastres").rglob("*.py"))
+    advised = set(re.findall(r"install fastres\[(\w+)\]", sources))
+    assert {"onnx", "vision"} <= advised
+    assert advised <= set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_the_link_to_the_kernels_is_relative():

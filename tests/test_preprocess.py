@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from helpers import hostile_, real_images
@@ -161,6 +162,8 @@ def test_numbers_from_others():
     assert Normalize.like({"mean": MEAN, "std": STD, "crop_pct": 1}).std.tolist() == list(STD)
     processor = type("Processor", (), {"image_mean": [0.5], "image_std": [0.25]})()
     assert Normalize.like(processor).mean.tolist() == [0.5]
+    arrays = Normalize(np.array(MEAN), torch.tensor(STD, dtype=torch.float64))
+    assert (arrays.mean.tolist(), arrays.std.tolist()) == (list(MEAN), list(STD))
     with pytest.raises(TypeError, match="no mean and std; got dict"):
         Normalize.like({})
 
@@ -180,10 +183,13 @@ def test_other_images_are_refused(pixels, fuse):
 def test_arguments():
     for arguments, message in (
         (((0.1,), (0.2, 0.3)), "as long; got 1 and 2"),
-        (((), ()), "as long"),
+        (((), ()), "mean must have a finite number for each channel"),
+        (((0.1,), (float("nan"),)), "std must have a finite number for each channel"),
         (((0.1,), (0.0,)), "positive"),
     ):
         with pytest.raises(ValueError, match=message):
             Normalize(*arguments)
+    with pytest.raises(TypeError, match=r"mean must have a number for each channel; got 0\.5"):
+        Normalize(0.5, 0.5)
     with pytest.raises(ValueError, match="NCHW, NHWC; got 'HWC'"):
         Normalize(MEAN, STD, layout="HWC")

@@ -27,7 +27,14 @@ TORCHVISION = [
 ]
 
 # Parameters in millions, table 6 of https://arxiv.org/abs/1512.03385.
-CIFAR = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}
+CIFAR = {
+    "resnet20": 0.27,
+    "resnet32": 0.46,
+    "resnet44": 0.66,
+    "resnet56": 0.85,
+    "resnet110": 1.7,
+    "resnet1202": 19.4,
+}
 
 
 def seeded_pair(name, **kwargs):

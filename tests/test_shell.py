@@ -1,6 +1,7 @@
 """Wholes that cannot be traced: their Python stays, their parts are fused, their form is kept."""
 
 import copy
+import inspect
 import pickle
 import sys
 
@@ -183,6 +184,17 @@ def test_a_shell_compiles_whole(source, images):
     with torch.no_grad():
         wanted = source(images, with_features=True)
     torch.testing.assert_close(compiled(images, with_features=True), wanted)
+
+
+def test_a_shell_is_exported_by_the_sources_names(source, images):
+    fast = fastres.optimize(source, example_input=images)
+    assert list(inspect.signature(fast.forward).parameters) == ["x", "with_features"]
+    for twin in (fast, pickle.loads(pickle.dumps(fast))):
+        shapes = {"x": {0: torch.export.Dim("batch")}}
+        program = torch.export.export(twin, (images,), dynamic_shapes=shapes).module()
+        more = real_images(3, 64).double()
+        with torch.no_grad():
+            torch.testing.assert_close(program(more), source(more))
 
 
 def test_training_is_refused(source):

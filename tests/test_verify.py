@@ -143,6 +143,41 @@ def test_structures_are_compared_leaf_by_leaf():
     assert not fastres.verify(nest, lambda x: {**nest(x), "b": x * 2.001}, images()).ok
 
 
+@dataclasses.dataclass
+class Labelled:
+    logits: torch.Tensor
+    other: object
+
+
+class Labelling(nn.Module):
+    """Logits in a dataclass that torch knows nothing of, and in another inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = small()
+
+    def forward(self, x):
+        logits = self.network(x)
+        return Labelled(logits, (Labelled(2 * logits, None), 3))
+
+
+def test_dataclasses_are_looked_into():
+    model, x = Labelling().eval(), images(2)
+    fast = fastres.optimize(model, example_input=x)
+    assert fast.verification.ok
+    found = fast(x)
+    assert type(found) is Labelled
+    inner, number = found.other
+    assert (type(inner), number) == (Labelled, 3)
+    assert torch.equal(inner.logits, 2 * found.logits)
+
+    def wrong(x):
+        found = model(x)
+        return Labelled(found.logits, (Labelled(found.logits, None), 3))
+
+    assert not fastres.verify(model, wrong, x).ok
+
+
 def test_several_arguments_and_their_copies():
     """Both sides get the arguments as they were, though one of them writes into its own."""
 

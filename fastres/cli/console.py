@@ -23,6 +23,12 @@ DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
 Backend = Annotated[str, typer.Option("--backend", help="auto, triton or torch.")]
 Size = Annotated[int, typer.Option("--size", min=1, help="Height and width of the images.")]
+OwnSize = Annotated[
+    int | None,
+    typer.Option(
+        "--size", min=1, help="Height and width of the images: by default a file's own, else 224."
+    ),
+]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Pretrained weights to download, e.g. DEFAULT.")
 ]

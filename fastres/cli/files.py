@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .console import ERR, OUT, AsJson, Checkpoint, Dtype, Size, Weights, print_json
+from .console import ERR, OUT, AsJson, Checkpoint, OwnSize, Weights, print_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from ..fast_model import FastModel
 
@@ -23,13 +23,17 @@ Source = Annotated[
 ]
 Target = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
 KERAS = (".h5", ".hdf5", ".keras")
+FUSED = ".safetensors"
 
 
 def convert(
     source: Source,
     target: Target,
-    dtype: Dtype = "float32",
-    size: Size = 224,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16: by default the source's own."),
+    ] = None,
+    size: OwnSize = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
@@ -48,7 +52,7 @@ def convert(
 def export(
     source: Source,
     target: Target,
-    size: Size = 224,
+    size: OwnSize = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
@@ -57,11 +61,10 @@ def export(
 
     The batch size stays open; height and width are fixed by --size.
     """
-    from ..bench import random_images
     from ..export import export as write
 
-    fast = _fused(source, "float32", size, weights, checkpoint)
-    found = write(fast, target, random_images(2, _channels(fast), size)[0])
+    fast = _fused(source, None, size, weights, checkpoint)
+    found = write(fast, target, _images(2, fast, size))
     if found.max_abs is None:
         text = "not run: install onnxruntime to have it checked"
     else:
@@ -73,27 +76,31 @@ def plot(
     source: Source,
     target: Target,
     unfused: Annotated[bool, typer.Option("--unfused", help="The modules as written.")] = False,
-    size: Size = 224,
+    size: OwnSize = None,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Draw a network as .svg, .png or .dot, by the steps that inference runs."""
     from ..diagram import plot_model
 
-    network = _network(source, None, checkpoint)
-    shape = (1, _channels(network), size, size)
+    network = read_network(source, size, checkpoint=checkpoint)
+    shape = (1, *image_shape(network, size))
     path = plot_model(network, target, fused=not unfused, input_size=shape)
     _say({"path": str(path)}, f"wrote {path}", as_json)
 
 
-def _network(source: str, weights: str | None, checkpoint: Path | None) -> nn.Module:
+def read_network(
+    source: str, size: int | None, weights: str | None = None, checkpoint: Path | None = None
+) -> nn.Module:
     """What the argument names: a Keras file, a fused file, or a network of the table."""
     suffix = Path(source).suffix
+    if suffix in (*KERAS, FUSED) and (weights or checkpoint):
+        raise ValueError(f"--weights and --checkpoint do not go with {source}, which has weights")
     if suffix in KERAS:
         from ..keras_import import from_keras
 
-        return from_keras(source)
-    if suffix == ".safetensors":
+        return from_keras(source, input_size=None if size is None else (size, size))
+    if suffix == FUSED:
         from ..serialize import load
 
         return load(source)
@@ -102,29 +109,45 @@ def _network(source: str, weights: str | None, checkpoint: Path | None) -> nn.Mo
     return load_network(source, weights=weights, checkpoint=checkpoint)
 
 
+def image_shape(network: nn.Module, size: int | None) -> tuple[int, int, int]:
+    """(C, H, W) of its images: by its first convolution, and what a Keras file says of the size."""
+    own = getattr(network, "input_size", (None, None)) if size is None else (size, size)
+    height, width = (side or 224 for side in own)
+    return _channels(network), height, width
+
+
+def _images(count: int, network: nn.Module, size: int | None) -> Tensor:
+    from ..bench import random_images
+
+    channels, height, width = image_shape(network, size)
+    return random_images(count, channels, max(height, width))[0][:, :, :height, :width]
+
+
 def _fused(
-    source: str, dtype: str, size: int, weights: str | None, checkpoint: Path | None
+    source: str, dtype: str | None, size: int | None, weights: str | None, checkpoint: Path | None
 ) -> FastModel:
     """The network, folded in ``dtype`` and compared with its source on images of this size."""
-    from ..bench import calibrate_, parse_dtype, random_images
+    from ..bench import calibrate_, parse_dtype
     from ..fast_model import FastModel
     from ..optimize import optimize
     from ..resnet import ResNet
 
-    network = _network(source, weights, checkpoint)
+    kind = None if dtype is None else parse_dtype(dtype)
+    network = read_network(source, size, weights, checkpoint)
     if isinstance(network, FastModel):
+        if kind not in (None, network.dtype):
+            raise ValueError(f"{source} is folded in {network.dtype} already; got --dtype {dtype}")
         return network
-    images = random_images(4, _channels(network), size)[0]
+    images = _images(4, network, size)
     if isinstance(network, ResNet) and weights is None and checkpoint is None:
         ERR.print("note: the parameters are random; give --weights or --checkpoint", markup=False)
         calibrate_(network, images)
-    fast = optimize(network, example_input=images, dtype=parse_dtype(dtype))
+    fast = optimize(network, example_input=images, dtype=kind)
     assert isinstance(fast, FastModel)
     return fast
 
 
 def _channels(network: nn.Module) -> int:
-    """Channels of the images, from the first convolution."""
     from torch import nn
 
     from ..ir import Conv2d

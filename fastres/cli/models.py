@@ -16,6 +16,7 @@ from .console import (
     DeviceName,
     Dtype,
     ModelName,
+    OwnSize,
     Size,
     Weights,
     print_json,
@@ -73,19 +74,26 @@ def verify(
 
 
 def summary(
-    model: ModelName,
-    size: Size = 224,
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A network, e.g. resnet50, or a .h5 or .keras file."),
+    ],
+    size: OwnSize = None,
     batch: Annotated[int, typer.Option(min=1, help="Batch size of the table.")] = 1,
     checkpoint: Checkpoint = None,
     as_json: AsJson = False,
 ) -> None:
     """Modules, shapes, parameters and operations of the network before it is folded."""
     from ..describe import summary as describe
+    from ..fast_model import FastModel
+    from .files import image_shape, read_network
 
-    network = _network(model, None, checkpoint)
-    found = describe(network, (batch, network.conv1.in_channels, size, size))
+    network = read_network(source, size, checkpoint=checkpoint)
+    if isinstance(network, FastModel):
+        raise ValueError(f"{source} is fused: its modules are gone; summarise its source")
+    found = describe(network, (batch, *image_shape(network, size)))
     if as_json:
-        print_json({"model": model, **found.to_dict()})
+        print_json({"model": source, **found.to_dict()})
         return
     typer.echo(found.table)
     typer.echo(f"{found.flop / 1e9:.2f} GFLOP, a multiply-add counted as two")

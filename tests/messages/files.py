@@ -252,6 +252,14 @@ add("classify: no such photograph", lambda: read_image("gone.jpg"))
 add("classify: no photograph", lambda: read_image(str(written("text.jpg", b"text"))))
 
 
+@case("classify: a photograph of floats")
+def _() -> None:
+    from PIL import Image
+
+    Image.new("F", (8, 8)).save("floats.tiff")
+    read_image("floats.tiff")
+
+
 @case("classify: without Pillow")
 def _() -> None:
     with without("PIL"):
@@ -279,8 +287,13 @@ def _() -> None:
 
 add("export: a model that is not fused", lambda: write_export(small(), "m.onnx", images()))
 add("export: another suffix", lambda: write_export(fast(), "m.pb", images()))
+add("export: ONNX of bfloat16", lambda: write_export(half(), "m.onnx", images()))
 add("export: one image", lambda: write_export(fast(), "m.onnx", images(1)))
 add("export: a model elsewhere", lambda: write_export(elsewhere(), "m.onnx", images()))
+
+
+def half() -> fastres.FastModel:
+    return fastres.optimize(small(), dtype=torch.bfloat16, verify=False)
 
 
 def elsewhere() -> nn.Module:

@@ -296,6 +296,8 @@ def torch_compile(options: dict[str, Any]) -> None:
 
 add("Normalize: lengths that differ", lambda: Normalize([0.5], [0.2, 0.2]))
 add("Normalize: no spread", lambda: Normalize([0.5], [0.0]))
+add("Normalize: one number", lambda: Normalize(0.5, 0.2))  # type: ignore[arg-type]
+add("Normalize: not finite", lambda: Normalize([float("nan")], [0.2]))
 add("Normalize: no such layout", lambda: Normalize([0.5], [0.2], layout="HWC"))
 add("Normalize: transforms without numbers", lambda: Normalize.like(object()))
 add("Normalize: floats", lambda: Normalize([0.5] * 3, [0.2] * 3)(images()))

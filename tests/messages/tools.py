@@ -12,6 +12,7 @@ import torch
 from fused import images, small
 from torch import nn
 
+import fastres
 from fastres import bench, cli, compare, demo, describe, forecast, presets, report, roofline, timing
 from fastres.timing import Method, Samples
 from fastres.tuning import singly
@@ -144,3 +145,17 @@ def said(command: str) -> Raised:
 
 for command in COMMANDS:
     add(f"fastres {command}".replace("\0", "NUL"), lambda c=command: said(c))
+
+
+def said_of_fused(command: str) -> Raised:
+    """As :func:`said`, where ``fused.safetensors`` is a fused model in float32."""
+    fastres.save(fast(), "fused.safetensors")
+    return said(command)
+
+
+for command in (
+    "summary fused.safetensors",
+    "convert fused.safetensors again.safetensors --dtype float16",
+    "convert fused.safetensors again.safetensors --checkpoint weights.pth",
+):
+    add(f"fastres {command}", lambda c=command: said_of_fused(c))
