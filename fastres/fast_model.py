@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from operator import is_
 from typing import Any, ClassVar
 
@@ -218,17 +217,12 @@ class FastModel(nn.Module):
     def _settle(self) -> None:
         """Take the tensors that are here now for the model's own, which engines are built from."""
         self._runners.clear()
-        self._owners = [m for m in self.modules() if m._buffers or m._parameters]
-        self._own = list(self._tensors())
-
-    def _tensors(self) -> Iterator[Tensor | None]:
-        # The dictionaries are looked up at each call: torch.export leaves others behind.
-        tables = ((m._buffers.values(), m._parameters.values()) for m in self._owners)
-        return chain.from_iterable(chain.from_iterable(tables))
+        owners = (m for m in self.modules() if m._buffers or m._parameters)
+        self._own = [(m, _tensors(m)) for m in owners]
 
     def _has_other_weights(self) -> bool:
         """Whether other tensors are in their places, as torch.func.functional_call puts them."""
-        return not all(map(is_, self._tensors(), self._own))
+        return any(not all(map(is_, _tensors(module), own)) for module, own in self._own)
 
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("described", {})
@@ -242,7 +236,6 @@ class FastModel(nn.Module):
             "_runners": {},
             "_pending": None,
             "_program": None,
-            "_places": [],
             "_own": [],
         }
         return {**self.__dict__, **dropped}
@@ -291,6 +284,11 @@ def new(signature: inspect.Signature) -> FastModel:
 _ATEN = portable.Aten()
 _ANY_LAYOUT = portable.AnyLayout()
 _CUSTOM_OPS = portable.CustomOps()
+
+
+def _tensors(module: nn.Module) -> list[Tensor | None]:
+    # The dictionaries are looked up at each call: torch.export leaves others behind.
+    return [*module._buffers.values(), *module._parameters.values()]
 
 
 def _settle(model: FastModel, _: Any) -> None:
