@@ -1,7 +1,9 @@
 """Networks through every kernel for groups of steps, forced one by one and all together."""
 
 import copy
+from importlib import import_module
 
+import gluon_stand_in
 import pytest
 import torch
 from fused import plain, rms
@@ -18,6 +20,7 @@ from fastres.triton_ops import TritonOps
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
 LAUNCHES = kernels.LAUNCHES
+hwnc = import_module("fastres.kernels.hwnc")
 
 HALF = torch.float16
 
@@ -111,6 +114,40 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
             expected = copy.deepcopy(model).to(HALF)(view)
             assert out.stride() == expected.stride()
             assert rms(out - exact) <= 2 * rms(expected - exact) + 4e-3 * rms(exact)
+
+
+SLIDING = {  # forced beside conv2d_hwnc: launches of each kernel for two stages, 2 + 1 blocks
+    (): {"sliding_kernel": 2, "conv2d_hwnc_kernel": 2, "sliding_block_kernel": 0},
+    ("sliding_block",): {
+        "sliding_kernel": 1,
+        "conv2d_hwnc_kernel": 2,
+        "sliding_block_kernel": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("more", SLIDING, ids=str)
+def test_a_network_through_the_sliding_kernels(more, device, monkeypatch):
+    """Without a GPU on stand-ins; the second block's 3x3 ends with the next stage's reduction."""
+    sliding, fused = hwnc.sliding, kernels.sliding_fused
+    if device.type == "cpu":
+        for module in (sliding, fused):
+            monkeypatch.setattr(module, "launch", counted_stand_in)
+            monkeypatch.setattr(module, "runs_on", lambda device: True)
+        monkeypatch.setattr(sliding, "estimated_cycles", lambda *_: 0.0)
+    elif not sliding.runs_on(device):
+        pytest.skip("no warpgroup products but on sm_90")
+    model = bottlenecks().to(device)
+    made = executor(model, HALF, "stem", "gemm", "conv2d_hwnc", *more, device=device)
+    LAUNCHES.clear()
+    assert_right(made, model, real_images(3, 32).to(device, HALF))
+    if device.type == "cpu":
+        assert {name: LAUNCHES[name] for name in SLIDING[more]} == SLIDING[more]
+
+
+def counted_stand_in(kernel, *args, **meta):
+    LAUNCHES[kernel.__name__] += 1
+    gluon_stand_in.launch(kernel, *args, **meta)
 
 
 FLAT = "stem,head,gemm"
