@@ -25,6 +25,7 @@ from .group_kernels import (
     Cudnn,
     Launch,
     Outputs,
+    SlidingBlock,
     Stem,
     StemHwnc,
     from_rows,
@@ -34,7 +35,7 @@ from .group_kernels import (
 )
 from .ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
 from .plan import Plan, Shape
-from .tuning import Arrangement, Group, arrange, candidates, case_of, network_case
+from .tuning import Arrangement, Case, Group, arrange, candidates, case_of, network_case
 
 
 class TritonOps(AtenOps):
@@ -80,8 +81,9 @@ class TritonOps(AtenOps):
         barred = frozenset() if self.cudnn else frozenset((Cudnn.name,))
         choices = self.choices or standard(device, barred)
         kind = conv_precision() if dtype is torch.float32 else "half"
-        network = choices.decide(ConvHwnc.name, network_case(plan, shapes, kind))
-        rules = self._rules(device, "hwnc" if network.chosen and not plan.left else "nhwc")
+        case = network_case(plan, shapes, kind)
+        layouts = self._hwnc(plan, choices, case, dtype, device)
+        rules = self._rules(device, "hwnc" if layouts else "nhwc")
         layout = "hwnc" if ConvHwnc.name in rules else "nhwc"
         reasons: dict[int, str] = {}
 
@@ -94,13 +96,32 @@ class TritonOps(AtenOps):
                 return False
             found = choices.decide(kernel.choice or kernel.name, case_of(group, shapes, kind))
             if isinstance(kernel, ConvHwnc):
-                found = Decision(not is_flat(group.steps[0].op), network.why)
+                found = Decision(not is_flat(group.steps[0].op), layouts[0].why)
+            if isinstance(kernel, SlidingBlock):
+                found = choices.decide(kernel.name, case)
             if found.chosen:
                 reasons[id(group.steps[0])] = found.why
             return found.chosen
 
         groups = arrange(plan, rules, chosen)
         return Arrangement(groups, tuple(reasons.get(id(g.steps[0]), "") for g in groups), layout)
+
+    def _hwnc(
+        self,
+        plan: Plan,
+        choices: Choices,
+        case: Case | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> list[Decision]:
+        """The decisions for the layout HWNC: its own, or one for a kernel that needs it."""
+        if plan.left or choices.forced.get(ConvHwnc.name) is False:
+            return []
+        rule = {SlidingBlock.name: SlidingBlock.rule}
+        found = [choices.decide(name, case) for name in (ConvHwnc.name, SlidingBlock.name)]
+        if found[1].chosen and not candidates(plan, rule, lambda g: self._takes(g, dtype, device)):
+            del found[1]
+        return [decision for decision in found if decision.chosen]
 
     def _rules(self, device: torch.device, layout: str | None = None) -> dict[str, str]:
         """The rule of each kernel that runs here, in networks of this or of any layout."""

@@ -43,6 +43,7 @@ Progress = Callable[[int, int], None]
 
 DEFAULT = "conv2d"
 LAYOUT = "conv2d_hwnc"
+BLOCK = "sliding_block"  # in that layout alone, so a choice for the whole network as well
 LEAST_FOR_LAYOUT = 32  # images, so that a pixel's fill half a tile at least
 JUDGED = 4  # images at each end of a batch
 COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
@@ -97,7 +98,8 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
     if network and network.batch >= LEAST_FOR_LAYOUT and any(g.kernel == LAYOUT for g in options):
         outputs = tuple(dict.fromkeys(refs(whole.output)))
         everything = Group("", whole.steps, (whole.parameters[0].name,), outputs)
-        found[network.key] = Trial(network, dtype, everything, shapes, (APART, LAYOUT))
+        ways = (APART, LAYOUT, *((BLOCK,) if any(g.kernel == BLOCK for g in options) else ()))
+        found[network.key] = Trial(network, dtype, everything, shapes, ways)
     return tuple(found.values())
 
 
@@ -238,8 +240,8 @@ class _Session:
     def _executor(self, trial: Trial, kernel: str) -> Executor:
         """Runs the piece by one kernel, or the whole network in one layout."""
         choices = only(*(() if kernel in (DEFAULT, APART) else (kernel,)))
-        if trial.kernels == (APART, LAYOUT):
-            forced = {LAYOUT: kernel == LAYOUT}
+        if LAYOUT in trial.kernels and APART in trial.kernels:
+            forced = {LAYOUT: kernel != APART, BLOCK: kernel == BLOCK}
             choices = Choices(architecture_of(self.device), _by_case(self.found), forced)
         ops = TritonOps(cudnn=True, choices=choices)
         return Executor(_piece(trial.group), self.module, ops, trial.dtype)

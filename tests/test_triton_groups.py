@@ -12,10 +12,11 @@ from torch import nn
 
 import fastres
 from fastres import BasicBlock, Bottleneck, ResNet, fold, plan, trace
-from fastres.choices import Choices, only
+from fastres.choices import Choices, Measurement, only
 from fastres.engine import Executor
 from fastres.tables import KERNELS
 from fastres.triton_ops import TritonOps
+from fastres.tuning import network_case
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
@@ -143,6 +144,32 @@ def test_a_network_through_the_sliding_kernels(more, device, monkeypatch):
     assert_right(made, model, real_images(3, 32).to(device, HALF))
     if device.type == "cpu":
         assert {name: LAUNCHES[name] for name in SLIDING[more]} == SLIDING[more]
+
+
+def test_the_sliding_block_brings_its_layout_where_it_can_run(device, monkeypatch):
+    if device.type == "cuda":
+        pytest.skip("plans for a GPU that is not there")
+    monkeypatch.setattr(kernels.sliding_fused, "runs_on", lambda device: True)
+
+    def layout(model, *forced, **found):
+        ops = TritonOps(choices=Choices("sm_90", found.get("measured", {}), dict(forced)))
+        whole = plan.of_module(model)
+        shapes = whole.shapes((64, 3, 32, 32))
+        arranged = ops.arrange(whole, shapes, HALF, device)
+        return arranged.layout, sum(g.kernel == "sliding_block" for g in arranged.groups)
+
+    block, hwnc = ("sliding_block", True), ("conv2d_hwnc", True)
+    assert layout(bottlenecks(), block) == layout(bottlenecks(), block, hwnc) == ("hwnc", 1)
+    assert layout(bottlenecks(), hwnc) == ("hwnc", 0)
+    assert layout(bottlenecks(), block, ("conv2d_hwnc", False)) == ("nhwc", 0)
+    assert layout(basic(), block) == ("nhwc", 0), "no bottleneck that it could serve"
+
+    whole = plan.of_module(bottlenecks())
+    case = network_case(whole, whole.shapes((64, 3, 32, 32)), "half")
+    for fastest, found in (("sliding_block", ("hwnc", 1)), ("conv2d_hwnc", ("hwnc", 0))):
+        seconds = {"apart": 3.0, "conv2d_hwnc": 2.0, "sliding_block": 2.5} | {fastest: 1.0}
+        measured = {case.key: {64: Measurement(seconds, {})}}
+        assert layout(bottlenecks(), measured=measured) == found
 
 
 def counted_stand_in(kernel, *args, **meta):

@@ -51,7 +51,7 @@ def run(cheap, model=None, batch=2, **kwargs):
     return tune(model or network(), [(batch, 3, 8, 8)], [HALF], CPU, clock=partial(clock, cheap))
 
 
-def test_equal_pieces_are_tried_once_and_small_ones_first():
+def test_equal_pieces_are_tried_once_and_small_ones_first(monkeypatch):
     found = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
     keys = [trial.case.key for trial in found]
     assert len(keys) == len(set(keys))
@@ -64,6 +64,10 @@ def test_equal_pieces_are_tried_once_and_small_ones_first():
     wide = hostile_(ResNet(Bottleneck, [1], num_classes=8, stem="cifar"))
     network_trial = trials(of_module(wide), (32, 3, 8, 8), TritonOps(), HALF)[-1]
     assert network_trial.kernels == ("apart", "conv2d_hwnc")
+    monkeypatch.setattr(kernels.sliding_fused, "runs_on", lambda device: True)
+    deep = hostile_(ResNet(Bottleneck, [2], num_classes=8, stem="cifar"))
+    network_trial = trials(of_module(deep), (32, 3, 8, 8), TritonOps(), HALF)[-1]
+    assert network_trial.kernels == ("apart", "conv2d_hwnc", "sliding_block")
 
 
 @pytest.mark.parametrize(
