@@ -345,6 +345,10 @@ DTYPES = {
 }
 
 
+INT64 = r"arith\.muli %\S+ %\S+ : tensor<\d+xi64>"
+ROUNDED = r"tt\.bitcast %\S+ : tensor<\S+xi32> -> tensor<\S+xf32>"  # as TF32 operands must be
+
+
 def conv_case(
     kind: str, row: TileConfig, dtype: torch.dtype, shape: str, target: str
 ) -> Case | None:
@@ -366,7 +370,7 @@ def conv_case(
         lambda: CONV_SHAPES[shape].run(dtype, "ieee" if kind == "half" else kind, used),
         wgmma=wgmma and shape != "stem",
         wide=rf"LDGSTS\.E\S*\.{bits}" if target == "sm_90" and bits else "",
-        ttir=r"arith\.muli %\S+ %\S+ : tensor<\d+xi64>" if shape == "int64" else "",
+        ttir=INT64 if shape == "int64" else ROUNDED if kind == "tf32" else "",
         unusable=unusable,
     )
 
