@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Judge, Setting
 from fastres import BasicBlock, ResNet, bench, create_model, optimize
+from fastres.aten_ops import cudnn_benchmarking
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
 from fastres.fast_model import FastModel
@@ -126,7 +127,8 @@ def _ragged(setting: Setting, ragged: int, full: int) -> dict[str, Any]:
 def _judge(model: ResNet, dtype: torch.dtype, x: Tensor) -> Judge:
     exact = eager(model, torch.float64, torch.contiguous_format)
     same = eager(model, dtype, torch.channels_last)
-    return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
+    with cudnn_benchmarking(False):
+        return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
 
 
 def early_cases(setting: Setting) -> Iterator[Case]:

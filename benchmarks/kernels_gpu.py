@@ -154,7 +154,7 @@ def work(log: Log, names: Sequence[str], began: float, until: float) -> int:
     import torch
 
     from benchmarks.gpu_contest import Setting
-    from fastres.baselines import cudnn_benchmarking
+    from fastres.aten_ops import cudnn_benchmarking
 
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device; --dry needs none")

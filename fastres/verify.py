@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .aten_ops import cudnn_benchmarking
 from .engine import Executor
 from .errors import VerificationError
 from .fold import unnormalised_conv
@@ -81,7 +82,7 @@ def verify(
     """
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     actual = _tensors(b(*_copies(arguments)))
-    with unfused():
+    with unfused(), cudnn_benchmarking(False):
         expected = _tensors(a(*_copies(arguments)))
         exact = _float64_outputs(a, arguments)
     _check_structure(expected, actual)
@@ -91,7 +92,7 @@ def verify(
         return found
     # The same convolution by oneDNN is up to four times less exact in channels_last, the layout of
     # the engine: PyTorch's own error in that layout is what a fused copy is measured by.
-    with unfused():
+    with unfused(), cudnn_benchmarking(False):
         expected = _tensors(a(*tree_map(_to_channels_last, arguments)))
     return judge(expected, actual, exact, shape)
 
@@ -163,7 +164,8 @@ def verify_steps(executor: Executor, source: nn.Module, inputs: Sequence[Any]) -
 
     def observe(step: Step, operands: list[Any], result: Any) -> None:
         if isinstance(step.op, (Conv2d, Linear)):
-            found.append(_step_error(step, source, operands, result))
+            with cudnn_benchmarking(False):
+                found.append(_step_error(step, source, operands, result))
 
     with torch.no_grad():
         executor.run(inputs, observe)

@@ -182,3 +182,26 @@ def test_nan_of_a_step_is_an_error():
     weight[0, 0] = float("nan")
     found = verify_steps(runner.executor, model, [x])
     assert [error.step for error in found if not error.ok] == ["fc"]
+
+
+def test_cudnn_looks_for_no_fast_algorithms_of_what_is_compared_with(monkeypatch):
+    """The search takes most of a second for each layer, and float64 is needed just once."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model, x, searched = small(), images(), {}
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            searched.setdefault(x.dtype, torch.backends.cudnn.benchmark)
+            return self.model(x)
+
+    def candidate(x):
+        searched["candidate"] = torch.backends.cudnn.benchmark
+        return model(x)
+
+    assert fastres.verify(Watched(), candidate, x).ok
+    assert searched == {"candidate": True, torch.float32: False, torch.float64: False}
+    assert torch.backends.cudnn.benchmark
