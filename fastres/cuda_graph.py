@@ -52,6 +52,7 @@ class GraphRunner:
         self._seen: set[Key] = set()
         self._lock = RLock()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._last_use: torch.cuda.Event | None = None
 
     @property
@@ -101,7 +102,7 @@ class GraphRunner:
             self._finish()
             self._graphs.clear()
             self._seen.clear()
-            self._pool = None
+            self._pool = self._stream = None
 
     def _capturable(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or x.numel() == 0 or not self._whole:
@@ -118,15 +119,16 @@ class GraphRunner:
             self._finish()
         while len(self._graphs) >= self.limit:
             self._graphs.popitem(last=False)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            # The allocator shares a pool's memory among captures on one stream alone.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream = self._stream
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
             source, contiguous = self._source(x), not is_channels_last(x)
             # Memory that is aligned as the caller's was not wants kernels of its own, and while
             # capturing none can be compiled or loaded.
             self.executor.run([source], contiguous=contiguous)
             graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.graph(
                 graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"

@@ -1,10 +1,13 @@
 """What goes into a graph, seen over a stand-in for torch.cuda; tests/gpu has the real one."""
 
+import contextlib
+
 import pytest
 import torch
 from fused import small
 
 import fastres
+from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
 from fastres import backends, fold, plan, trace
 from fastres.engine import Executor
@@ -101,3 +104,22 @@ def test_what_is_captured_has_run_before_on_the_same_memory(runner_class, monkey
         runner(image)
     assert addresses[0] == image.data_ptr()
     assert addresses[-1] == addresses[-2] != image.data_ptr()
+
+
+def test_all_captures_share_one_stream_without_which_they_share_no_memory(
+    runner_class, monkeypatch
+):
+    """PyTorch: captures into one pool should be on the same stream, for effective sharing."""
+    streams = []
+
+    def graph(captured, pool=None, stream=None, capture_error_mode="global"):
+        streams.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(call_cost._Cuda, "graph", staticmethod(graph))
+    runner = runner_class(executor(small()))
+    with torch.no_grad():
+        for size in (8, 8, 12, 12):
+            runner(torch.randn(1, 3, size, size))
+    assert len(streams) == 2
+    assert streams[0] is streams[1] is not None
