@@ -66,7 +66,7 @@ class GraphRunner:
         A call inside the user's own capture, of an empty batch, or of a plan with PyTorch calls in
         it runs step by step.
         """
-        if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if x.device.type != "cuda" or _is_capturing():
             return self.executor.run([self._cast(x)])
         with self._lock, torch.cuda.device(x.device):
             self._wait()
@@ -107,7 +107,7 @@ class GraphRunner:
     def _capturable(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or x.numel() == 0 or not self._whole:
             return False
-        return not torch.cuda.is_current_stream_capturing()
+        return not _is_capturing()
 
     def _remember(self, key: Key) -> None:
         if len(self._seen) > 64 * self.limit:
@@ -173,6 +173,12 @@ class GraphRunner:
         """Let the host wait for it."""
         if self._last_use is not None:
             self._last_use.synchronize()
+
+
+def _is_capturing() -> bool:
+    """Whether the user captures. In a forked child, torch's own error, which advises to spawn."""
+    torch.cuda.init()  # the question itself would fail there without a word about forks
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _clone(value: Any) -> Any:

@@ -9,7 +9,7 @@ from fused import small
 import fastres
 from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
-from fastres import backends, fold, plan, trace
+from fastres import backends, cuda_graph, fold, plan, trace
 from fastres.engine import Executor
 
 CL = torch.channels_last
@@ -123,3 +123,9 @@ def test_all_captures_share_one_stream_without_which_they_share_no_memory(
             runner(torch.randn(1, 3, size, size))
     assert len(streams) == 2
     assert streams[0] is streams[1] is not None
+
+
+def test_row26_a_forked_child_is_told_to_spawn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="forked subprocess.*'spawn'"):
+        cuda_graph._is_capturing()
