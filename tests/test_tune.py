@@ -90,6 +90,30 @@ def test_the_plan_shows_what_was_measured(tuned_file, cheap, expected, unwanted)
     assert served(model, 5).served_by == far.served_by, "more than twice the batch measured"
 
 
+def test_what_is_timed_has_the_scratch_memory_that_a_captured_network_has(tuned_file, monkeypatch):
+    given, timed = {}, {}
+
+    def record(name, kernel):
+        def recorded(*operands, scratch=None, **options):
+            given[name] = scratch
+            return kernel(*operands, scratch=scratch, **options)
+
+        monkeypatch.setattr(kernels, name, recorded)
+
+    def watching(calls):
+        given.clear()
+        calls[0]()
+        timed.update(given)
+        return 1e-6
+
+    for name in ("conv2d", "linear", "head"):
+        record(name, getattr(kernels, name))
+    found = tune(network(), [(2, 3, 8, 8)], [HALF], CPU, clock=watching)
+    assert not found.wrong
+    assert {"conv2d", "linear", "head"} == timed.keys()
+    assert all(scratch is not None for scratch in timed.values())
+
+
 def test_apart_is_the_best_that_the_parts_can_do(tuned_file):
     found = run(("gemm_kernel",))
     (pair,) = (m for t, m in found.results if t.kernels == ("apart", "gemm_pair"))
