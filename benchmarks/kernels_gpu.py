@@ -185,14 +185,13 @@ def attempt(log: Log, key: tuple[str, str], run: Callable[[], dict[str, Any]]) -
         torch.cuda.synchronize()
     except Exception as error:
         log.add(*key, "failed", reason=one_line(error), seconds=time.perf_counter() - started)
-        try:
-            torch.cuda.synchronize()
-        except Exception:
-            return False
-        torch.cuda.empty_cache()
-        return True
-    log.add(*key, "done", data=data, seconds=time.perf_counter() - started)
-    torch.cuda.empty_cache()
+    else:
+        log.add(*key, "done", data=data, seconds=time.perf_counter() - started)
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # raises where a capture was broken off
+    except Exception:
+        return False
     return True
 
 

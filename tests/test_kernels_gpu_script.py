@@ -148,6 +148,16 @@ def test_a_lost_device_ends_the_worker(log, monkeypatch):
     assert not kernels_gpu.attempt(log, ("gemm", "a"), dict)
 
 
+def test_what_cannot_be_cleared_away_ends_the_worker_and_not_the_run(log, monkeypatch):
+    def broken():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    assert not kernels_gpu.attempt(log, ("gemm", "a"), dict)
+    assert log.states() == {("gemm", "a"): "done"}
+
+
 WORKER = """
 import json, os, sys, time
 path = sys.argv[sys.argv.index("--output") + 1] + "/raw.jsonl"
