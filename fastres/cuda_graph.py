@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,8 @@ from .aten_ops import CHANNELS_LAST, conv_precision, matmul_precision
 from .engine import Executor, is_channels_last
 
 Key: TypeAlias = tuple[Any, ...]
+
+_ONE_AT_A_TIME = Lock()  # a capture begins by waiting for the GPU, which would break off another
 
 
 @dataclass
@@ -130,8 +132,11 @@ class GraphRunner:
             self.executor.run([source], contiguous=contiguous)
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            with (
+                _ONE_AT_A_TIME,
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                ),
             ):
                 output = self.executor.run([source], contiguous=contiguous)
             torch.cuda.current_stream().wait_stream(stream)

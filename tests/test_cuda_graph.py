@@ -1,6 +1,8 @@
 """What goes into a graph, seen over a stand-in for torch.cuda; tests/gpu has the real one."""
 
 import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -123,6 +125,30 @@ def test_all_captures_share_one_stream_without_which_they_share_no_memory(
             runner(torch.randn(1, 3, size, size))
     assert len(streams) == 2
     assert streams[0] is streams[1] is not None
+
+
+def test_row23_models_in_threads_capture_one_after_the_other(runner_class, monkeypatch):
+    """PyTorch: only one capture may be underway at a time in the process."""
+    underway, most = [], []
+
+    @contextlib.contextmanager
+    def graph(captured, **options):
+        underway.append(captured)
+        time.sleep(0.05)
+        most.append(len(underway))
+        yield
+        underway.remove(captured)
+
+    def capture(seed):
+        runner, x = runner_class(executor(small(seed=seed))), torch.randn(1, 3, 8, 8)
+        with torch.no_grad():
+            for _ in range(2):
+                runner(x)
+
+    monkeypatch.setattr(call_cost._Cuda, "graph", staticmethod(graph))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(capture, range(4)))
+    assert most == [1, 1, 1, 1]
 
 
 def test_row26_a_forked_child_is_told_to_spawn(monkeypatch):
