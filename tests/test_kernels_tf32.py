@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 import triton
 import triton.language as tl
+from helpers import nearest_tf32
 
 from fastres.kernels._common import _to_tf32
 
@@ -21,18 +22,12 @@ def round_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
     tl.store(y_ptr + i, _to_tf32(tl.load(x_ptr + i)))
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    mantissa, exponent = torch.frexp(x.double())
-    steps = (mantissa.abs() * 2**11 + 0.5).floor() / 2**11  # TF32 has eleven bits, one implied
-    return torch.ldexp(steps.copysign(mantissa), exponent).float()
-
-
 def test_row17_operands_go_to_the_nearest_tf32(device):
     x = torch.randn(1024, device=device) * torch.logspace(-30, 30, 1024, device=device)
     x[:6] = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 0.0, -0.0, 3e38])
     y = torch.empty_like(x)
     round_kernel[(1,)](x, y, 1024)
-    assert torch.equal(y.view(torch.int32), rounded(x).view(torch.int32))
+    assert torch.equal(y.view(torch.int32), nearest_tf32(x).view(torch.int32))
 
 
 def test_row17_what_is_not_finite_stays(device):
