@@ -38,6 +38,7 @@ CALLS = 1000
 BLOCK = 10
 BLOCK_SECONDS = 0.2
 FOREIGN = ("onnxruntime", "OpenVINO", "TensorRT")
+GRAPHED = ("fastres", "cuDNN fused", "compile CUDA graphs", "max-autotune")
 COPIED_BYTES = 256 * 2**20
 L2_SET_BYTES, L2_READS = 16 * 2**20, 512
 REPEATS = 10
@@ -80,8 +81,13 @@ def _probe(
     p50, p90, p99 = (float(q) for q in np.quantile(times, (0.5, 0.9, 0.99)))
     rate, clock = sustained(call, images, lasting) if lasting else (None, None)
     gpu, host = _gpu_and_host(call, images) if images[0].is_cuda else (None, None)
-    peak = None if name.startswith(FOREIGN) else peak_bytes(call, images[0])
+    peak = peak_bytes(call, images[0]) if _shows_memory(name, images[0]) else None
     return Probe(len(times), p50, p90, p99, gpu, host, peak, rate, lasting or None, clock)
+
+
+def _shows_memory(name: str, x: Tensor) -> bool:
+    """Whether a call takes its memory from PyTorch's allocators: a CUDA graph has it already."""
+    return not name.startswith((*FOREIGN, *GRAPHED) if x.is_cuda else FOREIGN)
 
 
 def _latencies(call: Model, images: Sequence[Tensor], count: int) -> list[float]:

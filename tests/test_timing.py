@@ -271,3 +271,18 @@ def test_a_slow_answer_about_the_clock_takes_nothing_from_the_sustained_rate(mon
     # Two images in 0.01 s are 200 a second, with the wait 60; half is room for a busy CPU.
     assert rate > 100
     assert len(calls) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "shown"),
+    [
+        ("eager fp16 channels_last", True, True),
+        ("fastres fp16 triton", True, False),
+        ("cuDNN fused fp16", True, False),
+        ("fastres fp32", False, True),
+        ("onnxruntime fp32", False, False),
+    ],
+)
+def test_a_graphs_memory_is_not_taken_for_none(name, on_gpu, shown):
+    x = dataclasses.make_dataclass("Image", ["is_cuda"])(on_gpu)
+    assert probes._shows_memory(name, x) is shown
