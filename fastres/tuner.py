@@ -219,6 +219,8 @@ class _Session:
                         seconds[kernel] = self.clock(_turns(executor, inputs))
                 except Exception as failure:
                     excluded[kernel] = one_line(failure)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize()  # raises if the GPU is lost: then nothing is kept
         return Measurement(seconds, excluded)
 
     def _apart(self, work: tuple[str, ...]) -> float | None:

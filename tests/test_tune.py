@@ -8,7 +8,7 @@ import torch
 from helpers import hostile_
 
 import fastres
-from fastres import Bottleneck, ResNet, cli
+from fastres import Bottleneck, ResNet, cli, tuner
 from fastres.choices import load
 from fastres.engine import Executor
 from fastres.errors import BackendError
@@ -146,6 +146,21 @@ def test_a_kernel_that_fails_is_excluded_with_its_error(tuned_file, monkeypatch)
     rot2 = next(m for t, m in found.results if t.kernels == ("apart", "rot2"))
     assert rot2.excluded == {"rot2": "RuntimeError: out of registers"}
     assert rot2.fastest() == "apart"
+
+
+def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
+    """After an illegal access everything fails; none of it may be kept."""
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    made = tuner._inputs
+    monkeypatch.setattr(tuner, "_inputs", lambda trial, device: made(trial, CPU))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    trial = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
+    session = tuner._Session(network(), torch.device("cuda"), lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        session._measure(trial)
 
 
 def test_nan_is_wrong(tuned_file, monkeypatch):
