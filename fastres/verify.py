@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .aten_ops import cudnn_benchmarking
+from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
 from .engine import Executor
 from .errors import VerificationError
 from .fold import unnormalised_conv
@@ -114,9 +114,10 @@ def judge(
     scale = rms(truth)
     error = rms(candidate - truth)
     own = None if exact is None else rms(reference - truth)
-    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    eps = _eps(dtype)
     # Without float64, two roundings of every one of ~100 layers are allowed to add up at random.
-    allowed = 20 * eps * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
+    unit = product_eps(dtype, expected[0].device)
+    allowed = 20 * unit * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
     ok = same_holes and error <= allowed
     against = "float64" if exact is not None else "the reference"
     bound = f"error {error:.3g} against {against}, allowed {allowed:.3g}"
@@ -132,6 +133,17 @@ def judge(
         shape=shape,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def product_eps(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit that operands of products are rounded to: TF32's where float32 may be made so."""
+    may = "tf32" in (conv_precision(), matmul_precision())
+    tf32 = dtype is torch.float32 and device.type == "cuda" and may
+    return 2.0**-10 if tf32 else _eps(dtype)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.verify import judge, verify_steps
+from fastres.verify import judge, product_eps, verify_steps
 
 
 def rounded(values, dtype=torch.float32):
@@ -205,3 +205,14 @@ def test_cudnn_looks_for_no_fast_algorithms_of_what_is_compared_with(monkeypatch
     assert fastres.verify(Watched(), candidate, x).ok
     assert searched == {"candidate": True, torch.float32: False, torch.float64: False}
     assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_row17_where_tf32_is_allowed_two_ways_may_differ_by_its_roundings(allowed, monkeypatch):
+    """What torch.compile's graphs are judged by, for which there is no float64."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert product_eps(torch.float32, gpu) == (2**-10 if allowed else 2**-23)
+    assert product_eps(torch.float32, cpu) == 2**-23
+    assert product_eps(torch.float16, gpu) == 2**-10
+    assert product_eps(torch.float64, gpu) == 2**-52
