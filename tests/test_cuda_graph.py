@@ -127,7 +127,7 @@ def test_all_captures_share_one_stream_without_which_they_share_no_memory(
     assert streams[0] is streams[1] is not None
 
 
-def test_row23_models_in_threads_capture_one_after_the_other(runner_class, monkeypatch):
+def test_models_in_threads_capture_one_after_the_other(runner_class, monkeypatch):
     """PyTorch: only one capture may be underway at a time in the process."""
     underway, most = [], []
 
@@ -151,7 +151,7 @@ def test_row23_models_in_threads_capture_one_after_the_other(runner_class, monke
     assert most == [1, 1, 1, 1]
 
 
-def test_row26_a_forked_child_is_told_to_spawn(monkeypatch):
+def test_a_forked_child_is_told_to_spawn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(RuntimeError, match="forked subprocess.*'spawn'"):
         cuda_graph._is_capturing()

@@ -22,7 +22,7 @@ def round_kernel(x_ptr, y_ptr, SIZE: tl.constexpr):
     tl.store(y_ptr + i, _to_tf32(tl.load(x_ptr + i)))
 
 
-def test_row17_operands_go_to_the_nearest_tf32(device):
+def test_operands_go_to_the_nearest_tf32(device):
     x = torch.randn(1024, device=device) * torch.logspace(-30, 30, 1024, device=device)
     x[:6] = torch.tensor([1 + 2**-11, -1 - 2**-11, 1 + 2**-11 - 2**-23, 0.0, -0.0, 3e38])
     y = torch.empty_like(x)
@@ -30,7 +30,7 @@ def test_row17_operands_go_to_the_nearest_tf32(device):
     assert torch.equal(y.view(torch.int32), nearest_tf32(x).view(torch.int32))
 
 
-def test_row17_what_is_not_finite_stays(device):
+def test_what_is_not_finite_stays(device):
     all_ones = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32, device=device)
     x = torch.cat([all_ones.view(torch.float32), all_ones.new_tensor([0, 0]).float()])
     x[2:] = torch.tensor([float("inf"), -float("inf")])

@@ -208,7 +208,7 @@ def test_cudnn_looks_for_no_fast_algorithms_of_what_is_compared_with(monkeypatch
 
 
 @pytest.mark.parametrize("allowed", [False, True])
-def test_row17_where_tf32_is_allowed_two_ways_may_differ_by_its_roundings(allowed, monkeypatch):
+def test_where_tf32_is_allowed_two_ways_may_differ_by_its_roundings(allowed, monkeypatch):
     """What torch.compile's graphs are judged by, for which there is no float64."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
