@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Judge, Setting
 from fastres import BasicBlock, ResNet, bench, create_model, optimize
+from fastres.aten_ops import cudnn_benchmarking
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
 from fastres.choices import FORCE_VARIABLE
@@ -129,7 +130,8 @@ def _ragged(setting: Setting, ragged: int, full: int) -> dict[str, Any]:
 def _judge(model: ResNet, dtype: torch.dtype, x: Tensor) -> Judge:
     exact = eager(model, torch.float64, torch.contiguous_format)
     same = eager(model, dtype, torch.channels_last)
-    return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
+    with cudnn_benchmarking(False):
+        return Judge([torch.cat([exact(part) for part in x.split(16)])], [same(x)])
 
 
 LAYOUTS = {

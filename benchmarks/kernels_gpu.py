@@ -155,7 +155,7 @@ def work(log: Log, names: Sequence[str], began: float, until: float) -> int:
     import torch
 
     from benchmarks.gpu_contest import Setting
-    from fastres.baselines import cudnn_benchmarking
+    from fastres.aten_ops import cudnn_benchmarking
 
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device; --dry needs none")
@@ -186,14 +186,13 @@ def attempt(log: Log, key: tuple[str, str], run: Callable[[], dict[str, Any]]) -
         torch.cuda.synchronize()
     except Exception as error:
         log.add(*key, "failed", reason=one_line(error), seconds=time.perf_counter() - started)
-        try:
-            torch.cuda.synchronize()
-        except Exception:
-            return False
-        torch.cuda.empty_cache()
-        return True
-    log.add(*key, "done", data=data, seconds=time.perf_counter() - started)
-    torch.cuda.empty_cache()
+    else:
+        log.add(*key, "done", data=data, seconds=time.perf_counter() - started)
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # raises where a capture was broken off
+    except Exception:
+        return False
     return True
 
 

@@ -6,8 +6,8 @@ channels_last memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -240,6 +240,22 @@ def matmul_precision() -> str:
     """``"tf32"`` or ``"ieee"``: what torch's flags allow fp32 matrix products on CUDA."""
     cuda: Any = torch.backends.cuda
     return _first_set(cuda.matmul.fp32_precision)
+
+
+@contextmanager
+def cudnn_benchmarking(wanted: bool = True) -> Iterator[None]:
+    """cuDNN measures its algorithms for each new shape, as every baseline on it deserves; or does
+    not, where nobody waits for the fastest one."""
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.benchmark
+    if before == wanted:
+        yield
+        return
+    cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 def _first_set(*levels: str) -> str:

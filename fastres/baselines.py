@@ -120,18 +120,6 @@ def check_names(names: Sequence[str]) -> None:
 
 
 @contextmanager
-def cudnn_benchmarking() -> Iterator[None]:
-    """cuDNN measures its algorithms for each new shape, as every baseline on it deserves."""
-    cudnn: Any = torch.backends.cudnn
-    before = cudnn.benchmark
-    cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
-
-
-@contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
     """Raises Unavailable inside the block once it has taken this long.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .aten_ops import cudnn_benchmarking
 from .baselines import (
     SHORT,
     Lazy,
@@ -23,7 +24,6 @@ from .baselines import (
     Plain,
     check_names,
     contenders,
-    cudnn_benchmarking,
     eager,
 )
 from .environment import native_bf16
@@ -456,4 +456,5 @@ def parse_device(name: torch.device | str) -> torch.device:
 def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The logits of each input from a float64 copy of the model, a few images at a time."""
     twin = eager(model, torch.float64, torch.contiguous_format)
-    return [torch.cat([twin(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]
+    with cudnn_benchmarking(False):
+        return [torch.cat([twin(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock, RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,8 @@ from .aten_ops import CHANNELS_LAST, conv_precision, matmul_precision
 from .engine import Executor, is_channels_last
 
 Key: TypeAlias = tuple[Any, ...]
+
+_ONE_AT_A_TIME = Lock()  # a capture begins by waiting for the GPU, which would break off another
 
 
 @dataclass
@@ -52,6 +54,7 @@ class GraphRunner:
         self._seen: set[Key] = set()
         self._lock = RLock()
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._last_use: torch.cuda.Event | None = None
 
     @property
@@ -65,7 +68,7 @@ class GraphRunner:
         A call inside the user's own capture, of an empty batch, or of a plan with PyTorch calls in
         it runs step by step.
         """
-        if x.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if x.device.type != "cuda" or _is_capturing():
             return self.executor.run([self._cast(x)])
         with self._lock, torch.cuda.device(x.device):
             self._wait()
@@ -101,12 +104,12 @@ class GraphRunner:
             self._finish()
             self._graphs.clear()
             self._seen.clear()
-            self._pool = None
+            self._pool = self._stream = None
 
     def _capturable(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or x.numel() == 0 or not self._whole:
             return False
-        return not torch.cuda.is_current_stream_capturing()
+        return not _is_capturing()
 
     def _remember(self, key: Key) -> None:
         if len(self._seen) > 64 * self.limit:
@@ -118,18 +121,22 @@ class GraphRunner:
             self._finish()
         while len(self._graphs) >= self.limit:
             self._graphs.popitem(last=False)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            # The allocator shares a pool's memory among captures on one stream alone.
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        stream = self._stream
         with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
             source, contiguous = self._source(x), not is_channels_last(x)
             # Memory that is aligned as the caller's was not wants kernels of its own, and while
             # capturing none can be compiled or loaded.
             self.executor.run([source], contiguous=contiguous)
             graph = torch.cuda.CUDAGraph()
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+            with (
+                _ONE_AT_A_TIME,
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                ),
             ):
                 output = self.executor.run([source], contiguous=contiguous)
             torch.cuda.current_stream().wait_stream(stream)
@@ -171,6 +178,12 @@ class GraphRunner:
         """Let the host wait for it."""
         if self._last_use is not None:
             self._last_use.synchronize()
+
+
+def _is_capturing() -> bool:
+    """Whether the user captures. In a forked child, torch's own error, which advises to spawn."""
+    torch.cuda.init()  # the question itself would fail there without a word about forks
+    return torch.cuda.is_current_stream_capturing()
 
 
 def _clone(value: Any) -> Any:

@@ -58,7 +58,8 @@ class Probe:
         gpu: median seconds of GPU time of such a call.
         host: median seconds until a call returns without waiting for the GPU.
         python: median seconds of a call whose operators do nothing, the engine's own on a CPU.
-        peak_bytes: memory taken at most during a call, beyond weights and input.
+        peak_bytes: memory taken at most during a call, beyond weights and input; None for a CUDA
+            graph, which holds its memory all the time.
         sustained: images per second over ``sustained_seconds`` without a pause.
         sm_clock: MHz of the GPU in the midst of that.
     """

@@ -200,7 +200,14 @@ class TritonOps(AtenOps):
     def linear(self, op: Linear, prepared: Any, x: Tensor) -> Tensor:
         weight, bias = prepared
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = self.kernels.linear(rows, weight, bias, relu=op.relu, precision=matmul_precision())
+        y = self.kernels.linear(
+            rows,
+            weight,
+            bias,
+            relu=op.relu,
+            precision=matmul_precision(),
+            scratch=self.scratch,
+        )
         return y.view(*x.shape[:-1], op.out_features)
 
     def add(self, x: Tensor, y: Tensor, relu: bool, in_place: bool) -> Tensor:

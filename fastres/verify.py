@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
 from .copies import duplicate
 from .engine import Executor
 from .errors import VerificationError
@@ -81,7 +82,7 @@ def verify(
     """
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     actual = _tensors(b(*_copies(arguments)))
-    with unfused():
+    with unfused(), cudnn_benchmarking(False):
         expected = _tensors(a(*_copies(arguments)))
         exact = None if _any_float64(expected) else _float64_outputs(a, arguments)
     _check_structure(expected, actual)
@@ -91,7 +92,7 @@ def verify(
         return found
     # The same convolution by oneDNN is up to four times less exact in channels_last, the layout of
     # the engine: PyTorch's own error in that layout is what a fused copy is measured by.
-    with unfused():
+    with unfused(), cudnn_benchmarking(False):
         expected = _tensors(a(*tree_map(_to_channels_last, arguments)))
     return judge(expected, actual, exact, shape)
 
@@ -113,9 +114,10 @@ def judge(
     scale = rms(truth)
     error = rms(candidate - truth)
     own = None if exact is None else rms(reference - truth)
-    eps = torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
+    eps = _eps(dtype)
     # Without float64, two roundings of every one of ~100 layers are allowed to add up at random.
-    allowed = 20 * eps * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
+    unit = product_eps(dtype, expected[0].device)
+    allowed = 20 * unit * scale if own is None else 2 * own + FLOOR_ULPS * eps * scale
     ok = same_holes and error <= allowed
     against = "float64" if exact is not None else "the reference"
     bound = f"error {error:.3g} against {against}, allowed {allowed:.3g}"
@@ -131,6 +133,17 @@ def judge(
         shape=shape,
         dtype=str(dtype).removeprefix("torch."),
     )
+
+
+def product_eps(dtype: torch.dtype, device: torch.device) -> float:
+    """The unit that operands of products are rounded to: TF32's where float32 may be made so."""
+    may = "tf32" in (conv_precision(), matmul_precision())
+    tf32 = dtype is torch.float32 and device.type == "cuda" and may
+    return 2.0**-10 if tf32 else _eps(dtype)
+
+
+def _eps(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,8 @@ def verify_steps(executor: Executor, source: nn.Module, inputs: Sequence[Any]) -
 
     def observe(step: Step, operands: list[Any], result: Any) -> None:
         if isinstance(step.op, (Conv2d, Linear)):
-            found.append(_step_error(step, source, operands, result))
+            with cudnn_benchmarking(False):
+                found.append(_step_error(step, source, operands, result))
 
     with torch.no_grad():
         executor.run(inputs, observe)

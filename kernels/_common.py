@@ -35,13 +35,26 @@ def relu_keeping_nan(x):
 INTERPRETED = not isinstance(relu_keeping_nan, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, decided when triton was imported."""
 
-_EMULATE_BF16 = tl.constexpr(INTERPRETED)  # the interpreter neither multiplies nor rounds it
+# The interpreter neither multiplies nor rounds bfloat16, and multiplies float32 in full.
+_EMULATED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _to_tf32(x):
+    """float32 ``x`` rounded to the nearest TF32, ties away from zero; NaN stays."""
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32."""
-    if _EMULATE_BF16 and a.dtype == tl.bfloat16:
+    if not _EMULATED and PRECISION == "tf32" and a.dtype == tl.float32:
+        # Matrix units cut operands off, which makes all products smaller alike: through the layers
+        # of a network that adds up to ten times the error of rounded operands.
+        a = _to_tf32(a)
+        b = _to_tf32(b)
+    if _EMULATED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -50,7 +63,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """float32 ``value`` in ``DTYPE``, rounded to nearest, ties to even."""
-    if _EMULATE_BF16 and tl.bfloat16 == DTYPE:
+    if _EMULATED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
         value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from compile_gate import TARGETS, Case, compile_all, show, with_pdl
+from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastres.kernels import _tma
@@ -127,6 +127,7 @@ def tile_case(
         run,
         wgmma=kind == "half" and target == "sm_90" and row.block_m >= 64,
         wide="UTMALDG",
+        ttir=ROUNDED if kind == "tf32" else "",
         unusable="" if fitted == row else "too much shared memory",
     )
 

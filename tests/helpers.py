@@ -1,4 +1,4 @@
-"""What several tests share: hostile weights and real images."""
+"""What several tests share: hostile weights, real images, TF32."""
 
 import functools
 
@@ -79,3 +79,10 @@ def real_images(n: int, size: int = 224, channels: int = 3) -> Tensor:
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
     images = (torch.cat(crops) - mean) / std
     return images[:, [c % 3 for c in range(channels)]]
+
+
+def nearest_tf32(x: Tensor) -> Tensor:
+    """float32 values rounded to the eleven bits of TF32, one of them implied, ties away from 0."""
+    mantissa, exponent = torch.frexp(x.double())
+    steps = (mantissa.abs() * 2**11 + 0.5).floor() / 2**11
+    return torch.ldexp(steps.copysign(mantissa), exponent).float()

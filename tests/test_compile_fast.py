@@ -114,6 +114,7 @@ def test_inductor(images):
     torch.testing.assert_close(found, fast(images.float()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.interpreter
 def test_a_compiled_program_is_the_custom_operators_where_triton_serves(images):
     fast = fastres.optimize(tiny(), backend="triton", verify=False)
     graphs = []

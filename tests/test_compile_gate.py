@@ -73,6 +73,22 @@ def test_row19_every_fused_kernel_compiles_for_hopper():
     assert {v["kernel"] for v in verdicts if "pdl" in v["what"]} == kernels
 
 
+def test_the_gate_sees_no_gpu_even_where_there_is_one():
+    """PyTorch would start a context on it for the fake tensors of each of hundreds of processes."""
+    script = "import compile_gate, os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = "0"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=GATE.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "''\n"
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [

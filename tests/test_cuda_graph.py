@@ -1,12 +1,17 @@
 """What goes into a graph, seen over a stand-in for torch.cuda; tests/gpu has the real one."""
 
+import contextlib
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from fused import small
 
 import fastres
+from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
-from fastres import backends, fold, plan, trace
+from fastres import backends, cuda_graph, fold, plan, trace
 from fastres.engine import Executor
 
 CL = torch.channels_last
@@ -101,3 +106,52 @@ def test_what_is_captured_has_run_before_on_the_same_memory(runner_class, monkey
         runner(image)
     assert addresses[0] == image.data_ptr()
     assert addresses[-1] == addresses[-2] != image.data_ptr()
+
+
+def test_all_captures_share_one_stream_without_which_they_share_no_memory(
+    runner_class, monkeypatch
+):
+    """PyTorch: captures into one pool should be on the same stream, for effective sharing."""
+    streams = []
+
+    def graph(captured, pool=None, stream=None, capture_error_mode="global"):
+        streams.append(stream)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(call_cost._Cuda, "graph", staticmethod(graph))
+    runner = runner_class(executor(small()))
+    with torch.no_grad():
+        for size in (8, 8, 12, 12):
+            runner(torch.randn(1, 3, size, size))
+    assert len(streams) == 2
+    assert streams[0] is streams[1] is not None
+
+
+def test_models_in_threads_capture_one_after_the_other(runner_class, monkeypatch):
+    """PyTorch: only one capture may be underway at a time in the process."""
+    underway, most = [], []
+
+    @contextlib.contextmanager
+    def graph(captured, **options):
+        underway.append(captured)
+        time.sleep(0.05)
+        most.append(len(underway))
+        yield
+        underway.remove(captured)
+
+    def capture(seed):
+        runner, x = runner_class(executor(small(seed=seed))), torch.randn(1, 3, 8, 8)
+        with torch.no_grad():
+            for _ in range(2):
+                runner(x)
+
+    monkeypatch.setattr(call_cost._Cuda, "graph", staticmethod(graph))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(capture, range(4)))
+    assert most == [1, 1, 1, 1]
+
+
+def test_a_forked_child_is_told_to_spawn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(RuntimeError, match="forked subprocess.*'spawn'"):
+        cuda_graph._is_capturing()

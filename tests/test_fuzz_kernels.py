@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 pytestmark = pytest.mark.interpreter
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", PROPERTIES)
 def test_row11_kernels_are_exact_on_integers(name):
     cases, check = PROPERTIES[name]

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.interpreter
 @pytest.mark.parametrize(
     ("blocks", "programs", "reads"), [(1, 1, 1), (3, 2, 2), (5, 4, 3), (2, 3, 7)]
 )
-def test_every_read_counts(blocks, programs, reads):
-    x = torch.randint(-8, 9, (blocks * BLOCK,)).float()
+def test_every_read_counts(device, blocks, programs, reads):
+    x = torch.randint(-8, 9, (blocks * BLOCK,), device=device).float()
     # Sums of small integers are exact in float32 in any order.
     assert torch.equal(cache_read(x, programs, reads), cache_read_ref(x, programs, reads))
 

@@ -90,6 +90,18 @@ def test_an_inexact_row_is_named():
         gpu_exact.agree(gpu_exact.poison(want), want)  # nothing was written
 
 
+def test_what_compiles_ahead_reaches_every_launch_of_a_trial(monkeypatch):
+    """Nothing is computed then, so each launch gives the poison that it was given."""
+    for name in ("gemm", "gemm_pair"):
+        monkeypatch.setattr(gpu_exact.gemm, name, lambda *operands, out, **given: out)
+    trial = gpu_exact.gemm_trial("half", GemmConfig(16, 16, 16, 4, 2))
+    pairs = list(trial(TINY))
+    assert len(pairs) == 3  # bare, and the pair with two strides
+    for got, want in pairs:
+        with pytest.raises(gpu_exact.NotExact):
+            gpu_exact.agree(got, want)
+
+
 def test_rows_are_written_as_the_tables_take_them():
     rows = [GemmConfig(128, 64, 64, 4, 4), GemmConfig(128, 64, 64, 4, 4, persistent=True)]
     texts = [gpu_contest.row_text(row) for row in rows]
@@ -134,6 +146,16 @@ def test_a_lost_device_ends_the_worker(log, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     assert not kernels_gpu.attempt(log, ("gemm", "a"), dict)
+
+
+def test_what_cannot_be_cleared_away_ends_the_worker_and_not_the_run(log, monkeypatch):
+    def broken():
+        raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    assert not kernels_gpu.attempt(log, ("gemm", "a"), dict)
+    assert log.states() == {("gemm", "a"): "done"}
 
 
 WORKER = """

@@ -65,6 +65,7 @@ def test_row25_a_users_own_capture_gets_the_steps_and_no_graph_in_it(monkeypatch
         captured = GraphRunner(runner.executor)
         ran = []
         monkeypatch.setattr(Executor, "run", lambda _, *inputs: ran.append(inputs) or expected)
+        monkeypatch.setattr(torch.cuda, "init", lambda: None)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         for _ in range(3):
             assert captured(on_gpu()) is expected

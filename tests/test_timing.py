@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from fastres import timing
+from fastres import probes, timing
 from fastres.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
 
 ONE_CALL = Method(rounds=8, sample=0, warmup=0)
@@ -249,3 +249,40 @@ def test_the_dict_is_json_with_the_raw_samples():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_slow_answer_about_the_clock_takes_nothing_from_the_sustained_rate(monkeypatch):
+    """nvidia-smi can take most of a second, in which a GPU must not rest."""
+
+    class OnGpu(list):
+        is_cuda = True
+
+    def slow_clock():
+        time.sleep(0.5)
+        return 1980
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(probes, "_sm_clock", slow_clock)
+    calls = []
+    rate, clock = probes.sustained(
+        lambda x: calls.append(time.sleep(0.01)), [OnGpu([0, 1])], seconds=0.2
+    )
+    assert clock == 1980
+    # Two images in 0.01 s are 200 a second, with the wait 60; half is room for a busy CPU.
+    assert rate > 100
+    assert len(calls) > 5
+
+
+@pytest.mark.parametrize(
+    ("name", "on_gpu", "shown"),
+    [
+        ("eager fp16 channels_last", True, True),
+        ("fastres fp16 triton", True, False),
+        ("cuDNN fused fp16", True, False),
+        ("fastres fp32", False, True),
+        ("onnxruntime fp32", False, False),
+    ],
+)
+def test_a_graphs_memory_is_not_taken_for_none(name, on_gpu, shown):
+    x = dataclasses.make_dataclass("Image", ["is_cuda"])(on_gpu)
+    assert probes._shows_memory(name, x) is shown

@@ -8,7 +8,7 @@ import torch
 from helpers import hostile_
 
 import fastres
-from fastres import Bottleneck, ResNet, cli
+from fastres import Bottleneck, ResNet, cli, tuner
 from fastres.choices import load
 from fastres.engine import Executor
 from fastres.errors import BackendError
@@ -94,6 +94,30 @@ def test_the_plan_shows_what_was_measured(tuned_file, cheap, expected, unwanted)
     assert served(model, 5).served_by == far.served_by, "more than twice the batch measured"
 
 
+def test_what_is_timed_has_the_scratch_memory_that_a_captured_network_has(tuned_file, monkeypatch):
+    given, timed = {}, {}
+
+    def record(name, kernel):
+        def recorded(*operands, scratch=None, **options):
+            given[name] = scratch
+            return kernel(*operands, scratch=scratch, **options)
+
+        monkeypatch.setattr(kernels, name, recorded)
+
+    def watching(calls):
+        given.clear()
+        calls[0]()
+        timed.update(given)
+        return 1e-6
+
+    for name in ("conv2d", "linear", "head"):
+        record(name, getattr(kernels, name))
+    found = tune(network(), [(2, 3, 8, 8)], [HALF], CPU, clock=watching)
+    assert not found.wrong
+    assert {"conv2d", "linear", "head"} == timed.keys()
+    assert all(scratch is not None for scratch in timed.values())
+
+
 def test_apart_is_the_best_that_the_parts_can_do(tuned_file):
     found = run(("gemm_kernel",))
     (pair,) = (m for t, m in found.results if t.kernels == ("apart", "gemm_pair"))
@@ -126,6 +150,21 @@ def test_a_kernel_that_fails_is_excluded_with_its_error(tuned_file, monkeypatch)
     rot2 = next(m for t, m in found.results if t.kernels == ("apart", "rot2"))
     assert rot2.excluded == {"rot2": "RuntimeError: out of registers"}
     assert rot2.fastest() == "apart"
+
+
+def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
+    """After an illegal access everything fails; none of it may be kept."""
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    made = tuner._inputs
+    monkeypatch.setattr(tuner, "_inputs", lambda trial, device: made(trial, CPU))
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    trial = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
+    session = tuner._Session(network(), torch.device("cuda"), lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        session._measure(trial)
 
 
 def test_nan_is_wrong(tuned_file, monkeypatch):

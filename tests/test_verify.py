@@ -11,7 +11,7 @@ from torch import nn
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.verify import judge, verify_steps
+from fastres.verify import judge, product_eps, verify_steps
 
 
 def rounded(values, dtype=torch.float32):
@@ -230,3 +230,37 @@ def test_nan_of_a_step_is_an_error():
     weight[0, 0] = float("nan")
     found = verify_steps(runner.executor, model, [x])
     assert [error.step for error in found if not error.ok] == ["fc"]
+
+
+def test_cudnn_looks_for_no_fast_algorithms_of_what_is_compared_with(monkeypatch):
+    """The search takes most of a second for each layer, and float64 is needed just once."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    model, x, searched = small(), images(), {}
+
+    class Watched(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            searched.setdefault(x.dtype, torch.backends.cudnn.benchmark)
+            return self.model(x)
+
+    def candidate(x):
+        searched["candidate"] = torch.backends.cudnn.benchmark
+        return model(x)
+
+    assert fastres.verify(Watched(), candidate, x).ok
+    assert searched == {"candidate": True, torch.float32: False, torch.float64: False}
+    assert torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_where_tf32_is_allowed_two_ways_may_differ_by_its_roundings(allowed, monkeypatch):
+    """What torch.compile's graphs are judged by, for which there is no float64."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert product_eps(torch.float32, gpu) == (2**-10 if allowed else 2**-23)
+    assert product_eps(torch.float32, cpu) == 2**-23
+    assert product_eps(torch.float16, gpu) == 2**-10
+    assert product_eps(torch.float64, gpu) == 2**-52
