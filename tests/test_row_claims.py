@@ -94,14 +94,17 @@ def test_row29_what_the_sanitizer_runs_is_exact_and_holds_every_kernel():
     )
     assert done.returncode == 0, done.stderr
     jitted = {
-        node.name
+        node.name: ast.unparse(node.decorator_list[0])
         for path in KERNELS
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
     }
-    assert len(jitted) >= 9
+    gluon = {name for name, decorator in jitted.items() if decorator.startswith("gluon.")}
+    assert (len(jitted), len(gluon)) >= (13, 2)
     launched = done.stdout.splitlines()[-1].partition(" launches of ")[2].split(", ")
-    assert set(launched) == jitted
+    assert set(launched) == set(jitted) - gluon, "the interpreter knows no Gluon"
+    source = (ROOT / "tests/gpu/sanitize.py").read_text()
+    assert all(f'"{name.removesuffix("_kernel")}"' in source for name in gluon)
 
 
 def unproven(case):
