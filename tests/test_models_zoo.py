@@ -1,5 +1,7 @@
 """Every model of the zoo: the copy is the source's function, in float64, to the last digits."""
 
+import gc
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,13 @@ from fastres.shell import FastShell
 
 def doubled(value):
     return value.double() if isinstance(value, Tensor) else value
+
+
+@pytest.fixture(autouse=True)
+def _frees_models():
+    """At once: torch.fx's graphs refer to themselves, and some models take gigabytes in float64."""
+    yield
+    gc.collect()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
