@@ -163,9 +163,7 @@ def hwnc_trial(kind: str, row: Any) -> Trial:
 
 
 def sliding_trial(row: Any) -> Trial:
-    def run(setting: Setting) -> None:
-        if not sliding.runs_on(setting.device):
-            return
+    def run(setting: Setting) -> Pairs:
         w, b = integers(setting, 72, 64, 3, 3), integers(setting, 72, dtype=FLOAT)
         for batch, width in ((row.images, 5), (20, 4)):
             x = integers(setting, batch, 64, 6, width).permute(2, 3, 0, 1).contiguous()
@@ -173,16 +171,13 @@ def sliding_trial(row: Any) -> Trial:
                 given = {"padding": 1, "residual": residual, "relu": True}
                 want = hwnc.conv2d_hwnc_ref(x, w, b, upcast=True, **given)
                 out = poison(want.to(setting.dtype))
-                agree(hwnc.conv2d_hwnc(x, w, b, config=row, out=out, **given), want)
+                yield hwnc.conv2d_hwnc(x, w, b, config=row, out=out, **given), want
 
     return run
 
 
 def block_trial(row: Any, reduced: int) -> Trial:
-    def run(setting: Setting) -> None:
-        fitting = sliding_fused.fits(row, 256, reduced, machine_of(setting.device))
-        if not (fitting and sliding_fused.runs_on(setting.device)):
-            return
+    def run(setting: Setting) -> Pairs:
         t, x = (integers(setting, 6, 5, 70, c).contiguous() for c in (64, 256))
         w2 = sparse(setting, 64, 9 * 64).view(64, 3, 3, 64).permute(0, 3, 1, 2)
         w3, w1 = sparse(setting, 256, 64), sparse(setting, reduced, 256) if reduced else None
@@ -190,7 +185,7 @@ def block_trial(row: Any, reduced: int) -> Trial:
         inputs = (t, w2, b2, w3, b3, x, w1, b1 if reduced else None)
         want = sliding_fused.sliding_block_ref(*inputs, upcast=True)
         out = tuple(None if y is None else poison(y.to(setting.dtype)) for y in want)
-        agree(sliding_fused.sliding_block(*inputs, out=out, config=row), want)
+        yield sliding_fused.sliding_block(*inputs, out=out, config=row), want
 
     return run
 
@@ -311,6 +306,12 @@ def usable(name: str, row: Any, setting: Setting) -> bool:
         reduced = 0 if name.endswith("tail") else 64
         kind = name.split()[1]
         return bool(shifted.fits(row, 64, 64, reduced, kind, machine))
+    if name.startswith("sliding_block"):
+        reduced = int(name.split()[1])
+        fits = sliding_fused.fits(row, 256, reduced, machine)
+        return fits and sliding_fused.runs_on(setting.device)
+    if isinstance(row, sliding.SlidingConfig):
+        return bool(sliding.runs_on(setting.device))
     return not hasattr(row, "fitted") or fitted(row, setting) is not None
 
 

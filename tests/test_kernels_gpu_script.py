@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import gluon_stand_in
 import pytest
 import torch
 
@@ -49,6 +50,25 @@ def test_every_section_plans_cases_of_distinct_names():
     assert all(len(set(names)) == len(names) for names in planned.values())
     rows = len(planned["exact"]) - 1  # the first case compiles
     assert rows == len(list(gpu_exact.trials()))
+
+
+def test_the_sliding_rows_are_tried_on_stand_ins_as_on_a_gpu(monkeypatch):
+    """Each launch that the script would make of them, compared by the script itself."""
+    cases = [c for c in gpu_exact.cases(Setting(CPU)) if "sliding" in c.name.lower()]
+    assert all(c.run()["exact"] is None for c in cases), "neither is offered to a CPU"
+    modules = (gpu_exact.sliding, gpu_exact.sliding_fused)
+    for module in modules:
+        monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+    found = [c.run()["exact"] for c in cases]
+    assert len(found) == 16
+    assert found.count(None) == 2, "two columns do not fit beside the weights of 128 reductions"
+    for module in modules:
+        monkeypatch.setattr(module, "launch", lambda *args, **meta: None)
+    for case, exact in zip(cases, found, strict=True):
+        if exact:
+            with pytest.raises(gpu_exact.NotExact):
+                case.run()
 
 
 def test_the_sections_fit_nine_minutes():
