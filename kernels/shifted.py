@@ -14,7 +14,7 @@ the halo of the 3x3 is narrow and nothing is computed twice; rot2.py's back-to-b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -291,6 +291,22 @@ def select_config(
     return min(usable, key=lambda row: estimated_cycles(row, problem, kind, machine))
 
 
+def check_products(
+    t: Tensor, middle: int, w3: Tensor, w1: Tensor | None, b1: Tensor | None
+) -> tuple[int, int]:
+    """Refuse matrices that do not chain from ``middle`` channels on; otherwise E and R."""
+    check_tensor("w3", w3, 2)
+    expanded = w3.shape[0]
+    check_matrix("w3", w3, (expanded, middle), t)
+    if w1 is None:
+        if b1 is not None:
+            raise ValueError("b1 is given without w1")
+        return expanded, 0
+    check_tensor("w1", w1, 2)
+    check_matrix("w1", w1, (w1.shape[0], expanded), t)
+    return expanded, w1.shape[0]
+
+
 def _check(
     t: Tensor,
     w2: Tensor,
@@ -311,16 +327,7 @@ def _check(
     channels, middle = t.shape[1], w2.shape[0]
     check_shape("w2", w2, (middle, channels, 3, 3))
     check_channels_last("w2", w2)
-    check_tensor("w3", w3, 2)
-    expanded = w3.shape[0]
-    check_matrix("w3", w3, (expanded, middle), t)
-    reduced = 0
-    if w1 is not None:
-        check_tensor("w1", w1, 2)
-        reduced = w1.shape[0]
-        check_matrix("w1", w1, (reduced, expanded), t)
-    elif b1 is not None:
-        raise ValueError("b1 is given without w1")
+    expanded, reduced = check_products(t, middle, w3, w1, b1)
     if not supports(channels, middle, expanded, reduced) or (w1 is not None and not reduced):
         raise ValueError(
             "t's, w2's and w1's widths must be powers of two from 16 to 512 (w2's to 256) and "
@@ -342,29 +349,29 @@ def _check(
 
 
 Outputs = tuple[Tensor, Tensor | None]
+Shape = tuple[int, ...]
 
 
 def _empty(shape: tuple[int, int, int, int], t: Tensor) -> Tensor:
     return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=torch.channels_last)
 
 
-def _outputs(
-    out: Outputs | None,
+def check_outputs(
+    out: Outputs,
     inputs: dict[str, Tensor | None],
     x: Tensor,
     t: Tensor,
-    narrow: tuple[int, int, int, int],
+    narrow: Shape | None,
+    check_images: Callable[[str, Tensor, Shape, Tensor], None],
 ) -> Outputs:
-    """The outputs given, where they are fit to take the results, or new memory."""
-    if out is None:
-        return torch.empty_like(x), _empty(narrow, t) if narrow[1] else None
+    """The outputs given, if they can take the results: t_next of shape ``narrow``, if any."""
     x_next, t_next = out
-    if (t_next is None) != (narrow[1] == 0):
+    if (t_next is None) != (narrow is None):
         raise ValueError("out[1] must be a Tensor with w1 and None without it")
-    check_activation("out[0]", x_next, tuple(x.shape), t)
+    check_images("out[0]", x_next, tuple(x.shape), t)
     check_out_memory(x_next, apart=inputs | {"out[1]": t_next}, same={"x": x})
-    if t_next is not None:
-        check_activation("out[1]", t_next, narrow, t)
+    if t_next is not None and narrow is not None:
+        check_images("out[1]", t_next, narrow, t)
         check_out_memory(t_next, apart=inputs | {"x": x}, same={})
     return x_next, t_next
 
@@ -408,7 +415,11 @@ def shifted_block(
     problem, _, narrow = _check(t, w2, b2, w3, b3, x, w1, b1, stride, precision)
     check_device(t)
     inputs = {"t": t, "w2": w2, "b2": b2, "w3": w3, "b3": b3, "w1": w1, "b1": b1}
-    x_next, t_next = _outputs(out, inputs, x, t, narrow)
+    if out is None:
+        x_next, t_next = torch.empty_like(x), _empty(narrow, t) if problem.reduced else None
+    else:
+        wanted = narrow if problem.reduced else None
+        x_next, t_next = check_outputs(out, inputs, x, t, wanted, check_activation)
     if not problem.pixels:
         return x_next, t_next
     kind, machine = arithmetic(t.dtype, precision), machine_of(t.device)

@@ -37,8 +37,6 @@ from ._common import (
     check_channels_last,
     check_hwnc,
     check_like,
-    check_matrix,
-    check_out_memory,
     check_shape,
     check_tensor,
     check_vector,
@@ -48,7 +46,7 @@ from ._common import (
 from ._config import MULTIPLY_ADDS, Machine, l2_bandwidth, machine_of
 from ._tma import check_aligned
 from .hwnc import from_hwnc, to_hwnc
-from .shifted import shifted_block_ref
+from .shifted import Outputs, check_outputs, check_products, shifted_block_ref
 from .sliding import (
     CHANNELS,
     add_products,
@@ -101,10 +99,8 @@ def estimated_cycles(
     reduced: int,
     machine: Machine,
 ) -> float:
-    """Cycles for outputs of size (P, Q, N): an SM holds one block, which seldom overlaps its parts.
-
-    A second stage is not known to help.
-    """
+    """Cycles for outputs of size (P, Q, N): an SM holds one block, which seldom overlaps its parts;
+    each stage is taken to shorten the wait for a column."""
     p, q, n = size
     programs = p * ceil(n / IMAGES)
     weights = CHANNELS * (9 * CHANNELS + expanded) + expanded * reduced
@@ -343,9 +339,6 @@ def sliding_block_kernel(
     tma.store_wait(0)
 
 
-Outputs = tuple[Tensor, Tensor | None]
-
-
 def _check(
     t: Tensor,
     w2: Tensor,
@@ -362,17 +355,8 @@ def _check(
     check_like("w2", w2, t)
     check_shape("w2", w2, (CHANNELS, CHANNELS, 3, 3))
     check_channels_last("w2", w2)
-    check_hwnc("t", t, (*t.shape[:3], CHANNELS), t)
-    check_tensor("w3", w3, 2)
-    expanded = w3.shape[0]
-    check_matrix("w3", w3, (expanded, CHANNELS), t)
-    reduced = 0
-    if w1 is not None:
-        check_tensor("w1", w1, 2)
-        reduced = w1.shape[0]
-        check_matrix("w1", w1, (reduced, expanded), t)
-    elif b1 is not None:
-        raise ValueError("b1 is given without w1")
+    check_shape("t", t, (*t.shape[:3], CHANNELS))
+    expanded, reduced = check_products(t, CHANNELS, w3, w1, b1)
     for name, vector, size in (("b2", b2, CHANNELS), ("b3", b3, expanded), ("b1", b1, reduced)):
         if vector is not None:
             check_vector(name, vector, size, t)
@@ -390,24 +374,6 @@ def _check(
             f"{machine.shared_limit} bytes of shared memory, got {expanded} and {reduced} rows"
         )
     return expanded, reduced
-
-
-def _outputs(
-    out: Outputs | None, inputs: dict[str, Tensor | None], t: Tensor, x: Tensor, reduced: int
-) -> Outputs:
-    """The outputs given, where they are fit to take the results, or new memory."""
-    narrow = (*t.shape[:3], reduced)
-    if out is None:
-        return torch.empty_like(x), t.new_empty(narrow) if reduced else None
-    x_next, t_next = out
-    if (t_next is None) != (reduced == 0):
-        raise ValueError("out[1] must be a Tensor with w1 and None without it")
-    check_hwnc("out[0]", x_next, tuple(x.shape), t)
-    check_out_memory(x_next, apart=inputs | {"out[1]": t_next}, same={"x": x})
-    if t_next is not None:
-        check_hwnc("out[1]", t_next, narrow, t)
-        check_out_memory(t_next, apart=inputs | {"x": x}, same={})
-    return x_next, t_next
 
 
 def sliding_block(
@@ -449,7 +415,11 @@ def sliding_block(
             f"{t.device}; use conv2d_hwnc"
         )
     inputs = {"t": t, "w2": w2, "b2": b2, "w3": w3, "b3": b3, "w1": w1, "b1": b1}
-    x_next, t_next = _outputs(out, inputs, t, x, reduced)
+    narrow = (*t.shape[:3], reduced) if reduced else None
+    if out is None:
+        x_next, t_next = torch.empty_like(x), None if narrow is None else t.new_empty(narrow)
+    else:
+        x_next, t_next = check_outputs(out, inputs, x, t, narrow, check_hwnc)
     if not t.numel():
         return x_next, t_next
     check_aligned(t=t, w2=w2, w3=w3, x=x, w1=w1, x_next=x_next, t_next=t_next)
