@@ -9,11 +9,15 @@ that would never end is an error.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -314,6 +318,22 @@ def launch(kernel: Any, grid: int, device: torch.device, /, *args: Any, **meta: 
         machine = Machine(program, num_warps)
         _function(machine, kernel)(*map(_argument, args), **meta)
         machine.check_end()
+
+
+def with_edit(module: types.ModuleType, old: str, new: str, folder: Path) -> types.ModuleType:
+    """A kernels' module anew, from a source in which ``old``, which stands there once, is ``new``."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1
+    path = folder / "broken.py"  # a file, because Triton reads the source of what it compiles
+    path.write_text(text.replace(old, new))
+    spec = importlib.util.spec_from_file_location("fastres.kernels.broken", path)
+    assert spec is not None
+    assert spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {spec.name: broken}):  # dataclasses look it up
+        spec.loader.exec_module(broken)
+    return broken
 
 
 def _argument(value: Any) -> Any:
