@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import plan
-from .choices import Choices
+from .choices import Choices, forced
 from .ir import Conv2d, Flatten, Linear
 from .plan import Shape
 from .roofline import H200, cost
@@ -52,7 +52,11 @@ class Forecast:
 
 
 def forecast(
-    module: nn.Module, shape: Shape, dtype: torch.dtype, architecture: str = "sm_90"
+    module: nn.Module,
+    shape: Shape,
+    dtype: torch.dtype,
+    architecture: str = "sm_90",
+    kernels: str = "",
 ) -> tuple[Forecast, ...]:
     """Each kernel that an H200 would run for a network, by the shipped table.
 
@@ -61,14 +65,15 @@ def forecast(
         shape: (N, C, H, W) of its images.
         dtype: float16 or bfloat16.
         architecture: whose table.
+        kernels: those that are forced, as FASTRES_KERNELS names them.
 
     Raises:
         BackendError: Triton is not installed, whose kernels know their own cost.
-        ValueError: a step's size is not known.
+        ValueError: a step's size is not known, or a kernel's name.
     """
     whole = plan.of_module(module)
     shapes = whole.shapes(shape)
-    ops = TritonOps(choices=Choices(architecture))
+    ops = TritonOps(choices=Choices(architecture, forced=forced(kernels)))
     arranged = ops.arrange(whole, shapes, dtype, torch.device("cpu"))
     return tuple(
         Forecast(

@@ -244,7 +244,7 @@ class _Session:
     def _executor(self, trial: Trial, kernel: str) -> Executor:
         """Runs the piece by one kernel, or the whole network in one layout."""
         choices = only(*(() if kernel in (DEFAULT, APART) else (kernel,)))
-        if LAYOUT in trial.kernels and APART in trial.kernels:
+        if LAYOUT in trial.kernels:
             forced = {LAYOUT: kernel != APART, BLOCK: kernel == BLOCK}
             choices = Choices(architecture_of(self.device), _by_case(self.found), forced)
         ops = TritonOps(cudnn=True, choices=choices)

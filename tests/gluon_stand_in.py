@@ -321,7 +321,7 @@ def launch(kernel: Any, grid: int, device: torch.device, /, *args: Any, **meta: 
 
 
 def with_edit(module: types.ModuleType, old: str, new: str, folder: Path) -> types.ModuleType:
-    """A kernels' module anew, from a source in which ``old``, which stands there once, is ``new``."""
+    """A kernels' module anew, with ``new`` in its source for ``old``, which stands there once."""
     assert module.__file__ is not None
     text = Path(module.__file__).read_text()
     assert text.count(old) == 1

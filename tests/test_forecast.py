@@ -8,7 +8,7 @@ import torch
 import fastres
 from fastres import cli
 from fastres.choices import Choices, only
-from fastres.forecast import LAUNCH_SECONDS, predicted_seconds
+from fastres.forecast import LAUNCH_SECONDS, forecast, predicted_seconds
 from fastres.plan import Plan, of_module
 from fastres.roofline import H200, roofline
 from fastres.tables import TABLES, shipped
@@ -36,6 +36,20 @@ def apart(plan, group, shapes, batch):
     ops = TritonOps(choices=only(*parts))
     groups = ops.arrange(plan, shapes, HALF, CPU).groups
     return predicted_seconds([g for g in groups if g.steps[0].name in single], shapes)
+
+
+def test_kernels_are_forced_by_name():
+    """In HWNC the 3x3s of stage 1 slide, which the model takes to be faster."""
+    network, shape = fastres.resnet50().eval(), (256, 3, 224, 224)
+    shipped_row, forced = (
+        {k.name: k for k in forecast(network, shape, HALF, kernels=kernels)}
+        for kernels in ("", "conv2d_hwnc")
+    )
+    assert shipped_row["layer1.0.conv2"].what == "triton conv2d"
+    assert forced["layer1.0.conv2"].what == "triton conv2d_hwnc"
+    assert forced["layer1.0.conv2"].seconds < shipped_row["layer1.0.conv2"].seconds
+    with pytest.raises(ValueError, match="takes names out of"):
+        forecast(network, shape, HALF, kernels="winograd")
 
 
 @pytest.mark.parametrize("batch", BATCHES)
