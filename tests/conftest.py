@@ -63,6 +63,18 @@ def integers(device: torch.device) -> Callable[..., torch.Tensor]:
     return make
 
 
+@pytest.fixture(scope="session")
+def numbers(device: torch.device, integers: Callable[..., torch.Tensor]) -> Callable:
+    """``numbers(*shape)``: float32 as ``integers`` lays it out, with fractions only on a GPU.
+
+    The interpreter leaves a tile's product to numpy, whose BLAS may round a row by its place in
+    the tile: there only whole numbers give the same bits in every place.
+    """
+    if device.type == "cpu":
+        return integers
+    return lambda *shape: integers(*shape).normal_()
+
+
 @dataclass(frozen=True)
 class Guarded:
     """A tensor full of NaN inside a larger buffer full of a known pattern."""

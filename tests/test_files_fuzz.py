@@ -244,17 +244,21 @@ def rezipped(changed: dict[str, bytes], renamed: dict[str, str] | None = None) -
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["../evil", "../../evil", "/tmp/evil", "a/../../evil", "C:\\evil"])
+@pytest.mark.parametrize("name", ["../evil", "../../evil", "{}/evil", "a/../../evil", "C:\\evil"])
 @pytest.mark.parametrize("how", ["added", "renamed"])
 def test_row37_names_that_point_elsewhere_write_nothing(name, how, tmp_path, monkeypatch):
-    """``load`` finds its folder unchanged; the working directory stays empty as well."""
-    monkeypatch.chdir(tmp_path)
+    """Neither above the file, nor above the working directory, nor at an absolute path."""
+    folders = work, temporary = tmp_path / "work" / "a", tmp_path / "temporary" / "a"
+    for folder in folders:
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))  # where ``load`` puts the file
+    before, name = sorted(tmp_path.rglob("*")), name.format(tmp_path)
     if how == "added":
         check(rezipped({name: b"evil"}), ".pth")
     else:
         check(rezipped({}, {"data/0": name}), ".pth")
-    assert os.listdir(tmp_path) == []
-    assert not Path("/tmp/evil").exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("size", [0, 1, 15, 17, 4096])

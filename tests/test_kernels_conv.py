@@ -213,9 +213,8 @@ def test_row10_out_may_be_the_residual(integers, poisoned, dtype, config):
     assert torch.equal(guarded.out, want)
 
 
-def test_row18_position_and_company_of_an_image_change_no_bit(device):
-    x = torch.randn(5, 20, 6, 6, device=device).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(9, 20, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+def test_row18_position_and_company_of_an_image_change_no_bit(numbers):
+    x, w = numbers(5, 20, 6, 6), numbers(9, 20, 3, 3)
     batch = conv2d(x, w, padding=1, config=SMALL)
     for _ in range(3):
         assert torch.equal(conv2d(x, w, padding=1, config=SMALL), batch)

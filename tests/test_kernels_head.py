@@ -102,11 +102,10 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype, config):
 
 @interpreter
 @pytest.mark.parametrize("config", SMALL, ids=["vector", "matrix"])
-def test_row14_nan_stays_in_its_image(device, config):
-    x = torch.randn(3, 40, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(18, 40, device=device)
+def test_row14_nan_stays_in_its_image(numbers, config):
+    x, w = numbers(3, 40, 2, 2), numbers(18, 40)
     clean = head(x, w, config=config)
-    x[1, 7, 2, 0] = math.nan
+    x[1, 7, 1, 0] = math.nan
     y = head(x, w, config=config)
     assert bool(y[1].isnan().all())
     assert torch.equal(y[::2], clean[::2])
@@ -114,9 +113,8 @@ def test_row14_nan_stays_in_its_image(device, config):
 
 @interpreter
 @pytest.mark.parametrize("config", SMALL, ids=["vector", "matrix"])
-def test_row18_the_same_bits_each_time_and_for_each_image(device, config):
-    x = torch.randn(4, 50, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
-    w = torch.randn(18, 50, device=device)
+def test_row18_the_same_bits_each_time_and_for_each_image(numbers, config):
+    x, w = numbers(4, 50, 2, 2), numbers(18, 50)  # means over 4 pixels are exact
     whole = head(x, w, config=config)
     assert torch.equal(head(x, w, config=config), whole)
     assert torch.equal(head(x[2:3], w, config=config), whole[2:3])
