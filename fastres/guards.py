@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import Enum
+from functools import lru_cache
 from operator import attrgetter, is_, methodcaller
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -128,6 +130,7 @@ class Watch:
         self._root, self._method = module, method
         self._traced = getattr(module, method)
         self._modules = tuple(module.modules())
+        self._heeding = (module, *filter(heeds_training, self._modules[1:]))
         self._children = [m._modules for m in self._modules]
         self._empty = [found for found in self._children if not found]
         self._filled = [found for found in self._children if found]
@@ -140,7 +143,7 @@ class Watch:
         """As :func:`busy_reason`, for the watched modules."""
         below = self._modules[1:]
         hooked = any(map(_HOOKS, below)) or any(map(_PRE_HOOKS, below))
-        if not hooked and not any(map(_TRAINING, self._modules)):
+        if not hooked and not any(map(_TRAINING, self._heeding)):
             return None
         return busy_reason(self._modules)
 
@@ -251,10 +254,74 @@ def _nothing(module: nn.Module) -> tuple[()]:
     return ()
 
 
+def heeds_training(module: nn.Module) -> bool:
+    """Whether a module's forward may depend on its flag ``training``, as far as its code shows.
+
+    What is not a class's own Python, such as a module of torch.jit, counts as if it did.
+    """
+    if isinstance(module, torch.jit.ScriptModule) or "forward" in vars(module):
+        return True
+    if type(module) in _INSTANCE_NORMS:
+        return bool(module.track_running_stats)
+    return _reads_training(type(module))
+
+
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+@lru_cache(maxsize=512)
+def _reads_training(kind: Any) -> bool:
+    """Whether forward, or a function that it may hand the module to, mentions ``training``."""
+    members = [vars(base) for base in kind.__mro__ if not issubclass(nn.Module, base)]
+    todo = [found[name] for name in ("forward", "__call__") for found in members if name in found]
+    if any(not isinstance(forward, FunctionType) for forward in todo):
+        return True
+    seen: set[CodeType] = set()
+    while todo:
+        member = todo.pop()
+        function = getattr(member, "fget", None) or getattr(member, "__func__", member)
+        if not isinstance(function, FunctionType) or function.__code__ in seen:
+            continue
+        seen.add(function.__code__)
+        names = set(_names(function.__code__))
+        if "training" in names:
+            return True
+        todo += [found[name] for found in members for name in names & found.keys()]
+        todo += filter(_is_of_users, _reached(function, names))
+    return False
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    """What a function's code, and that of the functions inside it, refers to by name or text."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+        elif isinstance(constant, str):
+            yield constant
+
+
+def _reached(function: FunctionType, names: set[str]) -> Iterator[Any]:
+    """What a function knows from outside: globals, members of global modules, its closure."""
+    scope = function.__globals__
+    found = [scope[name] for name in names & scope.keys()]
+    yield from found
+    for module in found:
+        if isinstance(module, ModuleType) and module.__name__.partition(".")[0] != "torch":
+            yield from (vars(module)[name] for name in names & vars(module).keys())
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # a cell that is still empty
+            yield cell.cell_contents
+
+
+def _is_of_users(function: Any) -> bool:
+    return not str(getattr(function, "__module__", "")).startswith("torch.")
+
+
 def busy_reason(modules: Iterable[nn.Module]) -> str | None:
     """Why modules, the root first, cannot be fused just now: training, or hooks below the root."""
     for index, module in enumerate(modules):
-        if module.training:
+        if module.training and (index == 0 or heeds_training(module)):
             return "a submodule is in training mode"
         if index and (module._forward_hooks or module._forward_pre_hooks):
             return "a submodule has forward hooks"

@@ -18,7 +18,7 @@ from .copies import duplicate
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
-from .guards import Change, Watch
+from .guards import Change, Watch, heeds_training
 from .ir import Call, Conv2d, Linear, attribute
 from .plan import Plan, parameter_paths
 from .shell import FastShell
@@ -182,9 +182,10 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
 def _check_source(model: nn.Module) -> None:
     if isinstance(model, (FastModel, FastShell)):
         raise TypeError(f"model is a {type(model).__name__} already")
-    training = [name or "the model" for name, m in model.named_modules() if m.training]
+    training = [n for n, m in model.named_modules() if m.training and heeds_training(m)]
     if training:
-        raise ValueError(f"model must be in eval mode; {training[0]} is in training mode")
+        culprit = "the model" if model.training else training[0]
+        raise ValueError(f"model must be in eval mode; {culprit} is in training mode")
     if trace.has_hooks(model):
         raise ValueError("model has forward hooks of its own, which a fused copy would not run")
     if "forward" in vars(model):

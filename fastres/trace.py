@@ -347,7 +347,8 @@ class _Normalizer:
             module = self.modules[str(node.target)]
             known = isinstance(module, IDENTITIES) and type(module).__module__.startswith("torch.")
             stochastic = qualified_name(type(module)) in STOCHASTIC_DEPTH
-            return (known or stochastic) and not module.training and opaque_reason(module) is None
+            idle = not module.training or isinstance(module, nn.Identity)
+            return (known or stochastic) and idle and opaque_reason(module) is None
         dropouts = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
         return node.target in dropouts and node.kwargs.get("training") is False
 
