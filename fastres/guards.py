@@ -263,14 +263,15 @@ def heeds_training(module: nn.Module) -> bool:
         return True
     if type(module) in _INSTANCE_NORMS:
         return bool(module.track_running_stats)
-    return _reads_training(type(module))
+    kind: Any = type(module)  # mypy doubts that classes can be hashed
+    return _reads_training(kind)
 
 
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 
 @lru_cache(maxsize=512)
-def _reads_training(kind: Any) -> bool:
+def _reads_training(kind: type[nn.Module]) -> bool:
     """Whether forward, or a function that it may hand the module to, mentions ``training``."""
     members = [vars(base) for base in kind.__mro__ if not issubclass(nn.Module, base)]
     todo = [found[name] for name in ("forward", "__call__") for found in members if name in found]
