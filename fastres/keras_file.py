@@ -3,13 +3,15 @@
 ``.h5`` (Keras 1 to 3): an attribute ``model_config``; each ``model_weights/<layer>`` lists its
 ``weight_names``. ``.keras`` (Keras 3): a zip of ``config.json`` and ``model.weights.h5``, whose
 groups are named after the layers' classes and counted in the order of the layers. Only numbers and
-JSON are read.
+JSON are read, and only what is there: an array that is declared but not stored, or that would take
+far more memory than the file, is refused before it is taken.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 import zipfile
@@ -25,6 +27,11 @@ from .errors import CheckpointError, MissingDependencyError
 
 # The order in which Keras 3 numbers a layer's variables.
 VARIABLES = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")
+LAYERS, EARLY_LAYERS = "layers", "_layer_checkpoint_dependencies"  # the second until tf.keras 2.13
+# Keras compresses nothing, and trained weights shrink by a quarter: a file of honest numbers, even
+# where many are zero, comes nowhere near these.
+EXPANSION = 20
+FLOOR = 2**20
 
 
 class KerasFile:
@@ -33,7 +40,8 @@ class KerasFile:
     Raises:
         FileNotFoundError: there is no such file.
         MissingDependencyError: without h5py.
-        CheckpointError: it is no Keras model, or only its weights.
+        CheckpointError: it is no Keras model, or only its weights; or it would take more memory
+            than ``EXPANSION`` times its own size (and ``FLOOR`` bytes).
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -47,6 +55,7 @@ class KerasFile:
                 f"reading Keras files needs h5py, which cannot be imported ({error}); "
                 "install fastres[keras]"
             ) from error
+        self.allowed = EXPANSION * self.path.stat().st_size + FLOOR
         try:
             if zipfile.is_zipfile(self.path):
                 self._open_zip(h5py)
@@ -62,6 +71,9 @@ class KerasFile:
 
     def _open_zip(self, h5py: Any) -> None:
         with zipfile.ZipFile(self.path) as archive:
+            for member in map(archive.getinfo, ("config.json", "model.weights.h5")):
+                if member.file_size > self.allowed:
+                    raise self._bomb(member.filename, member.file_size)
             self.config = json.loads(archive.read("config.json"))
             data = io.BytesIO(archive.read("model.weights.h5"))
         weights = h5py.File(data, "r")
@@ -86,13 +98,15 @@ class KerasFile:
             shapes: the name and shape of each variable that the layer must have.
 
         Raises:
-            CheckpointError: a variable is missing, unexpected, misshapen or not of numbers.
+            CheckpointError: a variable is missing, unexpected, misshapen, not of numbers or not
+                really stored.
         """
         layer = "/".join(path)
         found = self._groups.get(path, {})
         if set(found) != set(shapes):
+            hint = "" if found else "; of a layer in two models, .keras files hold one: save as .h5"
             raise CheckpointError(
-                f"{self.path}: layer {layer!r} has {sorted(found)}, wanted {sorted(shapes)}"
+                f"{self.path}: layer {layer!r} has {sorted(found)}, wanted {sorted(shapes)}{hint}"
             )
         return {name: self._tensor(found[name], f"{layer}/{name}", shapes[name]) for name in shapes}
 
@@ -106,7 +120,17 @@ class KerasFile:
             raise CheckpointError(
                 f"{self.path}: {name} is {dataset.dtype} {tuple(dataset.shape)}, wanted {shape}"
             )
+        if not _stored_whole(dataset):
+            raise CheckpointError(f"{self.path}: {name} is declared, {shape}, but not stored")
+        self.allowed -= dataset.nbytes
+        if self.allowed < 0:
+            raise self._bomb(name, dataset.nbytes)
         return torch.from_numpy(dataset[()].astype("float32"))
+
+    def _bomb(self, name: str, size: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {name} declares {size} bytes, far more than a file of its size holds"
+        )
 
 
 Groups = Iterator[tuple[tuple[str, ...], dict[str, Any]]]
@@ -128,32 +152,47 @@ def _named_groups(config: Mapping[str, Any], weights: Any) -> Groups:
     """``.h5``: a nested model's weights all lie in its own group, named ``layer/variable:0``."""
     for layer in sublayers(config):
         name = layer_name(layer)
-        if name not in weights:
+        if weights.get(name.partition("/")[0], getlink=True) is None:
             continue
         group = _member(weights, name)
-        names = [n.decode() if isinstance(n, bytes) else n for n in group.attrs["weight_names"]]
+        names = _weight_names(group)
         if not sublayers(layer):
-            yield (name,), {_variable(n): _dataset(group, n) for n in names}
+            yield (name,), {_variable(n): _member(group, n) for n in names}
             continue
-        owners: dict[str, dict[str, Any]] = {}
+        tails: dict[str, list[tuple[str, ...]]] = {}
+        for path in _paths(layer, (name,)):
+            for start in range(len(path)):
+                tails.setdefault("/".join(path[start:]), []).append(path)
+        found: dict[tuple[str, ...], dict[str, Any]] = {}
         for full in names:
-            owner = full.split("/")[-2]
-            owners.setdefault(owner, {})[_variable(full)] = _dataset(group, full)
-        for inner in _paths(layer, (name,)):
-            if inner[-1] in owners:
-                yield inner, owners[inner[-1]]
+            parts = full.split("/")[:-1]
+            owners = ("/".join(parts[start:]) for start in range(len(parts)))
+            # Names are unique in a group: where several layers answer to one, they share weights.
+            for path in next((tails[owner] for owner in owners if owner in tails), ()):
+                found.setdefault(path, {})[_variable(full)] = _member(group, full)
+        yield from found.items()
+
+
+def _weight_names(group: Any) -> list[str]:
+    """The attribute ``weight_names``; a long one is written in pieces."""
+    keys = ("weight_names", *(f"weight_names{i}" for i in range(len(group.attrs))))
+    names = [name for key in keys if key in group.attrs for name in group.attrs[key]]
+    return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
 
 
 def _paths(config: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+    """Where layers with weights are."""
     for layer in sublayers(config):
         path = (*above, layer_name(layer))
-        yield path
-        yield from _paths(layer, path)
+        if sublayers(layer):
+            yield from _paths(layer, path)
+        elif _variables(layer):
+            yield path
 
 
 def _numbered_groups(config: Mapping[str, Any], weights: Any, above: tuple[str, ...]) -> Groups:
     """``.keras``: ``layers/conv2d_3/vars/0`` and so on; newer files name each layer as well."""
-    members = _member(weights, "layers")
+    members = _member(weights, LAYERS if LAYERS in weights else EARLY_LAYERS)
     groups = {name: _member(members, name) for name in members}
     by_name = {
         str(_member(group, "vars").attrs["name"]): group
@@ -166,14 +205,16 @@ def _numbered_groups(config: Mapping[str, Any], weights: Any, above: tuple[str, 
         key = f"{kind}_{seen[kind]}" if seen[kind] else kind
         seen[kind] += 1
         path = (*above, layer_name(layer))
-        group = by_name.get(path[-1], groups.get(key))
+        group = by_name.get(path[-1]) if by_name else groups.get(key)
         if group is None:
             continue
         if sublayers(layer):
-            yield from _numbered_groups(layer, group, path)
+            if LAYERS in group or EARLY_LAYERS in group:
+                yield from _numbered_groups(layer, group, path)
         elif "vars" in group:
-            names = _variables(layer)
-            yield path, {n: _dataset(_member(group, "vars"), str(i)) for i, n in enumerate(names)}
+            stored = _member(group, "vars")
+            names = [*_variables(layer), *map(str, range(len(_variables(layer)), len(stored)))]
+            yield path, {n: _member(stored, str(i)) for i, n in enumerate(names)}
 
 
 def _variables(layer: Mapping[str, Any]) -> list[str]:
@@ -191,21 +232,25 @@ def _variable(full: str) -> str:
     return full.rpartition("/")[2].partition(":")[0]
 
 
-def _dataset(group: Any, name: str) -> Any:
-    for part in name.split("/"):
-        group = _member(group, part)
-    if group.external or group.is_virtual:
-        raise CheckpointError(f"{name} is kept in another file, which is not read")
+def _member(group: Any, path: str) -> Any:
+    """What the file itself holds under ``path``; links, which may lead to any file, are refused."""
+    import h5py
+
+    for name in path.split("/"):
+        if not isinstance(group.get(name, getlink=True), (h5py.HardLink, type(None))):
+            raise CheckpointError(f"{path} is a link, perhaps to another file, and not followed")
+        group = group[name]
+    if isinstance(group, h5py.Dataset) and (group.external or group.is_virtual):
+        raise CheckpointError(f"{path} is kept in another file, which is not read")
     return group
 
 
-def _member(group: Any, name: str) -> Any:
-    """What the file itself holds under ``name``; links, which may lead to any file, are refused."""
-    import h5py
-
-    if not isinstance(group.get(name, getlink=True), (h5py.HardLink, type(None))):
-        raise CheckpointError(f"{name} is a link, perhaps to another file, which is not followed")
-    return group[name]
+def _stored_whole(dataset: Any) -> bool:
+    """Whether every number is in the file: HDF5 reads what was never written as zeros."""
+    if dataset.chunks is None:
+        return bool(dataset.id.get_storage_size() >= dataset.nbytes)
+    chunks = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+    return bool(dataset.id.get_num_chunks() == chunks)
 
 
 def _snake_case(name: str) -> str:

@@ -53,7 +53,11 @@ class Value:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's configuration and its place: the names of the enclosing models, then its own."""
+    """A layer's configuration and its place: the names of the enclosing models, then its own.
+
+    ``kind`` is the name of Keras' class; of an operation, which is called on tensors one by one,
+    ``ops.`` and its name; of a class that is not Keras' own, its module and name.
+    """
 
     path: tuple[str, ...]
     kind: str
@@ -72,6 +76,8 @@ class Layer:
         return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+Weights: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+"""By the name of a module's tensor: Keras' variable and its shape there."""
 Emit: TypeAlias = "Callable[[Builder, Layer, Sequence[Value]], Value]"
 
 
@@ -87,21 +93,19 @@ def _conv(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value:
     if (left, top) != (right, bottom):
         value = builder.padded(layer, value)
     padding = (value.pending[2], value.pending[0])
-    module = nn.utils.skip_init(
-        nn.Conv2d,
-        channels,
-        out,
-        kernel,
-        stride,
-        padding,
-        dilation,
-        groups,
-        bias=config.get("use_bias", True),
+    bias = config.get("use_bias", True)
+    module = nn.Conv2d(
+        channels, out, kernel, stride, padding, dilation, groups, bias=bias, device="meta"
     )
-    kernel_shape = (*kernel, channels // groups, out)
-    _assign(builder, layer, module, {"weight": ("kernel", kernel_shape), "bias": ("bias", (out,))})
+    weights: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": ("kernel", (*kernel, channels // groups, out))
+    }
+    if bias:
+        weights["bias"] = ("bias", (out,))
     size = _windows(value.size, reach, stride)
-    value = builder.emit(layer, module, value, channels=out, size=size, pending=NO_SIDES)
+    value = builder.emit(
+        layer, module, value, weights=weights, channels=out, size=size, pending=NO_SIDES
+    )
     return _activated(builder, layer, value)
 
 
@@ -111,14 +115,11 @@ def _dense(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value:
         raise layer.refuse("reads images; a Flatten or a global pooling must come first")
     units, bias = layer.config["units"], layer.config.get("use_bias", True)
     features = value.channels or sum(builder.file.shape(layer.path, "kernel")[:1])
-    module = nn.utils.skip_init(nn.Linear, features, units, bias=bias)
-    named = {"weight": ("kernel", (features, units)), "bias": ("bias", (units,))}
-    _assign(builder, layer, module, named)
-    if value.interleaved:
-        with torch.no_grad():
-            by_pixel = module.weight.reshape(units, -1, value.interleaved)
-            module.weight.copy_(by_pixel.transpose(1, 2).reshape(units, features))
-    value = builder.emit(layer, module, value, channels=units, interleaved=None)
+    module = nn.Linear(features, units, bias=bias, device="meta")
+    weights = {"weight": ("kernel", (features, units))} | (
+        {"bias": ("bias", (units,))} if bias else {}
+    )
+    value = builder.emit(layer, module, value, weights=weights, channels=units, interleaved=None)
     return _activated(builder, layer, value)
 
 
@@ -131,14 +132,14 @@ def _batch_norm(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Va
     value = builder.padded(layer, value)
     channels = _channels(layer, value)
     kind = nn.BatchNorm2d if value.size else nn.BatchNorm1d
-    module = kind(channels, config["epsilon"], 1 - config["momentum"])
+    module = kind(channels, config["epsilon"], 1 - config["momentum"], device="meta")
     named = {"running_mean": "moving_mean", "running_var": "moving_variance"}
     if config.get("scale", True):
         named["weight"] = "gamma"
     if config.get("center", True):
         named["bias"] = "beta"
-    _assign(builder, layer, module, {k: (v, (channels,)) for k, v in named.items()})
-    return builder.emit(layer, module, value)
+    weights = {k: (v, (channels,)) for k, v in named.items()}
+    return builder.emit(layer, module, value, weights=weights)
 
 
 def _max_pool(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value:
@@ -202,20 +203,22 @@ def _flatten(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value
         channels=features,
         size=(),
         positive=value.positive,
-        interleaved=None if one_pixel else channels,
+        interleaved=None if one_pixel or channels == 1 else channels,
     )
 
 
 def _add(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value:
     first, *others = [builder.padded(layer, value) for value in operands]
-    total = first
+    if any(other.interleaved != first.interleaved for other in others):
+        first, *others = [builder.in_keras_order(value) for value in (first, *others)]
+    total = replace(first, positive=False)
     for other in others:
-        if (other.channels, other.interleaved) != (first.channels, first.interleaved):
+        if (other.channels, len(other.size)) != (first.channels, len(first.size)):
             raise layer.refuse("adds tensors of different channels")
         total = replace(
             total,
             node=builder.graph.call_function(operator.add, (total.node, other.node)),
-            positive=False,
+            size=tuple(b if a == 1 else a for a, b in zip(total.size, other.size, strict=True)),
         )
     return total
 
@@ -226,7 +229,7 @@ def _activation(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Va
 
 def _relu(builder: Builder, layer: Layer, operands: Sequence[Value]) -> Value:
     odd = {k: layer.config.get(k) for k in ("max_value", "negative_slope", "threshold")}
-    if any(odd.values()):
+    if odd["max_value"] is not None or odd["negative_slope"] or odd["threshold"]:
         raise layer.refuse(f"has {odd}; a plain ReLU is supported")
     value = builder.padded(layer, operands[0])
     return builder.emit(layer, nn.ReLU(), value, positive=True)
@@ -260,16 +263,23 @@ LAYERS: dict[str, Emit] = {
     "InputLayer": _nothing,
     "MaxPooling2D": _max_pool,
     "ReLU": _relu,
+    "Relu": _relu,
     "Softmax": _softmax,
     "ZeroPadding2D": _zero_padding,
+    "ops.Add": _add,
+    "ops.Relu": _relu,
+    "tf.__operators__.add": _add,
+    "tf.math.add": _add,
+    "tf.nn.relu": _relu,
 }
-MERGES = ("Add",)
+MERGES = ("Add", "ops.Add", "tf.__operators__.add", "tf.math.add")
+AUGMENTATIONS = ("AugMix", "CutMix", "Gaussian", "MixUp", "Rand")
 
 
 def _activated(builder: Builder, layer: Layer, value: Value, suffix: str = "_activation") -> Value:
     """The layer's ``activation``, by its name or by Keras' configuration of a function."""
     activation = layer.config.get("activation") or "linear"
-    if isinstance(activation, Mapping):
+    if isinstance(activation, Mapping) and activation.get("module") in (None, "builtins"):
         activation = activation.get("config", activation)
     if activation == "linear":
         return value
@@ -286,20 +296,24 @@ def _apply_softmax(builder: Builder, layer: Layer, value: Value, axis: int, suff
     return builder.emit(layer, nn.Softmax(-1), value, suffix)
 
 
-def _assign(
-    builder: Builder,
-    layer: Layer,
-    module: nn.Module,
-    named: Mapping[str, tuple[str, tuple[int, ...]]],
-) -> None:
-    """Fill the module's tensors with Keras' variables, given as (name, shape in Keras)."""
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wanted = {variable: shape for name, (variable, shape) in named.items() if name in own}
-    values = builder.file.read(layer.path, wanted)
-    with torch.no_grad():
-        for name, (variable, _) in named.items():
-            if name in own:
-                own[name].copy_(_in_torch_order(values[variable]))
+def filled(module: nn.Module, values: Mapping[str, Tensor], interleaved: int | None) -> nn.Module:
+    """The module with Keras' values in place of its tensors; what Keras leaves out is neutral.
+
+    Args:
+        values: by the names of the module's tensors, in Keras' axes.
+        interleaved: of the value that the module reads.
+    """
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in values:
+            value = _in_torch_order(values[name])
+            if interleaved and not (isinstance(module, nn.Linear) and name == "bias"):
+                by_pixel = value.unflatten(-1, (-1, interleaved))
+                value = by_pixel.transpose(-1, -2).flatten(-2)
+            value = value.contiguous()
+        else:
+            value = torch.full(tensor.shape, float(name == "weight"), dtype=tensor.dtype)
+        setattr(module, name, nn.Parameter(value) if isinstance(tensor, nn.Parameter) else value)
+    return module
 
 
 def _in_torch_order(value: Tensor) -> Tensor:

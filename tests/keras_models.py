@@ -1,11 +1,16 @@
 """The Keras networks of the tutorials, built as their readers would; run by Keras on PyTorch."""
 
+import io
+import json
 import os
+import zipfile
 
 os.environ["KERAS_BACKEND"] = "torch"
 
+import h5py
 import keras
 import numpy as np
+import torch
 from keras import layers
 
 
@@ -75,3 +80,98 @@ def hostile_(model, seed=0):
             values.append(value.astype("float32"))
         layer.set_weights(values)
     return model
+
+
+def answers(model, images):
+    """What Keras returns for (N, C, H, W): lists of tensors, images as (N, C, H, W)."""
+    found = model.predict(images.permute(0, 2, 3, 1).numpy(), verbose=0)
+    if isinstance(found, dict):
+        found = [found[key] for key in sorted(found)]
+    found = [torch.from_numpy(f) for f in (found if isinstance(found, list) else [found])]
+    return [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in found]
+
+
+def rewrite(path, config=None, weights=None):
+    """Change the configuration, the weights or both in a file of Keras, in place."""
+    if path.suffix == ".h5":
+        with h5py.File(path, "r+") as file:
+            if config:
+                file.attrs["model_config"] = json.dumps(config(json.loads(file.attrs[CONFIG])))
+            if weights:
+                weights(file["model_weights"])
+        return
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    if config:
+        members["config.json"] = json.dumps(config(json.loads(members["config.json"]))).encode()
+    if weights:
+        buffer = io.BytesIO(members["model.weights.h5"])
+        with h5py.File(buffer, "r+") as file:
+            weights(file)
+        members["model.weights.h5"] = buffer.getvalue()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+CONFIG = "model_config"
+
+
+def as_keras_2(path):
+    """A file of Keras 3 in the notation of tf.keras 2.15: what it wrote for the same model.
+
+    Lists instead of objects, calls of inner models counted from 1 everywhere, ``:0`` behind names
+    (.h5), groups without names (.keras), ``batch_input_shape``.
+    """
+    rewrite(path, _config_2, _weights_2 if path.suffix == ".h5" else _strip_names)
+
+
+def _config_2(model):
+    config = model["config"]
+    kinds = {e["config"]["name"]: e["class_name"] for e in config["layers"]}
+    born = {e["config"]["name"]: _is_born(e) for e in config["layers"]}
+    for layer in config["layers"]:
+        if layer["class_name"] == "InputLayer":
+            layer["config"]["batch_input_shape"] = layer["config"].pop("batch_shape")
+        if "layers" in layer["config"]:
+            _config_2(layer)
+        if "inbound_nodes" in layer:
+            nodes = [_histories(node) for node in layer["inbound_nodes"]]
+            layer["inbound_nodes"] = [
+                [[name, call + born[name], output, {}] for name, call, output in node]
+                for node in nodes
+            ]
+    for key in ("input_layers", "output_layers"):
+        if key in config:
+            found = config[key] if isinstance(config[key][0], list) else [config[key]]
+            config[key] = [[n, c + (kinds[n] == "Sequential" and born[n]), o] for n, c, o in found]
+    return model
+
+
+def _is_born(layer):
+    """Whether tf.keras counts a call before the first: of models that know their input."""
+    inner = layer["config"].get("layers", [])
+    return bool(inner) and inner[0]["class_name"] == "InputLayer"
+
+
+def _histories(value):
+    if isinstance(value, dict) and "keras_history" in value.get("config", {}):
+        return [value["config"]["keras_history"]]
+    inner = value.values() if isinstance(value, dict) else value
+    return [h for v in inner if isinstance(v, (dict, list)) for h in _histories(v)]
+
+
+def _weights_2(groups):
+    for group in groups.values():
+        names = [f"{n}:0" for n in group.attrs.get("weight_names", [])]
+        for name in names:
+            group.move(name.removesuffix(":0"), name)
+        group.attrs["weight_names"] = [n.encode() for n in names]
+
+
+def _strip_names(file):
+    named = []
+    file.visititems(lambda _, item: named.append(item) if "name" in item.attrs else None)
+    assert named
+    for item in named:
+        del item.attrs["name"]

@@ -1,9 +1,5 @@
 """Keras files as PyTorch modules, compared with Keras itself on its PyTorch backend."""
 
-import io
-import json
-import zipfile
-
 import pytest
 import torch
 from helpers import real_images
@@ -16,7 +12,7 @@ from fastres.keras_layers import KerasImportError
 zoo = pytest.importorskip("keras_models", exc_type=ImportError)  # it chooses Keras' backend
 h5py = pytest.importorskip("h5py")
 
-keras, layers = zoo.keras, zoo.layers
+keras, layers, answers = zoo.keras, zoo.layers, zoo.answers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:keras"),
@@ -81,12 +77,6 @@ def save(model, folder, suffix):
     return path
 
 
-def answers(model, images):
-    found = model.predict(images.permute(0, 2, 3, 1).numpy(), verbose=0)
-    found = [torch.from_numpy(f) for f in (found if isinstance(found, list) else [found])]
-    return [f.permute(0, 3, 1, 2) if f.dim() == 4 else f for f in found]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_keras(name, tmp_path):
     build, size, channels = MODELS[name]
@@ -131,65 +121,12 @@ class TestOtherVersions:
         images = real_images(2, 20, 1)
         check(from_keras(path), images, answers(model, images))
 
-    def test_keras_2(self, model, tmp_path):
-        """Lists instead of objects, ``:0`` behind names, ``batch_input_shape``, bytes."""
-        path = save(model, tmp_path, ".h5")
-        with h5py.File(path, "r+") as file:
-            config = json.loads(file.attrs["model_config"])
-            for layer in config["config"]["layers"]:
-                if layer["class_name"] == "InputLayer":
-                    layer["config"]["batch_input_shape"] = layer["config"].pop("batch_shape")
-                layer["inbound_nodes"] = [legacy_node(node) for node in layer["inbound_nodes"]]
-            for key in ("input_layers", "output_layers"):
-                config["config"][key] = [config["config"][key]]
-            file.attrs["model_config"] = json.dumps(config).encode()
-            for group in file["model_weights"].values():
-                names = [f"{n}:0" for n in group.attrs.get("weight_names", [])]
-                for name in names:
-                    group.move(name.removesuffix(":0"), name)
-                group.attrs["weight_names"] = [n.encode() for n in names]
+    @pytest.mark.parametrize("suffix", [".h5", ".keras"])
+    def test_keras_2(self, model, suffix, tmp_path):
+        """Lists instead of objects, ``:0`` behind names, ``batch_input_shape``."""
+        path = save(model, tmp_path, suffix)
+        zoo.as_keras_2(path)
         self.compare(path, model)
-
-    def test_early_keras_3(self, model, tmp_path):
-        """Groups of weights that do not name their layer are counted per class."""
-        path = save(model, tmp_path, ".keras")
-        rewrite(path, strip_names)
-        self.compare(path, model)
-
-
-def legacy_node(node):
-    histories = []
-
-    def walk(value):
-        if isinstance(value, dict) and "keras_history" in value.get("config", {}):
-            histories.append([*value["config"]["keras_history"], {}])
-        elif isinstance(value, (list, dict)):
-            for item in value.values() if isinstance(value, dict) else value:
-                walk(item)
-
-    walk(node)
-    return histories
-
-
-def rewrite(path, change):
-    """Change the weights inside a .keras file in place."""
-    with zipfile.ZipFile(path) as archive:
-        members = {name: archive.read(name) for name in archive.namelist()}
-    buffer = io.BytesIO(members["model.weights.h5"])
-    with h5py.File(buffer, "r+") as file:
-        change(file)
-    members["model.weights.h5"] = buffer.getvalue()
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-
-
-def strip_names(file):
-    named = []
-    file.visititems(lambda _, item: named.append(item) if "name" in item.attrs else None)
-    assert named
-    for item in named:
-        del item.attrs["name"]
 
 
 def conv(**options):
@@ -263,7 +200,7 @@ class TestBadFiles:
             del file["layers/conv2d/vars/0"]
             file["layers/conv2d/vars/0"] = kernel.transpose(3, 0, 1, 2)
 
-        rewrite(path, swap)
+        zoo.rewrite(path, weights=swap)
         with pytest.raises(CheckpointError, match=r"kernel is float32 .* wanted \(3, 3, 1, 6\)"):
             from_keras(path)
 
@@ -276,6 +213,6 @@ class TestBadFiles:
             del file["layers/conv2d/vars/0"]
             file["layers/conv2d/vars/0"] = h5py.ExternalLink(str(other), "data")
 
-        rewrite(path, link)
+        zoo.rewrite(path, weights=link)
         with pytest.raises(CheckpointError, match="a link, perhaps to another file"):
             from_keras(path)

@@ -6,6 +6,7 @@ import json
 import zipfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import h5py
 import torch
@@ -131,11 +132,8 @@ add(
     "from_keras: flattened, of a size left open",
     lambda: keras(OPEN, FLATTEN, ("BatchNormalization", NORM)),
 )
-add("from_keras: a Flatten at the end", lambda: keras(INPUT, FLATTEN))
-add(
-    "from_keras: a ZeroPadding2D at the end",
-    lambda: keras(INPUT, layer("ZeroPadding2D", padding=[[1, 1], [1, 1]])),
-)
+add("from_keras: two layers of one name", lambda: keras(INPUT, conv(), conv()))
+add("from_keras: an augmentation", lambda: keras(INPUT, layer("RandomFlip")))
 add("from_keras: two inputs", lambda: functional((INPUT, []), (conv(), ["input"]), inputs=2))
 add("from_keras: an input from nowhere", lambda: functional((INPUT, []), (conv(), ["moon"])))
 add(
@@ -150,13 +148,46 @@ add(
     "from_keras: called in training",
     lambda: functional((INPUT, []), (conv(), [["input", 0, 0, {"training": True}]])),
 )
+add(
+    "from_keras: called with a constant",
+    lambda: functional((INPUT, []), (layer("Add"), ["input", ["_CONSTANT_VALUE", -1, 2.0, {}]])),
+)
 
 
-def spoilt(link: Any) -> None:
+def inside(*nodes: Any, call: int = 1, **calls: Any) -> None:
+    """Reads a model whose layer "model" is a model, called by these nodes."""
+    inner = {"name": "model", "layers": [], "input_layers": [["input", 0, 0]], **calls}
+    inner |= {"output_layers": [["input", 0, 0]]}
+    inner["layers"] = [entry(*INPUT)]
+    outer = {
+        "name": "outer",
+        "layers": [entry(*INPUT), entry("Functional", inner) | {"inbound_nodes": list(nodes)}],
+        "input_layers": [["input", 0, 0]],
+        "output_layers": [["model", call, 0]],
+    }
+    read({"class_name": "Functional", "config": outer}, {})
+
+
+def entry(kind: str, config: dict[str, Any]) -> dict[str, Any]:
+    return {"class_name": kind, "name": config["name"], "config": config, "inbound_nodes": []}
+
+
+IN = {"class_name": "__keras_tensor__", "config": {"keras_history": ["input", 0, 0]}}
+add("from_keras: a call that is none", lambda: inside([["input", 0, 0, {}]], call=2))
+add("from_keras: a dictionary", lambda: inside({"args": [{"input": IN}], "kwargs": {}}))
+
+
+@case("from_keras: calls without end")
+def _() -> None:
+    with mock.patch("fastres.keras_import.MOST_CALLS", 3):
+        keras(INPUT, *[("ReLU", {"name": name}) for name in "abcd"])
+
+
+def spoilt(link: Any, **options: Any) -> None:
     """A file whose kernel lies elsewhere."""
     config = {"class_name": "Sequential", "config": {"name": "model", "layers": []}}
     config["config"]["layers"] = [
-        {"class_name": kind, "config": options} for kind, options in (INPUT, conv())
+        {"class_name": kind, "config": config} for kind, config in (INPUT, conv(**options))
     ]
     with h5py.File("model.h5", "w") as file:
         file.attrs["model_config"] = json.dumps(config)
@@ -175,3 +206,27 @@ def _() -> None:
 def _() -> None:
     outside = [("secret.bin", 0, h5py.h5f.UNLIMITED)]
     spoilt(lambda g: g.create_dataset("kernel:0", (3, 3, 3, 4), "f4", external=outside))
+
+
+@case("from_keras: weights that are not there")
+def _() -> None:
+    spoilt(lambda g: g.create_dataset("kernel:0", (3, 3, 3, 4), "f4", chunks=(1, 3, 3, 4)))
+
+
+add(
+    "from_keras: weights of little but zeros",
+    lambda: spoilt(
+        lambda g: g.create_dataset(
+            "kernel:0", data=torch.zeros(3, 3, 3, 2**14).numpy(), compression="gzip"
+        ),
+        filters=2**14,
+    ),
+)
+
+
+@case("from_keras: a zip that grows")
+def _() -> None:
+    with zipfile.ZipFile("model.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", b" " * 2**21)
+        archive.writestr("model.weights.h5", b"")
+    from_keras("model.keras")
