@@ -6,6 +6,7 @@
 
 from .bench import benchmark
 from .checkpoint import load_checkpoint, save_checkpoint
+from .compile_backend import refresh
 from .describe import Summary, summary
 from .diagram import plot_model
 from .errors import FastresError
@@ -62,6 +63,7 @@ __all__ = [
     "load_checkpoint",
     "optimize",
     "plot_model",
+    "refresh",
     "resnet18",
     "resnet20",
     "resnet32",

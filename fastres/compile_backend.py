@@ -1,7 +1,8 @@
 """``torch.compile(model, backend="fastres")``: Dynamo records, fastres folds, fuses and runs.
 
 Dynamo hands over parameters and buffers as inputs of its graph. They are folded when the graph is
-compiled and checked at every call by identity, version and address; what changed is folded again.
+compiled and checked at every call by identity, version and address; what changed is folded again
+(:func:`refresh` is for changes that none of these shows).
 A graph that wants gradients, trains a batch norm, runs under autocast or holds no convolution runs
 as ordinary PyTorch; the logger ``fastres`` says so at level INFO.
 """
@@ -24,9 +25,13 @@ from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FoldError
-from .guards import Change, Watch
+from .fast_model import FastModel
+from .guards import WATCHES, Change, Watch
 from .ir import Call, Conv2d, Ref, attribute
+from .live import LiveModule
+from .optimize import unwrapped
 from .plan import Plan
+from .shell import FastShell
 from .verify import judge
 
 Compiled: TypeAlias = Callable[..., Any]
@@ -66,7 +71,8 @@ def fastres(
         warnings.warn(f"fastres runs this graph as ordinary PyTorch: {error}", stacklevel=2)
     except _Leave as reason:
         LOG.info("graph left to PyTorch: %s", reason)
-    return _counted(graph_module.forward) if _trains(graph_module) else graph_module.forward
+    trained = _trained(graph_module)
+    return _told(graph_module.forward, trained) if trained else graph_module.forward
 
 
 class _Folded:
@@ -91,8 +97,8 @@ class _Folded:
         if self.wrong or any(arguments[i].item() != v for i, v in program.scalars.items()):
             return self.eager(*arguments)
         program.bind(arguments)
-        if self._trainings != _TRAININGS.count or self._watch.change() is not Change.NONE:
-            self._fold()
+        if self._watch.change() is not Change.NONE:
+            self._refold()
         output = self._run([arguments[i] for i in program.dynamic])
         return output if self.verified else self._verify(arguments, output)
 
@@ -120,10 +126,31 @@ class _Folded:
     def _fold(self) -> None:
         weight = attribute(self.program.holder, self.paths[0])
         ops = select_ops(self.backend, weight.device, weight.dtype)
+        self._home = weight.device
         executor = Executor(self.plan, self.program.holder, ops, weight.dtype)
         self._runner = GraphRunner(executor)
-        self._watch = Watch(self.program.holder, self.paths)
-        self._trainings = _TRAININGS.count
+        self._watch, self._norms = Watch(self.program.holder, self.paths), self._statistics()
+
+    def _refold(self) -> None:
+        """Fold what reads a changed tensor. A norm that was trained by itself shows in no version,
+        so that its statistics are compared."""
+        executor = self._runner.executor
+        weight = attribute(self.program.holder, self.paths[0])
+        if weight.dtype is not executor.dtype or weight.device != self._home:
+            self._fold()
+            return
+        # The new watch comes first: a step meanwhile is then seen by it, by both at worst.
+        watch, norms = Watch(self.program.holder, self.paths), self._statistics()
+        trained = {p for p, value in norms.items() if not torch.equal(value, self._norms[p])}
+        self._runner.refold(self._watch.changed() | trained)
+        self._watch, self._norms = watch, norms
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """Copies of what the folded norms have counted, by path."""
+        convolutions = [s.op for s in self.plan.steps if isinstance(s.op, Conv2d)]
+        norms = [op.norm for op in convolutions if op.norm is not None]
+        paths = [path for norm in norms for path in (norm.mean, norm.var)]
+        return {path: attribute(self.program.holder, path).detach().clone() for path in paths}
 
 
 class _Program:
@@ -241,26 +268,50 @@ def _single_output(fused: Plan) -> tuple[Plan, bool]:
     return fused, False
 
 
-class _Trainings:
-    """Counts runs of training graphs: batch norms change their statistics without a version."""
-
-    count = 0
-
-
-_TRAININGS = _Trainings()
-
-
-def _trains(graph_module: fx.GraphModule) -> bool:
-    return any(
-        node.args[5] if len(node.args) > 5 else node.kwargs.get("training")
-        for node in graph_module.graph.nodes
-        if node.target is F.batch_norm
-    )
+def _trained(graph_module: fx.GraphModule) -> list[int]:
+    """Indices of the graph's inputs that batch norms in training read, their statistics included:
+    these change without a version."""
+    inputs = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    norms = [node for node in graph_module.graph.nodes if node.target is F.batch_norm]
+    read = {
+        source
+        for node in norms
+        if (node.args[5] if len(node.args) > 5 else node.kwargs.get("training"))
+        for source in node.all_input_nodes
+    }
+    return [index for index, node in enumerate(inputs) if node in read]
 
 
-def _counted(forward: Compiled) -> Compiled:
+def _told(forward: Compiled, trained: Sequence[int]) -> Compiled:
+    """``forward`` that tells all watches of the inputs that it trains."""
+
     def run(*arguments: Any) -> Any:
-        _TRAININGS.count += 1
-        return forward(*arguments)
+        output = forward(*arguments)
+        WATCHES.tell([arguments[index] for index in trained], frozenset())
+        return output
 
     return run
+
+
+def refresh(model: nn.Module) -> None:
+    """Fold a module's weights again at the next call, wherever they were folded.
+
+    For live networks and for modules under ``torch.compile(model, backend="fastres")``. Needed only
+    after changes that PyTorch cannot see: through ``.data``, numpy views or raw collectives.
+
+    Args:
+        model: a module, compiled or not, on its own or around others; of a compiled function, the
+            module that it calls.
+
+    Raises:
+        TypeError: not a module, or a frozen copy, which :func:`fastres.optimize` makes anew.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(unwrapped(model), (FastModel, FastShell)):
+        kind = type(unwrapped(model)).__name__
+        raise TypeError(f"model is a {kind}, a frozen copy: optimize its source again")
+    for module in model.modules():
+        if isinstance(module, LiveModule):
+            module.refresh()
+    WATCHES.tell((*model.parameters(), *model.buffers()), frozenset())

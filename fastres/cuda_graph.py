@@ -8,7 +8,7 @@ the end of the last one's copy-out, on whatever stream that was, and because the
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Lock, RLock
@@ -92,11 +92,11 @@ class GraphRunner:
         """Whether a call with ``x`` replays a graph that exists already."""
         return self._capturable(x) and _key(x) in self._graphs
 
-    def refold(self) -> None:
-        """Fold the weights again, once no call uses the old ones any more."""
+    def refold(self, changed: Collection[str] | None = None) -> None:
+        """As :meth:`Executor.refold`, once no call uses the old weights any more."""
         with self._lock:
             self._finish()
-            self.executor.refold()
+            self.executor.refold(changed)
 
     def free(self) -> None:
         """Drop all graphs and their memory, once no call uses them any more."""

@@ -7,7 +7,7 @@ torch's allocator reuses their buffers, inside a CUDA graph's private pool as we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from .ir import (
     attribute,
     substitute,
 )
-from .plan import Plan, Shape, Step
+from .plan import Plan, Shape, Step, parameter_paths
 from .tuning import Arrangement, Group, singly
 
 Restore = Callable[[Any], Any]
@@ -78,6 +78,7 @@ class Executor:
         self._weights = weights or self._fold
         self.plan = plan
         self._prepared: dict[str, Any] = {}
+        self._finite: dict[str, bool] = {}
         self._finite_weights = True
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
         self._apart = singly(_relu_apart(plan.steps))
@@ -86,27 +87,32 @@ class Executor:
         self.refold()
         self.plan = self._schedule(common_shapes(plan)).plan
 
-    def refold(self) -> None:
+    def refold(self, changed: Collection[str] | None = None) -> None:
         """Read the module's parameters again, into the same storage.
+
+        Args:
+            changed: paths of parameters and buffers; only the steps that read one are folded. None
+                stands for all.
 
         Raises:
             FoldError: the numbers of a layer cannot be folded.
         """
+        steps = [step for step in self.plan.steps if isinstance(step.op, (Conv2d, Linear))]
+        if changed is not None:
+            steps = [s for s in steps if not set(parameter_paths(s.op)).isdisjoint(changed)]
         with torch.inference_mode(False), torch.no_grad():
-            folded = {
-                step.name: self._weights(step)
-                for step in self.plan.steps
-                if isinstance(step.op, (Conv2d, Linear))
-            }
-            self._device = next((w.device for w, _ in folded.values()), torch.device("cpu"))
-            for step in self.plan.steps:
-                if isinstance(step.op, (Conv2d, Linear)):
-                    self._prepared[step.name] = self._prepare(step, folded[step.name])
+            folded = {step.name: self._weights(step) for step in steps}
+            if changed is None:
+                self._device = next((w.device for w, _ in folded.values()), torch.device("cpu"))
+            for step in steps:
+                self._prepared[step.name] = self._prepare(step, folded[step.name])
             if not self.plan.source_layout:
                 for group in self.ops.candidates(self.plan, self.dtype, self._device):
-                    self._prepare_group(group)
+                    if any(step.name in folded for step in group.steps):
+                        self._prepare_group(group)
             if self.ops.fused_relu_drops_nan:
-                self._finite_weights = all(_is_finite(t) for pair in folded.values() for t in pair)
+                self._finite |= {name: all(map(_is_finite, pair)) for name, pair in folded.items()}
+                self._finite_weights = all(self._finite.values())
         _settle(t for pair in folded.values() for t in pair if t is not None)
         self.folds += 1
 

@@ -8,8 +8,10 @@ from contextvars import ContextVar
 from enum import Enum
 from functools import lru_cache
 from operator import attrgetter, is_, methodcaller
+from threading import Lock
 from types import CodeType, FunctionType, ModuleType
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -84,24 +86,47 @@ def _is_user_mode(mode: TorchFunctionMode) -> bool:
     return not isinstance(mode, DeviceContext)
 
 
-class _OptimizerSteps:
-    """Counts optimizer steps in this process: fused optimizers change weights without a version."""
+class _Watches:
+    """All watches of this process, to be told of changes that leave no trace in a tensor."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self._all: WeakSet[Watch] = WeakSet()
+        self._lock = Lock()
         self._registered = False
 
-    def watch(self) -> None:
-        """Start counting; done once per process."""
-        if not self._registered:
-            register_optimizer_step_post_hook(self._seen)
-            self._registered = True
+    def add(self, watch: Watch) -> None:
+        """Tell ``watch`` from now on; fused optimizers change weights without a version."""
+        with self._lock:
+            if not self._registered:
+                register_optimizer_step_post_hook(self._stepped)
+                self._registered = True
+            self._all.add(watch)
 
-    def _seen(self, *_: Any) -> None:
-        self.count += 1
+    def tell(self, tensors: Iterable[Tensor], shapes: frozenset[tuple[int, ...]]) -> None:
+        """These tensors, all in their memory, and half-precision weights of these shapes that are
+        being trained, may hold other values now."""
+        with self._lock:
+            watches = list(self._all)
+        memory = set(map(_memory, tensors)) if watches else set()
+        for watch in watches:
+            watch.hear(memory, shapes)
+
+    def _stepped(self, optimizer: Any, *_: Any) -> None:
+        groups = getattr(optimizer, "param_groups", ())
+        owned = [tensor for group in groups for tensor in group.get("params", ())]
+        # It may own float32 copies, from which its owner writes the weights without a version.
+        self.tell(owned, frozenset(tuple(t.shape) for t in owned if t.dtype is torch.float32))
 
 
-OPTIMIZER_STEPS = _OptimizerSteps()
+WATCHES = _Watches()
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's storage begins; None where that cannot be told, as of a sharded one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except Exception:  # subclasses raise what they like, and an optimizer's step must go on
+        return None
 
 
 class Change(Enum):
@@ -125,8 +150,6 @@ class Watch:
     """
 
     def __init__(self, module: nn.Module, paths: Iterable[str], method: str = "forward") -> None:
-        OPTIMIZER_STEPS.watch()
-        self._steps = OPTIMIZER_STEPS.count
         self._root, self._method = module, method
         self._traced = getattr(module, method)
         self._modules = tuple(module.modules())
@@ -137,7 +160,9 @@ class Watch:
         self._members = list(map(tuple, map(_VALUES, self._filled)))
         self._forwards = list(map(_FORWARD, self._modules))
         self._settings = _settings(self._modules)
+        self._heard: set[int | None] = set()
         self._tensors = _Tensors(module, dict.fromkeys([*paths, *_counters(module)]))
+        WATCHES.add(self)
 
     def reason(self) -> str | None:
         """As :func:`busy_reason`, for the watched modules."""
@@ -159,9 +184,17 @@ class Watch:
                 return Change.STRUCTURE
         except AttributeError:  # a setting was deleted
             return Change.STRUCTURE
-        if self._steps != OPTIMIZER_STEPS.count or not self._tensors.same():
+        if self._heard or not self._tensors.same():
             return Change.WEIGHTS
         return Change.NONE
+
+    def changed(self) -> set[str]:
+        """Paths of the tensors that hold, or may hold, other values than when watching began."""
+        return self._tensors.changed(self._heard)
+
+    def hear(self, memory: set[int | None], shapes: frozenset[tuple[int, ...]]) -> None:
+        """As :meth:`_Watches.tell`; None stands for any memory."""
+        self._heard |= self._tensors.among(memory, shapes)
 
     def _same_structure(self) -> bool:
         return (
@@ -175,12 +208,13 @@ class Watch:
 
 _CHILDREN, _FORWARD, _TRAINING = map(attrgetter, ("_modules", "forward", "training"))
 _HOOKS, _PRE_HOOKS = map(attrgetter, ("_forward_hooks", "_forward_pre_hooks"))
+_COUNTER = "num_batches_tracked"
 _VERSION, _VALUES = attrgetter("_version"), methodcaller("values")
 
 
 def _counters(module: nn.Module) -> list[str]:
     """Batch norms in training leave their statistics' versions alone, but not their counter's."""
-    return [path for path, _ in module.named_buffers() if path.endswith("num_batches_tracked")]
+    return [path for path, _ in module.named_buffers() if path.endswith(_COUNTER)]
 
 
 class _Tensors:
@@ -190,7 +224,8 @@ class _Tensors:
     """
 
     def __init__(self, module: nn.Module, paths: Iterable[str]) -> None:
-        found = [_place(module, path) for path in paths]
+        self._paths = list(paths)
+        found = [_place(module, path) for path in self._paths]
         self._owners = [owner for owner, _ in found]
         self._names = [name for _, name in found]
         self._tensors = [owner[name] for owner, name in found]
@@ -198,6 +233,7 @@ class _Tensors:
         self._versions = list(map(_VERSION, self._versioned))
         self._pointers = list(map(Tensor.data_ptr, self._tensors))
         self._aliases = [t.detach() for t in self._tensors]
+        self._memory = list(map(_memory, self._aliases))
 
     def same(self) -> bool:
         return (
@@ -205,6 +241,37 @@ class _Tensors:
             and list(map(_VERSION, self._versioned)) == self._versions
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
         )
+
+    def among(self, memory: set[int | None], shapes: frozenset[tuple[int, ...]]) -> set[int | None]:
+        """Of the storages that they are in, those in ``memory`` and those of trained halves."""
+        if None in memory:
+            return set(self._memory)
+        return memory.intersection(self._memory) | {
+            place
+            for place, t in zip(self._memory, self._tensors, strict=True)
+            if t.requires_grad and t.dtype in _HALVES and tuple(t.shape) in shapes
+        }
+
+    def changed(self, heard: set[int | None]) -> set[str]:
+        """Paths of those that are not, of all that share their memory or are in ``heard``, and of
+        the norms whose counters are among them."""
+        versions = dict(zip(map(id, self._versioned), self._versions, strict=True))
+        places = set(heard)
+        for i, tensor in enumerate(self._tensors):
+            kept = self._owners[i].get(self._names[i]) is tensor
+            moved = tensor.data_ptr() != self._pointers[i]
+            if not kept or moved or versions.get(id(tensor), 0) != _version(tensor):
+                places.add(self._memory[i])
+        found = {p for p, place in zip(self._paths, self._memory, strict=True) if place in places}
+        norms = {path.rpartition(".")[0] for path in found if path.endswith(_COUNTER)}
+        return found | {path for path in self._paths if path.rpartition(".")[0] in norms}
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _place(module: nn.Module, path: str) -> tuple[dict[str, Tensor], str]:

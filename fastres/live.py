@@ -16,7 +16,7 @@ from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import FoldError, InputError
-from .guards import GRADIENT, Change, Watch, ambient_reason, pytorch_reason
+from .guards import GRADIENT, Change, Watch, ambient_reason, busy_reason, pytorch_reason
 from .ir import attribute
 from .plan import Plan
 
@@ -54,7 +54,7 @@ class Live:
         self._refused: str | None = None
         self._home: tuple[torch.device, torch.dtype] | None = None
         self._runners: dict[ExecutorKey, GraphRunner] = {}
-        self._stale: set[ExecutorKey] = set()
+        self._stale: dict[ExecutorKey, set[str] | None] = {}
         self._unfoldable: set[ExecutorKey] = set()
         self._last: GraphRunner | None = None
 
@@ -96,9 +96,9 @@ class Live:
             return runners[-1].executor.plan if runners else self._plan
 
     def invalidate(self) -> None:
-        """Fold again at the next fused call, whatever the guards say."""
+        """Fold everything again at the next fused call, whatever the guards say."""
         with self._lock:
-            self._stale.update(self._runners)
+            self._stale = dict.fromkeys(self._runners)
 
     def refresh(self) -> None:
         """As :meth:`invalidate`; numbers that could not be folded are tried again too."""
@@ -121,6 +121,7 @@ class Live:
         if self._plan is None or self._watch is None or self._refused is not None:
             return None
         if self._watch.reason() is not None:
+            self.invalidate()  # norms in training change their statistics without a version
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
             say_how_to_get_the_fast_path()
@@ -145,8 +146,8 @@ class Live:
                 self._runners[key] = GraphRunner(Executor(self._plan, self.module, ops, dtype))
             elif key in self._stale:
                 _refuse_during_capture(x)
-                self._runners[key].refold()
-            self._stale.discard(key)
+                self._runners[key].refold(self._stale[key])
+            self._stale.pop(key, None)
         except FoldError as error:
             self._runners.pop(key, None)
             self._unfoldable.add(key)
@@ -161,13 +162,20 @@ class Live:
             if change is Change.NONE:
                 return
             if change is Change.WEIGHTS and self._may_refold():
-                self._stale.update(self._runners)
+                # The new watch comes first: a step meanwhile is then seen by it, by both at worst.
+                before, self._watch = self._watch, self._new_watch()
+                self._mark(before.changed())
                 self._unfoldable.clear()
-                self._watch = self._new_watch()
                 return
             self.free()
         if pytorch_reason(self.module, METHOD) is None:
             self._build()
+
+    def _mark(self, changed: set[str]) -> None:
+        """Fold what reads these tensors again, whichever executor is asked for next."""
+        for key in self._runners:
+            held = self._stale.get(key, set())
+            self._stale[key] = None if held is None else held | changed
 
     def _may_refold(self) -> bool:
         """Whether the plan still holds for the new weights: of the same kind, dtype and device."""
@@ -247,9 +255,11 @@ class LiveModule(nn.Module):
             fused, output = self._live().run(x)
             if fused:
                 return output
-        elif reason == GRADIENT:
+            return self._forward_impl(x)
+        if reason == GRADIENT:
             say_how_to_get_the_fast_path()
-        self._invalidate()
+        if reason != GRADIENT or busy_reason(self.modules()) is not None:
+            self._invalidate()
         return self._forward_impl(x)
 
     @torch.jit.unused

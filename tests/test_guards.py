@@ -142,7 +142,7 @@ WEIGHTS = {
     "dtype": lambda m: setattr(m.fc.bias, "data", m.fc.bias.detach().half()),
     "counter": lambda m: m.layer1[0].bn2.num_batches_tracked.add_(1),
     "deleted": lambda m: m.fc.register_parameter("bias", None),
-    "optimizer step": lambda m: torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step(),
+    "optimizer step": lambda m: torch.optim.SGD([m.fc.bias]).step(),
 }
 
 
@@ -230,12 +230,3 @@ def test_what_cannot_be_watched():
     replica = small()
     replica._is_replica = True
     assert "replica" in guards.pytorch_reason(replica)
-
-
-def test_optimizers_of_other_models_cost_one_fold_only():
-    """The hook that sees optimizer steps is registered once, whatever is watched."""
-    before = guards.OPTIMIZER_STEPS.count
-    watches = [watched()[1] for _ in range(3)]
-    torch.optim.SGD([torch.zeros(1, requires_grad=True)]).step()
-    assert guards.OPTIMIZER_STEPS.count == before + 1
-    assert [watch.change() for watch in watches] == [Change.WEIGHTS] * 3

@@ -287,6 +287,8 @@ def _() -> None:
 
 add("compile: another option", lambda: torch_compile({"backend": "auto", "fast": True}))
 add("compile: another backend", lambda: torch_compile({"backend": "tpu"}))
+add("refresh: no module", lambda: fastres.refresh(len))  # type: ignore[arg-type]
+add("refresh: a frozen copy", lambda: fastres.refresh(fastres.optimize(small(), verify=False)))
 
 
 def torch_compile(options: dict[str, Any]) -> None:
