@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, check_target
 from .tables import KERNELS, shipped
 from .tuning import Case
 
@@ -249,8 +249,9 @@ def store(path: Path, machine_name: str, found: Measured) -> None:
     A file that cannot be understood is replaced as a whole.
 
     Raises:
-        OSError: the folder cannot be written.
+        OSError: the file cannot be written.
     """
+    check_target(path, makes_folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         try:
@@ -279,6 +280,6 @@ def _locked(path: Path) -> Iterator[None]:
     """Only one process at a time; the lock ends with its holder, however that ends."""
     import fcntl
 
-    with open(path.with_name(path.name + ".lock"), "w") as file:
+    with open(path.with_name(path.name + ".lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

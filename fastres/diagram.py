@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from . import fold, plan, trace
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, check_target
 from .errors import MissingDependencyError
 from .ir import Call, Graph, Input, Operation
 from .plan import Plan, Shape, describe, left_to_torch, output_shape
@@ -83,12 +83,12 @@ def plot_model(
 
     Raises:
         ValueError: another suffix, or ``fused=False`` of a fused model.
+        OSError: the file cannot be written; noticed before the network is traced.
         MissingDependencyError: a ``.png`` without Pillow.
         TraceError: the model's Python cannot be recorded.
     """
     path = Path(path)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"path must end in {', '.join(FORMATS)}; got {str(path)!r}")
+    check_before(path)
     boxes = _boxes(model, fused, input_size)
     if path.suffix == ".dot":
         data = dot(boxes).encode()
@@ -98,6 +98,13 @@ def plot_model(
         data = png(drawing(boxes))
     atomic_write(path, data)
     return path
+
+
+def check_before(path: Path) -> None:
+    """Raises what :func:`plot_model` says of paths, and of Pillow, before any work is done."""
+    check_target(path, FORMATS)
+    if path.suffix == ".png":
+        _pillow()
 
 
 def _boxes(model: nn.Module, fused: bool, input_size: Sequence[int] | None) -> list[Box]:
@@ -267,8 +274,7 @@ def svg(picture: Drawing) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def png(picture: Drawing) -> bytes:
-    """The drawing as a PNG file. Raises MissingDependencyError without Pillow."""
+def _pillow() -> tuple[Any, Any, Any]:
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError as error:
@@ -276,8 +282,14 @@ def png(picture: Drawing) -> bytes:
             f"a .png needs Pillow, which cannot be imported ({error}); install fastres[vision], "
             "or ask for .svg or .dot"
         ) from error
+    return Image, ImageDraw, ImageFont
+
+
+def png(picture: Drawing) -> bytes:
+    """The drawing as a PNG file. Raises MissingDependencyError without Pillow."""
     import io
 
+    Image, ImageDraw, ImageFont = _pillow()
     width, height = map(round, picture.size)
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)

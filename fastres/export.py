@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_dumps
 
+from .checkpoint import atomic_write, check_target, exiting_on_signals
 from .errors import MissingDependencyError, VerificationError
 from .fast_model import FastModel
-from .verify import judge
+from .shell import FastShell
+from .verify import _check_structure, judge
 
 FORMATS = (".onnx", ".pt2")
 ONNX_DTYPES = (torch.float32, torch.float16)  # those whose convolutions onnxruntime can run
@@ -40,100 +45,209 @@ class Exported:
         return asdict(self)
 
 
-def export(model: FastModel, path: str | os.PathLike[str], images: Tensor) -> Exported:
-    """Write a fused model with one input as an ONNX file or as a torch.export program.
+Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def export(model: FastModel, path: str | os.PathLike[str], images: Inputs) -> Exported:
+    """Write a fused model as an ONNX file or as a torch.export program.
 
     The batch size stays open, the image size is that of ``images``. The file is run on one and on
-    all of the images and compared with the model before it takes the place of an older one.
+    all of the images and compared with the model before it takes the place of an older one. An ONNX
+    file returns the tensors of tuples and dictionaries one after another, a program as they are.
 
     Args:
         model: on the CPU.
         path: ends in ``.onnx`` or ``.pt2``.
-        images: at least two, (N, C, H, W).
+        images: at least two, (N, C, H, W); for a model of several inputs all positional arguments,
+            or all arguments by name, as which a program then takes them. Each tensor has the batch
+            first; what is no tensor becomes a constant.
 
     Raises:
-        TypeError: ``model`` is not a FastModel.
-        ValueError: another suffix, fewer than two images, a model not on the CPU, or for ``.onnx``
-            another dtype than float32 and float16.
+        TypeError: ``model`` is not a FastModel, or ``images`` are not the arguments of its forward.
+        ValueError: another suffix, fewer than two images, a model not on the CPU, for ``.onnx``
+            another dtype than float32 and float16, or a model that PyTorch cannot export.
+        OSError: the file cannot be written; where the folder or the target says so, before work.
         MissingDependencyError: ``.onnx`` without onnxscript.
         VerificationError: the file gives other answers than the model.
     """
     path = Path(path)
     if not isinstance(model, FastModel):
-        raise TypeError(f"model must be a FastModel, got {type(model).__name__}; optimize it first")
-    if path.suffix not in FORMATS:
-        raise ValueError(f"path must end in {' or '.join(FORMATS)}; got {str(path)!r}")
+        raise TypeError(_not_fused(model))
+    target = check_before(path)
     if path.suffix == ".onnx" and model.dtype not in ONNX_DTYPES:
         raise ValueError(
             f"a .onnx file must hold a model of torch.float32 or torch.float16; got {model.dtype}"
         )
-    if images.dim() != 4 or len(images) < 2:
-        raise ValueError(f"images must be at least two, (N, C, H, W); got {tuple(images.shape)}")
     if any(buffer.device.type != "cpu" for buffer in model.buffers()):
         raise ValueError("model must be on the CPU to be exported; call model.cpu()")
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        write = _write_onnx if path.suffix == ".onnx" else _write_program
-        write(model, draft, images)
-        found = _check(model, draft, images)
-        for part in Path(folder).iterdir():  # above the limit, the weights are a second file
-            os.replace(part, path.with_name(part.name))
+    call = _arguments(model, images)
+    _refuse_odd_output(model, path.suffix, call)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters' own, about their own future
+            written = _onnx(model, call) if path.suffix == ".onnx" else _program(model, call)
+    except Exception as error:
+        interrupt = _interrupt_in(error)
+        if interrupt is not None:
+            raise interrupt from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"PyTorch cannot export model to {path.suffix}: {reason}") from error
+    if isinstance(written, bytes):
+        found = _check(model, written, path.suffix, call)
+        atomic_write(path, written)
+        return Exported(str(path), *found)
+    with exiting_on_signals(), tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        draft = Path(folder) / target.name
+        written.save(draft, external_data=True)
+        found = _check(model, draft, path.suffix, call)
+        for part in Path(folder).iterdir():  # the weights are a second file
+            os.replace(part, check_target(target.with_name(part.name)))
     return Exported(str(path), *found)
 
 
-def _dynamic_batch(model: FastModel) -> dict[str, Any]:
-    (name,) = model.signature.parameters
-    return {name: {0: torch.export.Dim("batch")}}
+def _interrupt_in(error: BaseException | None) -> BaseException | None:
+    """Ctrl-C or the end by a signal, where torch.onnx made an error of its own of it."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, SystemExit)):
+        error = error.__cause__ or error.__context__
+    return error
 
 
-def _write_program(model: FastModel, path: Path, images: Tensor) -> None:
-    program = torch.export.export(model, (images,), dynamic_shapes=_dynamic_batch(model))
-    torch.export.save(program, path)
-
-
-def _write_onnx(model: FastModel, path: Path, images: Tensor) -> None:
+def check_before(path: Path) -> Path:
+    """The file to write. Raises what :func:`export` says of paths, and MissingDependencyError."""
+    target = check_target(path, FORMATS)
     try:
-        import onnxscript  # noqa: F401
+        if path.suffix == ".onnx":
+            import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependencyError(
             f"ONNX files need onnxscript, which cannot be imported ({error}); install fastres[onnx]"
         ) from error
-    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own, about its own future
-        torch.onnx.export(
-            model,
-            (images,),
-            path,
-            dynamo=True,
-            dynamic_shapes=_dynamic_batch(model),
-            external_data=size > PROTOBUF_LIMIT,
-            verbose=False,
+    return target
+
+
+Given: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _not_fused(model: object) -> str:
+    if isinstance(model, FastShell):
+        return (
+            f"model must be a FastModel, got FastShell: {model.reason.partition('. ')[0]}, so that "
+            "its Python is kept, which no file can hold; optimize and export a part that can be "
+            f"traced, such as {next(iter(model.parts))!r}"
         )
+    return f"model must be a FastModel, got {type(model).__name__}; optimize it first"
 
 
-def _check(model: FastModel, path: Path, images: Tensor) -> tuple[str, float | None]:
+def _arguments(model: FastModel, images: Inputs) -> Given:
+    """Positional and keyword arguments of the model's forward, all tensors of one batch."""
+    if isinstance(images, Tensor):
+        images = (images,)
+    call: Given = ((), dict(images)) if isinstance(images, Mapping) else (tuple(images), {})
+    try:
+        model.signature.bind(*call[0], **call[1])
+    except TypeError as error:
+        raise TypeError(f"images must fit forward{model.signature}: {error}") from None
+    given = [*call[0], *call[1].values()]
+    tensors = [value for value in given if isinstance(value, Tensor)]
+    others = [v for v in given if not isinstance(v, (Tensor, bool, int, float, str, type(None)))]
+    shapes = ", ".join(str(tuple(t.shape)) for t in tensors) or "no tensor"
+    if others:
+        raise TypeError(f"images must be tensors and numbers; got a {type(others[0]).__name__}")
+    if not tensors or any(t.dim() == 0 or len(t) < 2 for t in tensors):
+        raise ValueError(f"images must be at least two, (N, C, H, W); got {shapes}")
+    if len({len(t) for t in tensors}) > 1:
+        raise ValueError(f"images must have one batch size in all tensors; got {shapes}")
+    return call
+
+
+def _refuse_odd_output(model: FastModel, suffix: str, call: Given) -> None:
+    """Run the model, which refuses inputs that do not fit, and look at what it returns."""
+    leaves, form = tree_flatten(_run(model, *call))
+    odd = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
+    if odd or not leaves:
+        got = odd[0] if odd else "nothing"
+        raise ValueError(f"model must return tensors only to be exported; got {got} among them")
+    try:
+        if suffix == ".pt2":
+            treespec_dumps(form)
+    except NotImplementedError as error:
+        raise ValueError(
+            "model must return tuples, lists and dictionaries for a .pt2 file: "
+            f"{str(error).partition(' because')[0]}; export an .onnx file"
+        ) from error
+
+
+def _run(model: FastModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model.run(model._bind(args, kwargs))
+
+
+def _dynamic_batch(model: FastModel, call: Given) -> dict[str, Any]:
+    batch = torch.export.Dim("batch")
+    given = model.signature.bind(*call[0], **call[1]).arguments
+    return {name: {0: batch} if isinstance(v, Tensor) else None for name, v in given.items()}
+
+
+def _program(model: FastModel, call: Given) -> bytes:
+    shapes = _dynamic_batch(model, call)
+    buffer = io.BytesIO()  # where the disk is full, PyTorch's own file writer ends the process
+    torch.export.save(torch.export.export(model, *call, dynamic_shapes=shapes), buffer)
+    return buffer.getvalue()
+
+
+def _onnx(model: FastModel, call: Given) -> Any:
+    """The file's content, or above the limit the program that writes it in two files."""
+    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    shapes = _dynamic_batch(model, call)
+    program: Any = torch.onnx.export(
+        model, call[0], kwargs=call[1], dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    return program if size > PROTOBUF_LIMIT else program.model_proto.SerializeToString()
+
+
+def _check(
+    model: FastModel, file: bytes | Path, suffix: str, call: Given
+) -> tuple[str, float | None]:
     """What ran the file, and the largest difference."""
-    run, name = _runner(path)
+    run, name = _runner(file, suffix)
     if run is None:
         return "", None
     largest = 0.0
-    for batch in (images[:1], images):
-        expected, actual = model.run([batch]), run(batch)
-        verdict = judge([expected], [actual], None)
+    for rows in (slice(1), slice(None)):
+        args, kwargs = tree_map(lambda v, rows=rows: v[rows] if isinstance(v, Tensor) else v, call)
+        outputs = (tree_leaves(_run(model, args, kwargs)), tree_leaves(run(*args, **kwargs)))
+        _check_structure(*outputs)
+        # Indices and masks, which have no rounding, must be the same.
+        expected, actual = ([t for t in o if t.is_floating_point()] for o in outputs)
+        rest = ([t for t in o if not t.is_floating_point()] for o in outputs)
+        if not all(map(torch.equal, *rest)):
+            raise VerificationError(f"{name} gives other whole numbers")
+        if not expected:
+            continue
+        verdict = judge(expected, actual, None)
         if not verdict.ok:
             raise VerificationError(f"{name} gives other answers: {verdict.reason}")
         largest = max(largest, verdict.max_abs)
     return name, largest
 
 
-def _runner(path: Path) -> tuple[Any, str]:
-    if path.suffix == ".pt2":
-        return torch.export.load(path).module(), "torch.export"
+def _runner(file: bytes | Path, suffix: str) -> tuple[Any, str]:
+    if suffix == ".pt2":
+        assert isinstance(file, bytes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of read-only bytes, which nobody writes into
+            return torch.export.load(io.BytesIO(file)).module(), "torch.export"
     try:
         import onnxruntime
     except ImportError:
         return None, ""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), "onnxruntime"
+    content = file if isinstance(file, bytes) else str(file)
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> list[Tensor]:
+        tensors = [v.numpy() for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        return list(
+            map(torch.from_numpy, session.run(None, dict(zip(names, tensors, strict=True))))
+        )
+
+    return run, "onnxruntime"

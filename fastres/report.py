@@ -15,7 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write
+from .checkpoint import atomic_write, check_target
 from .environment import Environment, environment
 from .report_html import page
 from .results import (
@@ -137,12 +137,18 @@ def started(path: Path) -> Callable[[Case], None]:
         "command": command_line(),
         "environment": environment().to_dict(),
     }
+    check_target(path, makes_folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, _line(head).encode())
 
     def append(case: Case) -> None:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(_line(case.to_dict()))
+        size = path.stat().st_size
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(_line(case.to_dict()))
+        except OSError:  # a full disk: half a line is no JSON
+            os.truncate(path, size)
+            raise
 
     return append
 
@@ -171,9 +177,7 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a report ends in {', '.join(SUFFIXES)}; got {str(path)!r}")
-    folder = next(p for p in path.absolute().parents if p.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write {path}: {folder} is not a folder to write in")
+    check_target(path, makes_folder=True)
     return path
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import plan_json
-from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
+from .checkpoint import check_target, read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .fast_model import FastModel, with_signature
 from .ir import BatchNorm2d, Call, Conv2d, Linear, attribute
@@ -25,6 +25,7 @@ from .shell import FastShell
 from .verify import Verification
 
 FORMAT = 1
+SUFFIXES = (".safetensors",)
 KEY = "fastres"
 
 PathLike = str | os.PathLike[str]
@@ -48,6 +49,7 @@ def save(model: FastModel, path: PathLike) -> None:
         raise TypeError(
             f"model must be a FastModel, as fastres.optimize makes it; got {kind.__name__}"
         )
+    check_target(path, SUFFIXES)
     metadata = {KEY: json.dumps(_describe(model), allow_nan=False)}
     save_checkpoint(model, path, metadata=metadata)
 

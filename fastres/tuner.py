@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import plan
 from .aten_ops import AtenOps, conv_precision
+from .checkpoint import check_target
 from .choices import (
     APART,
     Choices,
@@ -156,6 +157,7 @@ def tune(
             f"tuning measures on a CUDA GPU, got device {str(device)!r}; --dry lists the cases"
         )
     path = cache or cache_path()
+    check_target(path, makes_folder=True)
     whole = plan.of_module(module.eval())
     results: list[tuple[Trial, Measurement]] = []
     for dtype in dtypes:

@@ -280,5 +280,5 @@ def test_saving_takes_any_layout_and_shared_storage(source, tmp_path):
     images = real_images(2, 16)
     # channels_last convolutions may add in another order: fp32 rounding of values below 10.
     torch.testing.assert_close(model.eval()(images), source(images), rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match=r"must end in .safetensors, got .*w.pth"):
+    with pytest.raises(ValueError, match=r"must end in .safetensors; got .*w.pth"):
         save_checkpoint(source, tmp_path / "w.pth")

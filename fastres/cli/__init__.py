@@ -1,8 +1,8 @@
 """The ``fastres`` command: it parses, calls the library and prints; nothing is computed here.
 
 Exit codes: 0 all is well, 1 a check failed (a wrong answer; no speed is given for it), 2 a mistake
-in the command or its files, said in one line, 130 interrupted. FASTRES_TRACEBACK=1 shows where a
-mistake was noticed.
+in the command or its files, said in one line, 130 interrupted, 143 ended by SIGTERM.
+FASTRES_TRACEBACK=1 shows where a mistake was noticed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from ..checkpoint import exiting_on_signals
 from ..errors import FastresError, WeightsError
 from . import files, models, runs
 from . import tune as tuning
@@ -25,7 +26,7 @@ app = typer.Typer(
     name="fastres",
     help="ResNets from PyTorch, folded, fused and checked.",
     epilog="Exit codes: 0 all is well; 1 a check failed; 2 a mistake in the command or its files; "
-    "130 interrupted.",
+    "130 interrupted; 143 ended by SIGTERM.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -98,4 +99,5 @@ def one_line(message: str) -> str:
 
 def main() -> NoReturn:
     """The entry point."""
-    sys.exit(run())
+    with exiting_on_signals():
+        sys.exit(run())

@@ -39,8 +39,10 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Fold and fuse a network and save it, for fastres.load: one .safetensors file, no pickle."""
-    from ..serialize import save
+    from ..checkpoint import check_target
+    from ..serialize import SUFFIXES, save
 
+    check_target(target, SUFFIXES)
     fast = _fused(source, dtype, size, weights, checkpoint)
     save(fast, target)
     plan = fast.plan()
@@ -61,8 +63,10 @@ def export(
 
     The batch size stays open; height and width are fixed by --size.
     """
+    from ..export import check_before
     from ..export import export as write
 
+    check_before(target)
     fast = _fused(source, None, size, weights, checkpoint)
     found = write(fast, target, _images(2, fast, size))
     if found.max_abs is None:
@@ -81,8 +85,9 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw a network as .svg, .png or .dot, by the steps that inference runs."""
-    from ..diagram import plot_model
+    from ..diagram import check_before, plot_model
 
+    check_before(target)
     network = read_network(source, size, checkpoint=checkpoint)
     shape = (1, *image_shape(network, size))
     path = plot_model(network, target, fused=not unfused, input_size=shape)

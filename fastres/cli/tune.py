@@ -38,6 +38,8 @@ def tune(
     GPU and these versions, and for batch sizes within a factor of two.
     """
     from ..bench import parse_device, parse_dtype
+    from ..checkpoint import check_target
+    from ..choices import cache_path
     from ..pretrained import load_network
     from ..tuner import tune as run
 
@@ -45,6 +47,8 @@ def tune(
     batches = numbers(batch, "--batch")
     if min(batches) < 1:
         raise ValueError(f"--batch takes sizes of at least 1; got {batch!r}")
+    if not dry:
+        check_target(cache or cache_path(), makes_folder=True)
     networks = {name: load_network(name, weights=None, checkpoint=None).eval() for name in models}
     shapes = {
         name: [(n, network.conv1.in_channels, size, size) for n in batches]

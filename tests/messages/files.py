@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -49,6 +49,19 @@ add("read_metadata: half a file", lambda: read_metadata(written("half.safetensor
 add("state_dict_from_file: a folder", lambda: state_dict_from_file(Path(".")))
 add("save_checkpoint: no such folder", lambda: fastres.save_checkpoint({}, "gone/a.safetensors"))
 add("save_checkpoint: another suffix", lambda: fastres.save_checkpoint(small(), "weights.pth"))
+
+
+add("save_checkpoint: a folder", lambda: (Path("a.safetensors").mkdir(), saving())[1])
+add("save_checkpoint: a write-protected file", lambda: (saving(), protected())[1])
+
+
+def saving() -> None:
+    fastres.save_checkpoint({}, "a.safetensors")
+
+
+def protected() -> None:
+    with mock.patch("os.access", lambda path, mode: Path(path).is_dir()):
+        saving()
 
 
 @case("load_checkpoint: all problems at once")
@@ -288,8 +301,50 @@ def _() -> None:
 add("export: a model that is not fused", lambda: write_export(small(), "m.onnx", images()))
 add("export: another suffix", lambda: write_export(fast(), "m.pb", images()))
 add("export: ONNX of bfloat16", lambda: write_export(half(), "m.onnx", images()))
+add("export: a shell", lambda: write_export(shell_of_parts(), "m.pt2", images()))
+add("export: an argument too many", lambda: write_export(fast(), "m.pt2", (images(), images())))
+add("export: a list as argument", lambda: write_export(fast(), "m.pt2", ([images()],)))
+add(
+    "export: images and others",
+    lambda: write_export(fast(Pairs().eval()), "m.pt2", (images(), images(3))),
+)
+add("export: a size as output", lambda: write_export(fast(Sized().eval()), "m.pt2", images()))
+add("export: a class of one's own", lambda: write_export(fast(Named().eval()), "m.pt2", images()))
+add(
+    "export: a batch size in forward", lambda: write_export(fast(Fixed().eval()), "m.pt2", images())
+)
 add("export: one image", lambda: write_export(fast(), "m.onnx", images(1)))
 add("export: a model elsewhere", lambda: write_export(elsewhere(), "m.onnx", images()))
+
+
+class Pairs(Calls):
+    def forward(self, x, y):
+        return self.conv(x) + self.conv(y)
+
+
+class Sized(Calls):
+    def forward(self, x):
+        return self.conv(x), x.shape[0]
+
+
+class Both(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class Named(Calls):
+    def forward(self, x):
+        return Both(self.conv(x), x)
+
+
+class Chosen(Calls):
+    def forward(self, x):
+        return self.conv(x).mean((2, 3)).argmax(1)
+
+
+class Fixed(Calls):
+    def forward(self, x):
+        return self.conv(x).view(2, -1)
 
 
 def half() -> fastres.FastModel:
@@ -313,6 +368,13 @@ def _() -> None:
     wrong = (lambda x: torch.zeros(len(x), 5), "the program")
     with mock.patch("fastres.export._runner", return_value=wrong):
         write_export(fast(), "m.pt2", images())
+
+
+@case("export: a file with other indices")
+def _() -> None:
+    wrong = (lambda x: torch.full((len(x),), 7), "the program")
+    with mock.patch("fastres.export._runner", return_value=wrong):
+        write_export(fast(Chosen().eval()), "m.pt2", images())
 
 
 add("plan_json: a step before its time", lambda: plan_json.decode_plan({}))

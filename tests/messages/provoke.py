@@ -32,6 +32,7 @@ NORMALISED = (
     (r"(needs the package triton): .*", r"\1: REASON"),
     (r"torch sees \d+ CUDA devices", "torch sees N CUDA devices"),
     (r"(not what was asked for): .*?;", r"\1: REASON;"),
+    (r"(PyTorch cannot export model to \S+): .*", r"\1: REASON"),
     (r"(could not be loaded|not a plan: \w+): .*", r"\1: REASON"),
     (r"(does not describe a fused model): .*", r"\1: REASON"),
     (r"(does not describe a Keras model) \(.*\)", r"\1 (REASON)"),
@@ -152,6 +153,7 @@ UNREACHABLE = {
     "typer.Exit": "how --version ends",
     "baselines.py FasterOfTwo.conv RuntimeError": "of a baseline, during the capture of a graph",
     "serialize.py _encode_modules ValueError": "torch.fx keeps what is no tensor as a constant",
+    "export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
     "group_kernels.py GroupKernel.run NotImplementedError": "each kernel has a run of its own",
     "shell.py _build_parts TraceError": "caught two lines below: the parts inside are tried",
 }
