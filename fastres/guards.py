@@ -213,8 +213,12 @@ _VERSION, _VALUES = attrgetter("_version"), methodcaller("values")
 
 
 def _counters(module: nn.Module) -> list[str]:
-    """Batch norms in training leave their statistics' versions alone, but not their counter's."""
-    return [path for path, _ in module.named_buffers() if path.endswith(_COUNTER)]
+    """Batch norms in training leave their statistics' versions alone, but not their counter's.
+
+    Those of torch.jit's modules, which own no dictionaries, are never folded."""
+    scripted = [f"{n}." for n, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    paths = (path for path, _ in module.named_buffers() if path.endswith(_COUNTER))
+    return [path for path in paths if not path.startswith(tuple(scripted))]
 
 
 class _Tensors:

@@ -100,9 +100,7 @@ def optimize(
     try:
         fast = _fuse(model, dtype, backend, verify)
     except trace.TraceError as error:
-        fast = FastShell(model, lambda part: _fuse(part, dtype, backend, verify), dtype, str(error))
-        if verify:
-            fast.verify_with(model)
+        fast = _fuse_parts(model, dtype, backend, verify, error)
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
         if not can_show_errors(example):
@@ -111,9 +109,31 @@ def optimize(
     return fast
 
 
-def _fuse(model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool) -> FastModel:
+def _fuse_parts(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    backend: str,
+    verify: bool,
+    error: trace.TraceError,
+) -> FastModel | FastShell:
+    """The parts of a module that cannot be traced whole; else whatever is around them."""
+    try:
+        fast = FastShell(model, lambda part: _fuse(part, dtype, backend, verify), dtype, str(error))
+    except trace.TraceError as none:
+        try:
+            return _fuse(model, dtype, backend, verify, most=False)
+        except trace.TraceError:
+            raise none from error
+    if verify:
+        fast.verify_with(model)
+    return fast
+
+
+def _fuse(
+    model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool, most: bool = True
+) -> FastModel:
     """The fused copy of a module that can be traced whole."""
-    traced = plan.of_module(model)
+    traced = plan.of_module(model, most=most)
     source_dtype = _weight_dtype(model, traced)
     dtype = dtype or source_dtype
     folded = {

@@ -150,13 +150,13 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines + left)
 
 
-def of_module(module: nn.Module, method: str = "forward") -> Plan:
-    """The plan of what a module computes in eval mode.
+def of_module(module: nn.Module, method: str = "forward", most: bool = True) -> Plan:
+    """The plan of what a module computes in eval mode; ``most`` as :func:`fastres.trace.trace`.
 
     Raises:
         TraceError: torch.fx cannot trace the method.
     """
-    return build(fold(trace(module, method)))
+    return build(fold(trace(module, method, most)))
 
 
 def build(graph: Graph) -> Plan:

@@ -35,6 +35,22 @@ NORM_ACTS = tuple(
     for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 )
 NORMALIZE = ("fastres.preprocess.Normalize",)
+FUSED = ("fastres.fast_model.FastModel", "fastres.shell.FastShell")
+IDENTITIES = (
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+_HARMLESS = {"__init__", "__doc__", "__module__", "__annotations__", "__annotate_func__"} | {
+    *("__static_attributes__", "__firstlineno__", "__constants__", "__orig_bases__", "_version"),
+    *("__dict__", "__weakref__", "__repr__", "extra_repr", "_get_name", "train", "eval"),
+    *("reset_parameters", "reset_running_stats", "_apply"),
+    *("_load_from_state_dict", "_save_to_state_dict", "get_extra_state", "set_extra_state"),
+}
 
 
 def qualified_name(kind: type) -> str:
@@ -47,6 +63,19 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
+def base_layer(module: nn.Module) -> type | None:
+    """The layer of torch's that a module computes as: its type, or one that its type extends
+    without a word in what forward does; None where there is no such layer."""
+    kind = type(module)
+    base = next((k for k in kind.__mro__ if k in _MODULES or k in IDENTITIES), None)
+    if base is None or kind is base:
+        return base
+    data = {*vars(module), *module._parameters, *module._buffers}
+    added = (set(vars(k)) for k in kind.__mro__ if k not in base.__mro__)
+    changed = {name for names in added for name in names - _HARMLESS}
+    return None if any(hasattr(base, name) or name in data for name in changed) else base
+
+
 def from_module(module: nn.Module, path: str) -> list[Operation] | None:
     """The operations that calling ``module`` stands for, in order, or None.
 
@@ -54,11 +83,11 @@ def from_module(module: nn.Module, path: str) -> list[Operation] | None:
         module: a module in eval mode without hooks.
         path: its dotted path below the traced root.
     """
-    kind = type(module)
-    if kind in _MODULES:
-        op = _MODULES[kind](module, path)
+    base = base_layer(module)
+    if base in _MODULES:
+        op = _MODULES[base](module, path)
         return None if op is None else [op]
-    name = qualified_name(kind)
+    name = qualified_name(type(module))
     if name in FROZEN_NORMS:
         return [_frozen_norm(module, path)]
     if name in NORM_ACTS:

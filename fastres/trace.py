@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import RLock, get_ident
 from typing import Any
@@ -35,9 +35,12 @@ from .ir import (
 )
 from .recognise import (
     FROZEN_NORMS,
+    FUSED,
+    IDENTITIES,
     NORM_ACTS,
     NORMALIZE,
     Constant,
+    base_layer,
     from_function,
     from_module,
     has_hooks,
@@ -49,15 +52,6 @@ class TraceError(FastresError, RuntimeError):
     """The module's Python cannot be recorded by torch.fx; the message says where and why."""
 
 
-IDENTITIES = (
-    nn.Identity,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth.StochasticDepth",)
 _VIEW_OR_COPY = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}
 LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "unfold"}
@@ -65,6 +59,8 @@ LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "d
 
 def opaque_reason(module: nn.Module) -> str | None:
     """Why a module must be called whole, hooks and all, or None when it may be looked into."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is of torch.jit, which torch.fx cannot look into"
     if has_hooks(module):
         return "has forward hooks"
     if "forward" in module.__dict__:
@@ -88,7 +84,11 @@ class _Made:
 
 class _Proxy(fx.Proxy):
     """Records ``x += y`` and ``x[i] = y`` as what they are: fx takes the first for ``x = x + y``,
-    which hides the change from other names of ``x``, and refuses the second."""
+    which hides the change from other names of ``x``, and refuses the second.
+
+    Nothing that is computed without gradients requires one, which frozen norms ask."""
+
+    requires_grad = False
 
 
 def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,23 +129,46 @@ class _Tracer(fx.Tracer):
 
     While fx records, it replaces ``nn.Module.__call__`` and ``__getattr__`` for the whole process.
     What other threads call meanwhile is handed on, and only one recording runs at a time.
+
+    A module whose own Python cannot be recorded is called whole: ``untraced`` says why, by path.
     """
 
     returned: Any = None
 
     def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
-        with _RECORDING:
+        self.untraced: dict[str, str] = {}
+        self._weights: dict[str, Any] = {}
+        with _RECORDING, torch.no_grad():
             self._thread = get_ident()
             return super().trace(*args, **kwargs)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if get_ident() != self._thread:
             return forward(*args, **kwargs)
+        before, stack = len(self.graph.nodes), self.module_stack.copy()
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            path = self.path_of_module(m)
+            if path in self.untraced:
+                raise
+            self.untraced[path] = f"{type(m).__name__} cannot be traced: {_first_line(error)}"
+        self._forget(before)
+        self.module_stack = stack
         return super().call_module(m, forward, args, kwargs)
+
+    def _forget(self, before: int) -> None:
+        """Take back what was recorded since there were ``before`` nodes."""
+        for node in reversed(list(self.graph.nodes)[before:]):
+            self.graph.erase_node(node)
+        kept = set(self.graph.nodes)
+        for name in [n for n, proxy in self._weights.items() if proxy.node not in kept]:
+            del self._weights[name]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if get_ident() != self._thread:
             return attr_val
+        self._weights = parameter_proxy_cache
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -165,42 +188,77 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = qualified_name(type(m))
         return (
-            name in FROZEN_NORMS + NORM_ACTS + NORMALIZE + STOCHASTIC_DEPTH
+            name in FROZEN_NORMS + NORM_ACTS + NORMALIZE + STOCHASTIC_DEPTH + FUSED
+            or module_qualified_name in self.untraced
             or opaque_reason(m) is not None
+            or base_layer(m) is not None
             or super().is_leaf_module(m, module_qualified_name)
         )
 
 
-def trace(module: nn.Module, method: str = "forward") -> Graph:
+def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Graph:
     """Record what a module computes as a :class:`~fastres.ir.Graph`; the module is not changed.
 
+    Modules inside whose own Python cannot be recorded stay calls, each with the reason.
+
     Args:
-        module: any module that torch.fx can trace, in eval mode.
+        module: any module whose own forward torch.fx can trace, in eval mode.
         method: name of the method to record, as its class defines it.
+        most: half of the convolutions, or more, must be outside of such modules; else one.
 
     Raises:
         TraceError: control flow depends on data, or torch.fx fails otherwise.
     """
-    recorded, returned = _record(module, method)
-    return _Normalizer(module, recorded, returned).run()
+    tracer = _record(module, method)
+    _refuse_little(module, tracer, most)
+    return _Normalizer(module, tracer.graph, tracer.returned, tracer.untraced).run()
 
 
-def _record(module: nn.Module, method: str) -> tuple[fx.Graph, Any]:
-    """torch.fx's program, and what the method returned, whose containers fx forgets."""
+def _record(module: nn.Module, method: str) -> _Tracer:
+    """A tracer that has recorded a method."""
     tracer = _Tracer()
     tracer.traced_func_name = method
     _refuse_signature(module, method)
     try:
-        return tracer.trace(sketch(module)), tracer.returned
+        tracer.trace(_sketch(module))
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
         ) from error
+    return tracer
+
+
+def _sketch(module: nn.Module) -> nn.Module:
+    """A copy to record on, in which torch's own norms do not look at the rank of their input."""
+    drawn = sketch(module)
+    norms = (m for m in drawn.modules() if isinstance(m, nn.BatchNorm2d) and drawn is not module)
+    for norm in norms:
+        if type(norm)._check_input_dim is nn.BatchNorm2d._check_input_dim:
+            norm.__dict__["_check_input_dim"] = lambda x: None
+    return drawn
+
+
+def _refuse_little(module: nn.Module, tracer: _Tracer, most: bool) -> None:
+    """A program that leaves its convolutions to PyTorch, inside of modules called whole."""
+    every = {m for m in module.modules() if isinstance(m, nn.Conv2d)}
+    called = {str(n.target) for n in tracer.graph.nodes if n.op == "call_module"}
+    lost = {
+        path: [m for m in module.get_submodule(path).modules() if m in every]
+        for path in tracer.untraced
+        if path in called
+    }
+    inside = {m for found in lost.values() for m in found}
+    if every and (2 * len(inside) > len(every) if most else inside == every):
+        path = max(lost, key=lambda path: len(lost[path]))
+        raise TraceError(
+            f"{type(module).__name__} cannot be traced whole: {path}, with {len(lost[path])} of "
+            f"its {len(every)} convolutions: {tracer.untraced[path]}"
+        )
 
 
 def from_fx(module: nn.Module, recorded: fx.Graph) -> Graph:
     """A program that torch.fx or Dynamo recorded; ``module`` owns what its get_attr nodes name."""
-    return _Normalizer(module, recorded, None).run()
+    return _Normalizer(module, recorded, None, {}).run()
 
 
 def truncated(module: nn.Module, names: Sequence[str], keys: Sequence[str] | None) -> fx.Graph:
@@ -211,7 +269,7 @@ def truncated(module: nn.Module, names: Sequence[str], keys: Sequence[str] | Non
     Raises:
         TraceError: torch.fx cannot record the module, or a submodule is never called.
     """
-    recorded = _record(module, "forward")[0]
+    recorded = _record(module, "forward").graph
     outputs = [_output_of(recorded, name) for name in names]
     for node in reversed(list(recorded.nodes)):
         if node in outputs:
@@ -257,8 +315,11 @@ def _refuse_signature(module: nn.Module, method: str) -> None:
 class _Normalizer:
     """Turns torch.fx nodes into typed nodes and keeps track of which values may share memory."""
 
-    def __init__(self, module: nn.Module, recorded: fx.Graph, returned: Any) -> None:
+    def __init__(
+        self, module: nn.Module, recorded: fx.Graph, returned: Any, untraced: Mapping[str, str]
+    ) -> None:
         self.returned = returned
+        self.untraced = untraced
         self.modules = dict(module.named_modules())
         self.module = module
         self.fx_nodes = list(recorded.nodes)
@@ -311,7 +372,7 @@ class _Normalizer:
         """The typed operations of a node, or the reason to leave it; and whether it mutates."""
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            reason = opaque_reason(module)
+            reason = self.untraced.get(str(node.target)) or opaque_reason(module)
             if reason is not None:
                 return reason, True
             found = from_module(module, str(node.target))
@@ -345,10 +406,12 @@ class _Normalizer:
     def _passes_input_through(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            known = isinstance(module, IDENTITIES) and type(module).__module__.startswith("torch.")
+            if opaque_reason(module) is not None:
+                return False
+            base = base_layer(module)
             stochastic = qualified_name(type(module)) in STOCHASTIC_DEPTH
-            idle = not module.training or isinstance(module, nn.Identity)
-            return (known or stochastic) and idle and opaque_reason(module) is None
+            idle = (base in IDENTITIES or stochastic) and not module.training
+            return base is nn.Identity or idle
         dropouts = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
         return node.target in dropouts and node.kwargs.get("training") is False
 
@@ -515,6 +578,10 @@ def has_unknown_effect(node: fx.Node) -> bool:
 
 def _is_constant(op: Operation) -> bool:
     return isinstance(op, Call) and op.kind == "get_attr"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0].partition('. ')[0]}"
 
 
 def _where(node: fx.Node) -> str:
