@@ -61,7 +61,7 @@ class Features(LiveModule):
             getattr(self, kind).update({n: v for n, v in theirs.items() if n in tops})
         self._non_persistent_buffers_set |= model._non_persistent_buffers_set & tops
         self.train(model.training)
-        self.feature_info = FeatureInfo(tuple(names), _sizes(self))
+        self.feature_info = FeatureInfo(tuple(names), _sizes(self, names))
         self.out_channels = self.feature_info.channels()[-1]
 
     def _forward_impl(self, x: Tensor) -> Any:
@@ -142,7 +142,7 @@ def _tops(model: nn.Module) -> str:
     return ", ".join(name for name, _ in model.named_children())
 
 
-def _sizes(model: Features) -> tuple[tuple[int, int], ...]:
+def _sizes(model: Features, names: Sequence[str]) -> tuple[tuple[int, int], ...]:
     """(channels, reduction) of each map, from shapes alone."""
     side = 256
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -153,5 +153,11 @@ def _sizes(model: Features) -> tuple[tuple[int, int], ...]:
     image = torch.empty(1, first.in_channels, side, side, device="meta", dtype=first.weight.dtype)
     with torch.no_grad():
         maps = functional_call(model, shapes, (image,))
-    found = maps.values() if isinstance(maps, OrderedDict) else maps
+    found = list(maps.values()) if isinstance(maps, OrderedDict) else maps
+    for name, value in zip(names, found, strict=True):
+        if not isinstance(value, Tensor) or value.dim() != 4:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"out_indices has {name!r}, whose output is no map (N, C, h, w) but {got}"
+            )
     return tuple((m.shape[1], round(side / m.shape[2])) for m in found)

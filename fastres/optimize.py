@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import plan, trace
 from .backends import check_backend
@@ -91,7 +93,7 @@ def optimize(
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is of torch.jit, which torch.fx cannot record; optimize its source")
     model = unwrapped(model)
-    _check_source(model)
+    _check_source(model, dtype)
     _check_example(example_input)
     check_backend(backend)
     if dtype is not None and dtype not in FLOATS:
@@ -101,12 +103,30 @@ def optimize(
         fast = _fuse(model, dtype, backend, verify)
     except trace.TraceError as error:
         fast = _fuse_parts(model, dtype, backend, verify, error)
+    _warn_of_nothing(model, fast)
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
         if not can_show_errors(example):
             raise ValueError("example_input is empty or not finite, so it cannot show an error")
         fast(*example)
     return fast
+
+
+def _warn_of_nothing(model: nn.Module, fast: FastModel | FastShell) -> None:
+    """Say so where a copy computes as its source does, one layer at a time."""
+    plans = (
+        [fast.traced] if isinstance(fast, FastModel) else [p.traced for p in fast.parts.values()]
+    )
+    convolutions = any(isinstance(m, _ConvNd) for m in model.modules())
+    if any(p.fuses_convolutions or (p.fuses and not convolutions) for p in plans):
+        return
+    what = "no convolution" if any(p.fuses for p in plans) else "nothing"
+    reasons = Counter(reason for p in plans for _, reason in p.left).most_common(2)
+    why = f" ({'; '.join(reason for reason, _ in reasons)})" if reasons else ""
+    warnings.warn(
+        f"{what} of {type(model).__name__} could be fused{why}; plan() shows each step",
+        stacklevel=3,
+    )
 
 
 def _fuse_parts(
@@ -144,7 +164,7 @@ def _fuse(
     fast = with_signature(inspect.signature(model.forward))(
         traced,
         folded,
-        _keep(model, traced, dtype),
+        _keep(model, traced, None if dtype is source_dtype else dtype),
         dtype=dtype,
         source_dtype=source_dtype,
         backend=backend,
@@ -199,7 +219,7 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     return found
 
 
-def _check_source(model: nn.Module) -> None:
+def _check_source(model: nn.Module, dtype: torch.dtype | None) -> None:
     if isinstance(model, (FastModel, FastShell)):
         raise TypeError(f"model is a {type(model).__name__} already")
     training = [n for n, m in model.named_modules() if m.training and heeds_training(m)]
@@ -217,8 +237,11 @@ def _check_source(model: nn.Module) -> None:
         raise ValueError("model is on the meta device: it has no weights to fold")
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     dtypes = {m.weight.dtype: f"{m.weight.dtype} ({name}.weight)" for name, m in layers}
-    if len(dtypes) > 1:
-        raise ValueError(f"model must have weights of one dtype; got {', '.join(dtypes.values())}")
+    if len(dtypes) > 1 and dtype is not None:
+        raise ValueError(
+            f"dtype={dtype} is for models with weights of one dtype; "
+            f"got {', '.join(dtypes.values())}"
+        )
 
 
 def _check_example(example: Any) -> None:
@@ -245,15 +268,17 @@ def _plain_attributes(source: nn.Module) -> dict[str, Any]:
 
 def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
     """That of the first step with weights, or else of the source's first floating-point tensor."""
-    paths = (path for step in traced.steps for path in parameter_paths(step.op))
+    layers = [s.op for s in traced.steps if isinstance(s.op, (Conv2d, Linear))]
+    paths = (op.weight for op in layers)
     watched: list[Tensor] = [attribute(source, path) for path in paths]
     tensors = (*watched, *source.parameters(), *source.buffers())
     floating = (t.dtype for t in tensors if t.is_floating_point())
     return next(floating, torch.get_default_dtype())
 
 
-def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype) -> nn.Module:
-    """Copies, under their own paths, of what the steps left to PyTorch still need."""
+def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype | None) -> nn.Module:
+    """Copies, under their own paths, of what the steps left to PyTorch still need; without a dtype
+    each in its own."""
     kept = nn.Module()
     for step in traced.steps:
         if isinstance(step.op, Call) and step.op.kind in ("call_module", "get_attr"):
@@ -264,7 +289,7 @@ def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype) -> nn.Module:
     return kept.eval()
 
 
-def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) -> None:
+def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype | None) -> None:
     *parents, name = path.split(".")
     holder = kept
     for parent in parents:
@@ -275,13 +300,15 @@ def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype) ->
         return
     value = attribute(source, path)
     if isinstance(value, nn.Module):
-        copied = duplicate(value).to(dtype)
+        copied = duplicate(value)
+        copied = copied if dtype is None else copied.to(dtype)
         for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
             parameter.detach_()
         holder.add_module(name, copied)
     elif isinstance(value, Tensor):
         value = value.detach().clone()
-        holder.register_buffer(name, value.to(dtype) if value.is_floating_point() else value)
+        casts = dtype is not None and value.is_floating_point()
+        holder.register_buffer(name, value.to(dtype) if casts else value)
     else:
         setattr(holder, name, copy.deepcopy(value))
 

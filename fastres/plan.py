@@ -87,6 +87,18 @@ class Plan:
         """The steps that stay PyTorch calls, each with the reason."""
         return tuple((s, left_to_torch(s.op)) for s in self.steps if left_to_torch(s.op))
 
+    @property
+    def fuses(self) -> bool:
+        """Whether a step stands for a layer with weights and at least one more."""
+        linear = (s.op.relu for s in self.steps if isinstance(s.op, Linear))
+        return self.fuses_convolutions or any(linear)
+
+    @property
+    def fuses_convolutions(self) -> bool:
+        """As :attr:`fuses`, by a step with a convolution."""
+        convolutions = [s.op for s in self.steps if isinstance(s.op, Conv2d)]
+        return any(op.norm or op.residual or op.relu or op.images for op in convolutions)
+
     def shapes(self, *inputs: Shape | None) -> dict[str, Shape | None]:
         """Each value's shape for these input shapes; None behind one that is not known."""
         known: dict[str, Shape | None] = dict(
@@ -144,6 +156,8 @@ class Plan:
         lines.insert(1, "  ".join("-" * w for w in widths))
         left = [f"  {s.where or s.name}: {reason}" for s, reason in self.left]
         lines.append(f"{len(self.steps)} steps, {len(left)} left to PyTorch" + ":" * bool(left))
+        if not self.fuses:
+            left.append("nothing is fused: each step is one layer")
         if self.chosen_for:
             shapes = ", ".join("x".join(map(str, shape)) for shape in self.chosen_for)
             left.append(f"kernels chosen for {shapes}")

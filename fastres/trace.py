@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from threading import RLock, get_ident
@@ -23,9 +23,11 @@ from .errors import FastresError
 from .ir import (
     Add,
     Call,
+    Conv2d,
     Flatten,
     Graph,
     Input,
+    Linear,
     Node,
     Operation,
     Parameter,
@@ -61,6 +63,8 @@ def opaque_reason(module: nn.Module) -> str | None:
     """Why a module must be called whole, hooks and all, or None when it may be looked into."""
     if isinstance(module, torch.jit.ScriptModule):
         return "is of torch.jit, which torch.fx cannot look into"
+    if qualified_name(type(module)) in FUSED:
+        return "is fused already"
     if has_hooks(module):
         return "has forward hooks"
     if "forward" in module.__dict__:
@@ -188,7 +192,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         name = qualified_name(type(m))
         return (
-            name in FROZEN_NORMS + NORM_ACTS + NORMALIZE + STOCHASTIC_DEPTH + FUSED
+            name in FROZEN_NORMS + NORM_ACTS + NORMALIZE + STOCHASTIC_DEPTH
             or module_qualified_name in self.untraced
             or opaque_reason(m) is not None
             or base_layer(m) is not None
@@ -322,6 +326,7 @@ class _Normalizer:
         self.untraced = untraced
         self.modules = dict(module.named_modules())
         self.module = module
+        self.dtype = _main_dtype(module)
         self.fx_nodes = list(recorded.nodes)
         position = {node: i for i, node in enumerate(self.fx_nodes)}
         self.last_use = {
@@ -375,14 +380,23 @@ class _Normalizer:
             reason = self.untraced.get(str(node.target)) or opaque_reason(module)
             if reason is not None:
                 return reason, True
-            found = from_module(module, str(node.target))
+            found = self._of_main_dtype(from_module(module, str(node.target)))
             if found and not _only_first_argument(node):
                 return "called with more than one argument", _is_inplace(module)
             return found or f"{type(module).__name__} is not fused", _is_inplace(module)
         if node.op == "get_attr":
             return "constant or parameter", False
-        found = from_function(node, self._constant)
+        found = self._of_main_dtype(from_function(node, self._constant))
         return found or f"{_label(node)} is not fused", _mutates(node)
+
+    def _of_main_dtype(self, found: list[Operation] | None) -> list[Operation] | str | None:
+        """What is computed in the dtype of most weights, or why it is left; the engine has one."""
+        for op in found or ():
+            if isinstance(op, (Conv2d, Linear)):
+                dtype = attribute(self.module, op.weight).dtype
+                if dtype is not self.dtype:
+                    return f"its weight is {dtype}, where most are {self.dtype}"
+        return found
 
     def _writes_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -578,6 +592,14 @@ def has_unknown_effect(node: fx.Node) -> bool:
 
 def _is_constant(op: Operation) -> bool:
     return isinstance(op, Call) and op.kind == "get_attr"
+
+
+def _main_dtype(module: nn.Module) -> torch.dtype | None:
+    """That of most weights of convolutions or, where there is none, of linear layers."""
+    weights = [p for p in module.parameters() if p.dim() in (2, 4)]
+    rank = max((p.dim() for p in weights), default=0)
+    counted = Counter(p.dtype for p in weights if p.dim() == rank)
+    return counted.most_common(1)[0][0] if counted else None
 
 
 def _first_line(error: Exception) -> str:

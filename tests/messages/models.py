@@ -165,7 +165,7 @@ add("optimize: no such dtype", lambda: fast(dtype=torch.int8))
 add("optimize: a dictionary as example", lambda: fast(example_input={"x": images()}))
 add("optimize: a script", lambda: fast(torch.jit.script(small())))
 add("optimize: no values", lambda: fast(small().to("meta")))
-add("optimize: half of it in another dtype", lambda: fast(half_in_half()))
+add("optimize: half of it in another dtype", lambda: fast(half_in_half(), dtype=torch.half))
 add("optimize: Python that cannot be traced", lambda: fast(Branching().eval()))
 add("optimize: arguments that cannot be traced", lambda: fast(Starred().eval()))
 add(
