@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
@@ -269,9 +270,24 @@ def _float64_outputs(module: Any, arguments: tuple[Any, ...]) -> list[Tensor] | 
         return None
     try:
         exact = duplicate(module).double()
-        return _tensors(exact(*tree_map(_to_float64, arguments)))
+        with _InFloat64():
+            return _tensors(exact(*tree_map(_to_float64, arguments)))
     except (RuntimeError, TypeError, ValueError, NotImplementedError):
         return None
+
+
+class _InFloat64(TorchFunctionMode):
+    """A module's own casts to other floating-point types are not obeyed inside."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in _CASTS or not _is_float(result):
+            return result
+        wide = args[0] if args[0].is_floating_point() else result
+        return wide.to(result.device, torch.float64)
+
+
+_CASTS = (Tensor.to, Tensor.type, Tensor.type_as, Tensor.float, Tensor.half, Tensor.bfloat16)
 
 
 def _any_float64(outputs: Sequence[Tensor]) -> bool:
@@ -280,8 +296,11 @@ def _any_float64(outputs: Sequence[Tensor]) -> bool:
 
 
 def _to_float64(value: Any) -> Any:
-    is_float = isinstance(value, Tensor) and value.is_floating_point()
-    return value.double() if is_float else value
+    return value.double() if _is_float(value) else value
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _to_channels_last(value: Any) -> Any:
