@@ -167,9 +167,11 @@ def test_row49_timms_norms_are_folded(name):
 @pytest.mark.parametrize("name", ["EvoNorm2dS0", "FilterResponseNormTlu2d", "GroupNorm1"])
 def test_row49_timms_other_norms_are_left_and_the_rest_is_fused(name):
     layers = pytest.importorskip("timm.layers")
-    fast = check(hostile(Net(getattr(layers, name))), X)
+    kind = getattr(layers, name)
+    fast = check(hostile(Net(lambda c: kind(c, groups=4) if "Evo" in name else kind(c))), X)
     assert {where[:5] for where in left(fast)} == {"norm1", "norm2"}
-    assert convolutions(fast)[-1].norm and convolutions(fast)[-1].relu
+    assert convolutions(fast)[-1].norm
+    assert convolutions(fast)[-1].relu
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,9 @@ def test_row49_a_layer_that_cannot_be_traced_is_left_by_name(arguments, names):
     assert set(reasons) == names
     assert all("cannot be traced: " in reason for reason in reasons.values())
     ops = convolutions(fast)
-    assert len(ops) == 3 and ops[-1].norm and ops[-1].relu
+    assert len(ops) == 3
+    assert ops[-1].norm
+    assert ops[-1].relu
     assert "act1" not in names or all(op.norm for op in ops)
 
 
@@ -199,7 +203,8 @@ def test_row49_a_layer_whose_result_is_taken_apart():
             return F.relu(self.norm3(self.conv3(y))) * mean
 
     fast = check(hostile(Apart(middle=Pair)), X)
-    assert len(convolutions(fast)) == 2 and "middle" in left(fast)
+    assert len(convolutions(fast)) == 2
+    assert "middle" in left(fast)
 
 
 def test_row49_a_layer_called_twice_and_one_inside_another():
@@ -303,12 +308,12 @@ def test_row49_an_empty_subclass_in_torchvisions_resnet():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet18(norm_layer=EmptyNorm, num_classes=10).eval()
     fast = fastres.optimize(model, example_input=torch.randn(2, 3, 64, 64))
-    assert not left(fast) and len(convolutions(fast)) == 20
+    assert not left(fast)
+    assert len(convolutions(fast)) == 20
 
 
 def scripted(module):
-    with pytest.warns(DeprecationWarning):
-        return torch.jit.script(module.eval())
+    return torch.jit.script(module.eval())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
@@ -390,7 +395,8 @@ def test_row60_casts_inside_with_a_float32_answer(how, dtype):
     scale = {torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert (got - want).norm() <= scale * want.norm()
     steps = {type(step.op): step.op for step in fast.plan().steps}
-    assert steps[Conv2d].norm and steps[Conv2d].relu
+    assert steps[Conv2d].norm
+    assert steps[Conv2d].relu
     assert (Linear in steps) == (how != "body")  # whose weight alone is float32
     assert fast.verification.ok
 
@@ -434,15 +440,13 @@ def test_row55_what_torchs_own_tools_have_made_is_taken(how):
     from torch.ao.quantization import fuse_modules, quantize_dynamic
     from torch.fx.experimental.optimization import fuse
 
-    model = hostile(nn.Sequential(Net(), nn.ReLU(), nn.Linear(5, 4)))
+    model = hostile(nn.Sequential(Net(), nn.ReLU(), nn.Linear(5, 4), nn.ReLU()))
     names = [["0.conv1", "0.norm1", "0.act1"], ["0.conv2", "0.norm2"]]
     tools = {
         "fx fuse": lambda: fuse(model),
         "fx": lambda: torch.fx.symbolic_trace(model),
         "fuse_modules": lambda: fuse_modules(model, names),
-        "linear": lambda: fuse_modules(
-            nn.Sequential(*model[0:1], nn.Linear(5, 4), nn.ReLU()).eval(), [["1", "2"]]
-        ),
+        "linear": lambda: fuse_modules(model, [["2", "3"]]),
         "dynamic": lambda: quantize_dynamic(model, {nn.Linear}),
     }
     made = tools[how]()
@@ -450,4 +454,5 @@ def test_row55_what_torchs_own_tools_have_made_is_taken(how):
     with torch.no_grad():
         want = made(X)
     assert (fast(X) - want).norm() <= (2**-6 if how == "dynamic" else 1e-5) * want.norm()
-    assert all(op.relu for op in convolutions(fast)) and len(convolutions(fast)) == 3
+    assert all(op.relu for op in convolutions(fast))
+    assert len(convolutions(fast)) == 3

@@ -167,6 +167,10 @@ add("optimize: a script", lambda: fast(torch.jit.script(small())))
 add("optimize: no values", lambda: fast(small().to("meta")))
 add("optimize: half of it in another dtype", lambda: fast(half_in_half(), dtype=torch.half))
 add("optimize: Python that cannot be traced", lambda: fast(Branching().eval()))
+add(
+    "optimize: a part with all convolutions that cannot be traced",
+    lambda: fast(nn.Sequential(Branching()).eval()),
+)
 add("optimize: arguments that cannot be traced", lambda: fast(Starred().eval()))
 add(
     "optimize: an example that is not finite",
@@ -272,6 +276,7 @@ add("features: a name alone", lambda: features(small(), "layer4"))
 add("features: no images", lambda: features(nn.Sequential(nn.Linear(3, 4)), ["0"]))
 add("features: numbers and names", lambda: features(small(), [1, "layer1"]))
 add("features: no such module", lambda: features(small(), ["layer9"]))
+add("features: no map", lambda: features(small(), ["fc"]))
 add("features: no such map", lambda: features(small(), [7]))
 add(
     "features: numbers of another network", lambda: features(nn.Sequential(nn.Conv2d(3, 4, 1)), [0])
