@@ -112,7 +112,12 @@ def two_dtypes():
         (lambda: fastres.optimize(small(), verify=False), {}, TypeError, "is a FastModel already"),
         (two_devices, {}, ValueError, "on one device; got cpu, meta"),
         (lambda: small().to("meta"), {}, ValueError, "no weights to fold"),
-        (two_dtypes, {}, ValueError, r"float32 \(0.weight\), torch.float16 \(1.weight\)"),
+        (
+            two_dtypes,
+            {"dtype": torch.half},
+            ValueError,
+            r"float32 \(0.weight\), torch.float16 \(1.weight\)",
+        ),
         (lambda: torch.jit.script(small()), {}, TypeError, "model is of torch.jit"),
         (small, {"example_input": {"x": 1}}, TypeError, "example_input must be .*got dict"),
         (small, {"example_input": np.ones((1, 3, 8, 8))}, TypeError, "got ndarray"),
