@@ -32,7 +32,13 @@ from .keras_layers import (
 )
 
 # What a module cannot be called: Python's words, and attributes of a module or of ours.
-TAKEN = {*keyword.kwlist, *dir(fx.GraphModule(nn.Module(), fx.Graph())), "input_size", "self"}
+TAKEN = {
+    *keyword.kwlist,
+    *dir(fx.GraphModule(nn.Module(), fx.Graph())),
+    "input_size",
+    "input_channels",
+    "self",
+}
 OPERANDS = ("", "inputs", "x", "x1", "x2", "y")
 MOST_CALLS = 20_000  # models in models may multiply; ResNet-152 has 500
 
@@ -90,6 +96,7 @@ class Builder:
         assert self.input is not None
         module = fx.GraphModule(self.root, self.graph, "KerasModel").eval()
         module.input_size = self.input.size  # type: ignore[assignment]
+        module.input_channels = self.input.channels  # type: ignore[assignment]
         return module
 
     def model(

@@ -19,7 +19,7 @@ ORDER = (
     *("verify", "portable", "fast_model", "shell", "optimize"),
     "compile_backend",
     "features",
-    *("keras_file", "keras_layers", "keras_import"),
+    *("keras_file", "keras_layers", "keras_import", "keras_check"),
     *(
         "plan_json",
         "export",
@@ -46,7 +46,7 @@ ORDER = (
     *("cli", "__main__"),
 )
 KNOW_THE_KERNELS = {"probes", "triton_ops"}
-OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py")
+OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py", "keras")
 
 
 def sources():

@@ -115,7 +115,7 @@ def read_network(
 
 
 def image_shape(network: nn.Module, size: int | None) -> tuple[int, int, int]:
-    """(C, H, W) of its images: by its first convolution, and what a Keras file says of the size."""
+    """(C, H, W) of its images: what a Keras file says, else by its first convolution."""
     own = getattr(network, "input_size", (None, None)) if size is None else (size, size)
     height, width = (side or 224 for side in own)
     return _channels(network), height, width
@@ -158,6 +158,9 @@ def _channels(network: nn.Module) -> int:
     from ..ir import Conv2d
     from ..plan import Plan
 
+    stated = getattr(network, "input_channels", None)
+    if isinstance(stated, int):
+        return stated
     traced = getattr(network, "traced", None)
     if isinstance(traced, Plan):
         return next(s.op.in_channels for s in traced.steps if isinstance(s.op, Conv2d))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,8 +25,6 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
 
     from ..forecast import Forecast
@@ -33,21 +32,37 @@ if TYPE_CHECKING:
 
 
 def verify(
-    model: ModelName,
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A network, e.g. resnet50, or a .h5 or .keras file."),
+    ],
     dtype: Dtype = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 8,
-    size: Size = 224,
+    size: OwnSize = None,
     device: DeviceName = "auto",
     backend: Backend = "auto",
     weights: Weights = None,
     checkpoint: Checkpoint = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option("--images", help="A photograph for a Keras file, as pixels 0 to 255; repeat."),
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """Measure how far the optimised network's logits are from PyTorch's; exit code 1 if too far.
 
     Each convolution and linear step is judged on its own inputs as well. Without weights or a
-    checkpoint the parameters are random, with batch norms that matter.
+    checkpoint the parameters are random, with batch norms that matter. A Keras file is compared
+    with Keras itself, which must be installed and loads it with safe_mode=True.
     """
+    from .files import KERAS
+
+    if Path(model).suffix in KERAS:
+        if dtype != "float32" or weights or checkpoint:
+            raise ValueError(f"{model} has weights of its own and is compared in float32")
+        return _verify_keras(model, batch, size, device, backend, images, as_json)
+    if images:
+        raise ValueError(f"--images go with a Keras file; got {model!r}")
     from ..bench import Plain, calibrate_, parse_device, parse_dtype, random_images
     from ..optimize import optimize
     from ..verify import verify as compare
@@ -55,14 +70,14 @@ def verify(
 
     where, kind = parse_device(device), parse_dtype(dtype)
     network = _network(model, weights, checkpoint)
-    images = random_images(batch, network.conv1.in_channels, size)[0]
+    inputs = random_images(batch, network.conv1.in_channels, size or 224)[0]
     if weights is None and checkpoint is None:
         calibrate_(network)
-    network, images = network.to(where), images.to(where)
+    network, inputs = network.to(where), inputs.to(where)
     fast = optimize(network, dtype=kind, backend=backend, verify=False)
     rounded = Plain(copy.deepcopy(network)).to(kind)
-    verdict = compare(rounded, fast, images.to(kind))
-    wrong = [s for s in verify_steps(fast.executor(), network, [images.to(kind)]) if not s.ok]
+    verdict = compare(rounded, fast, inputs.to(kind))
+    wrong = [s for s in verify_steps(fast.executor(), network, [inputs.to(kind)]) if not s.ok]
     ok = verdict.ok and not wrong
     found = verdict.to_dict() | {"ok": ok, "wrong_steps": [asdict(step) for step in wrong]}
     if as_json:
@@ -71,6 +86,61 @@ def verify(
     OUT.print("[green]right[/]" if ok else "[red]WRONG[/]")
     OUT.print(table(("", ""), [(key, _text(value)) for key, value in found.items()], "left"))
     return 0 if ok else 1
+
+
+def _verify_keras(
+    path: str,
+    batch: int,
+    size: int | None,
+    device: str,
+    backend: str,
+    photographs: list[Path] | None,
+    as_json: bool,
+) -> int:
+    from ..bench import parse_device, random_images
+    from ..keras_check import compare_with_keras, input_shapes
+
+    shapes = input_shapes(path, size, batch)
+    if photographs:
+        batches = [_pixels(photographs, shape[1:]) for shape in shapes[:1]]
+    else:
+        batches = [
+            random_images(n, channels, max(height, width))[0][:, :, :height, :width]
+            for n, channels, height, width in shapes
+        ]
+    where = parse_device(device)
+    version, found = compare_with_keras(path, batches, device=where, backend=backend)
+    ok = all(one.ok for one in found)
+    if as_json:
+        rows = [asdict(one) for one in found]
+        print_json({"model": path, "device": str(where), "keras": version, "ok": ok, "runs": rows})
+        return 0 if ok else 1
+    OUT.print("[green]right[/]" if ok else "[red]WRONG[/]", f"against Keras {version}")
+    numbers = [(one.max_abs, one.allowed, one.scale) for one in found]
+    lines = [
+        (one.what, "x".join(map(str, one.shape)), *map(_text, three), "" if one.ok else "WRONG")
+        for one, three in zip(found, numbers, strict=True)
+    ]
+    OUT.print(table(("run", "images", "largest error", "allowed", "largest output", ""), lines))
+    return 0 if ok else 1
+
+
+def _pixels(paths: list[Path], shape: tuple[int, int, int]) -> torch.Tensor:
+    """Photographs as Keras' own loaders give them: resized, float32, from 0 to 255."""
+    import numpy as np
+    import torch
+
+    from ..classify import read_image
+
+    channels, height, width = shape
+    if channels not in (1, 3):
+        raise ValueError(f"--images have 3 channels or, in grey, 1; the model takes {channels}")
+
+    def pixels(image: Any) -> torch.Tensor:
+        image = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        return torch.from_numpy(np.array(image, "float32")).reshape(height, width, channels)
+
+    return torch.stack([read_image(path, pixels) for path in paths]).permute(0, 3, 1, 2)
 
 
 def summary(

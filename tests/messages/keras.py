@@ -11,6 +11,8 @@ from unittest import mock
 import h5py
 import torch
 
+from fastres.cli.models import _pixels
+from fastres.keras_check import KerasModel, input_shapes
 from fastres.keras_import import from_keras
 from messages.provoke import add, case, without
 
@@ -230,3 +232,28 @@ def _() -> None:
         archive.writestr("config.json", b" " * 2**21)
         archive.writestr("model.weights.h5", b"")
     from_keras("model.keras")
+
+
+def compared(stand_in: Any = None, **options: Any) -> None:
+    """Reads a model, then lets Keras, or what stands in for it, load it."""
+    keras(INPUT, conv(**options), weights=KERNEL)
+    with mock.patch.dict("sys.modules", {"keras": stand_in}):
+        KerasModel("model.h5")
+
+
+def failing() -> mock.Mock:
+    stand_in = mock.Mock(__version__="4.0")
+    stand_in.models.load_model.side_effect = ValueError("no such layer\nand so on")
+    return stand_in
+
+
+add("compare with Keras: without Keras", lambda: compared())
+add("compare with Keras: a file that it cannot read", lambda: compared(failing()))
+add("compare with Keras: code", lambda: compared(kernel_initializer={"module": "os"}))
+add("verify: four channels", lambda: _pixels([], (4, 8, 8)))
+
+
+@case("verify: another size than the file's")
+def _() -> None:
+    keras(INPUT, conv())
+    input_shapes("model.h5", size=9)

@@ -117,6 +117,7 @@ COMMANDS = (
     *("plan resnet18 --device tpu", "plan resnet18 --device cuda:99", "plan resnet18 --fast"),
     *("plan resnet18 --backend cudnn", "plan resnet18 --checkpoint gone.pth"),
     *("verify resnet18 --weights V9", "verify resnet18 --batch 0", "verify resnet18 --size x"),
+    *("verify resnet18 --images cat.jpg", "verify gone.h5", "verify gone.h5 --dtype float16"),
     *("bench", "bench resnet18 --quick", "bench resnet18 --batch 1,x", "bench resnet5"),
     *("bench resnet18 --batch 0", "bench resnet18 --dtype float31", "bench resnet18 --rounds 0"),
     *("bench resnet18 --baselines tensorflow", "bench resnet18 --output missing/\0"),
