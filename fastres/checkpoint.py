@@ -11,7 +11,10 @@ import signal
 import stat
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,17 +39,32 @@ __all__ = [
 
 PathLike = str | os.PathLike[str]
 
-# Where training scripts keep the weights inside a larger dictionary.
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+# Where training scripts keep the weights inside a larger dictionary, in timm's order.
+_AVERAGED = ("state_dict_ema", "model_ema")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "net")
+# Objects in checkpoints that carry data and run nothing of their own.
+_HARMLESS = (
+    *("argparse.Namespace", "types.SimpleNamespace", "datetime.datetime"),
+    *("pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath"),
+)
+_DTYPES = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+_MOST_WRAPPERS = 3
 _SHOWN_PROBLEMS = 20
+_DEEPEST_FRONT = 8
 
 
-def state_dict_from_file(path: PathLike) -> dict[str, Any]:
+def state_dict_from_file(path: PathLike, *, use_ema: bool = True) -> dict[str, Any]:
     """Read the state dict of a checkpoint onto the CPU without running anything that is in it.
 
     ``*.safetensors`` is read as such, everything else by ``torch.load(weights_only=True)``. A
-    training checkpoint is unwrapped where it keeps the weights under "state_dict",
-    "model_state_dict" or "model".
+    training checkpoint is unwrapped where it keeps the weights under a key: as timm does, the
+    averaged ones ("state_dict_ema", "model_ema") before "state_dict", "model", "model_state_dict",
+    "net", and before any other. Where there was a choice, or the key is another, a warning says it.
+
+    use_ema: False passes over the averaged weights.
 
     Raises FileNotFoundError for a missing file and CheckpointError for one that is truncated,
     asks for more than tensors, or holds no state dict.
@@ -55,10 +73,11 @@ def state_dict_from_file(path: PathLike) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        _refuse_compressed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
-    return _unwrap(content, path)
+        raise CheckpointError(f"cannot read {path}: {_reason(error, path)}") from error
+    return _unwrap(content, path, use_ema)
 
 
 def read_metadata(path: PathLike) -> dict[str, str]:
@@ -71,7 +90,7 @@ def read_metadata(path: PathLike) -> dict[str, str]:
         with safetensors.safe_open(path, "pt") as file:
             return dict(file.metadata() or {})
     except Exception as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+        raise CheckpointError(f"cannot read {path}: {_reason(error, path)}") from error
 
 
 def load_checkpoint(
@@ -80,12 +99,14 @@ def load_checkpoint(
     *,
     strip: str | Sequence[str] = ("module.", "_orig_mod."),
     num_classes_mismatch: str = "error",
+    use_ema: bool = True,
 ) -> tuple[str, ...]:
     """Load the file at ``path`` into ``model``, all of it or nothing.
 
     strip: prefixes (or one) taken off the names, as DataParallel, DDP, torch.compile put them on.
     num_classes_mismatch: "error", or "reinit" to load the rest and initialise the classifier anew
         where the file's has another number of classes.
+    use_ema: take the averaged weights where the file has some, as timm does; a warning says it.
 
     Returns the names that were initialised anew. Raises FileNotFoundError; ValueError for an
     unknown ``num_classes_mismatch``; CheckpointError for an unreadable file, or one listing every
@@ -93,7 +114,7 @@ def load_checkpoint(
     """
     return load_state_dict(
         model,
-        state_dict_from_file(path),
+        state_dict_from_file(path, use_ema=use_ema),
         source=str(path),
         strip=strip,
         num_classes_mismatch=num_classes_mismatch,
@@ -114,7 +135,8 @@ def load_state_dict(
             f"num_classes_mismatch must be 'error' or 'reinit', got {num_classes_mismatch!r}"
         )
     expected = model.state_dict()
-    state = _strip(state, (strip,) if isinstance(strip, str) else strip, expected, source)
+    prefixes = (strip,) if isinstance(strip, str) else tuple(strip)
+    state = _strip(state, prefixes, expected, source)
     classifier = _mismatched_classifier(model, state, expected)
     fresh: dict[str, Tensor] = {}
     if classifier and num_classes_mismatch == "reinit":
@@ -124,6 +146,7 @@ def load_state_dict(
     problems = list(_problems(state, expected))
     if problems:
         hint = _class_hint(classifier, state, expected) if classifier else ""
+        hint = hint or _prefix_hint(state, expected, prefixes)
         raise CheckpointError(_report(source, problems, hint))
     _load_all_or_nothing(model, state, expected, source)
     return tuple(fresh)
@@ -137,10 +160,15 @@ def save_checkpoint(
 ) -> None:
     """Write the parameters and buffers to a safetensors file, whole or not at all.
 
-    Raises ValueError for another suffix than ``.safetensors``, OSError where it cannot be written.
+    Raises ValueError for another suffix than ``.safetensors``; CheckpointError for what is no plain
+    tensor; OSError where it cannot be written.
     """
     check_target(path, (".safetensors",))
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    for name, value in state.items():
+        odd = odd_form(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        if odd or value.is_complex():
+            raise CheckpointError(f"cannot save {name} in {path}: it is {odd or value.dtype}")
     # safetensors refuses strided and shared storage; a copy of each tensor has neither.
     tensors = {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
@@ -249,14 +277,29 @@ def _existing(path: PathLike) -> Path:
     return path
 
 
-def _reason(error: Exception) -> str:
+def _refuse_compressed(path: Path) -> None:
+    """torch.save stores as it is; a compressed entry can ask for a thousand times its size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type for entry in file.infolist()):
+                raise ValueError("it is compressed, as torch.save never does")
+
+
+def _reason(error: Exception, path: Path) -> str:
     """One line from the readers' long messages, which also advise to turn the safety off."""
     text = str(error)
     found = re.search(r"GLOBAL ([\w.]+)", text)
     if found:
+        names = _unsafe_globals(path) or [found.group(1)]
+        advice = "save only model.state_dict()"
+        risky = [name for name in names if name not in _HARMLESS]
+        asked = found.group(1) if not risky or found.group(1) in risky else risky[0]
+        if not risky:
+            allow = f"torch.serialization.add_safe_globals([{', '.join(names)}])"
+            advice = f"if you trust the file, call {allow} before loading it, or {advice}"
         return (
-            f"it asks for the Python object {found.group(1)}, which is never unpickled since that "
-            "can run code; save only model.state_dict()"
+            f"it asks for the Python object {asked}, never unpickled unasked since that can run "
+            f"code; {advice}"
         )
     first = text.strip().splitlines()[0] if text.strip() else type(error).__name__
     if first.startswith("Weights only load failed"):
@@ -264,14 +307,60 @@ def _reason(error: Exception) -> str:
     return f"truncated or not a checkpoint ({first})"
 
 
-def _unwrap(content: Any, path: Path) -> dict[str, Any]:
-    for key in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+def _unsafe_globals(path: Path) -> list[str]:
+    """All objects that would have to be allowed; none where torch cannot list them."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    except Exception:  # a file of before torch 1.6, or a damaged one
+        return []
+
+
+def _unwrap(content: Any, path: Path, use_ema: bool) -> dict[str, Any]:
+    for _ in range(_MOST_WRAPPERS):
+        found = _state_dicts(content)
+        if not found:
             break
+        key = next((k for k in (*_AVERAGED[: 2 * use_ema], *_WRAPPERS) if k in found), None)
+        if key is None and len(found) > 1:
+            raise CheckpointError(f"{path} holds several state dicts, under {_quoted(found)}")
+        key = key or next(iter(found))
+        others = _quoted(k for k in found if k != key)
+        if key in _AVERAGED:
+            instead = f"; use_ema=False takes those under {others}" if others else ""
+            _say(f"{path}: took the averaged weights under {key!r}, as timm does{instead}")
+        elif others or key not in _WRAPPERS:
+            _say(f"{path}: took the weights under {key!r}" + (others and f", not {others}"))
+        content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(v, Tensor) for v in content.values()):
         raise CheckpointError(f"{path} holds no state dict: no tensors by name were found in it")
-    return {str(name): value for name, value in content.items()}
+    return {_name(key): value for key, value in content.items()}
+
+
+def _state_dicts(content: Any) -> dict[str, Any]:
+    """By key: what may be a state dict or hold one; nothing for a state dict."""
+    if not isinstance(content, Mapping):
+        return {}
+    inside = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Mapping)}
+    known = {k: v for k, v in inside.items() if k in (*_AVERAGED, *_WRAPPERS) and v}
+    if known or not any(_is_weight(v) for v in content.values()):
+        return known | {k: v for k, v in inside.items() if any(map(_is_weight, v.values()))}
+    return {}
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _say(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def _name(key: Any) -> str:
+    return str(key) if isinstance(key, (str, int)) else f"<a {type(key).__name__}>"
 
 
 def _strip(
@@ -285,6 +374,8 @@ def _strip(
             prefix := next((p for p in prefixes if p and short.startswith(p)), "")
         ):
             short = short.removeprefix(prefix)
+        if short == "n_averaged" and short not in expected:
+            continue  # a counter of AveragedModel's own
         if short in stripped:
             raise CheckpointError(f"{source} has {short} twice once {list(prefixes)} are stripped")
         stripped[short] = value
@@ -308,9 +399,13 @@ def _problems(state: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator
 def _tensor_problem(name: str, value: Any, wanted: Tensor) -> str:
     if not isinstance(value, Tensor):
         return f"not a tensor: {name} is a {type(value).__name__}"
+    if odd_form(value):
+        return f"no plain tensor: {name} is {odd_form(value)}"
+    if odd_form(wanted):
+        return f"no plain tensor: the model's {name} is {odd_form(wanted)}"
     if value.shape != wanted.shape:
         return f"shape: {name} is {tuple(value.shape)}, the model's {tuple(wanted.shape)}"
-    if value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+    if value.is_floating_point() != wanted.is_floating_point() or value.dtype not in _DTYPES:
         return f"dtype: {name} is {value.dtype}, the model's {wanted.dtype}"
     if value.is_floating_point() and not value.isfinite().all():
         return f"not finite: {name} has {int((~value.isfinite()).sum())} NaN or infinite values"
@@ -319,8 +414,53 @@ def _tensor_problem(name: str, value: Any, wanted: Tensor) -> str:
     return ""
 
 
+def odd_form(value: Tensor) -> str:
+    """What makes a tensor no plain array of numbers, of which a shape can be asked; or ``""``."""
+    if nn.parameter.is_lazy(value):
+        return "not initialised"
+    if value.is_nested:
+        return "nested"
+    if value.layout is not torch.strided:
+        return f"sparse ({value.layout})"
+    if value.is_quantized:
+        return "quantized"
+    return "on the meta device, without values" if value.is_meta else ""
+
+
+def _prefix_hint(
+    state: Mapping[str, Any], expected: Mapping[str, Any], strip: tuple[str, ...]
+) -> str:
+    """Advice where most names would fit but for something in front."""
+    most = len(expected) / 2
+    front, count = _common_front(state, expected)
+    if count > most:
+        return (
+            f"most names fit without {front!r}: pass strip={(*strip, front)!r} to load_checkpoint"
+        )
+    front, count = _common_front(expected, state)
+    if count > most:
+        return f"the model's names begin with {front!r}: load into its {front.rstrip('.')} instead"
+    return ""
+
+
+def _common_front(names: Iterable[str], known: Mapping[str, Any]) -> tuple[str, int]:
+    """What stands most often in front of a known name, and how often."""
+    fronts: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".", _DEEPEST_FRONT)
+        rests = (".".join(parts[i:]) for i in range(len(parts)))
+        rest = next((rest for rest in rests if rest in known), "")
+        if rest and rest != name:
+            fronts[name.removesuffix(rest)] += 1
+    return fronts.most_common(1)[0] if fronts else ("", 0)
+
+
 def _report(source: str, problems: list[str], hint: str) -> str:
-    shown = problems[:_SHOWN_PROBLEMS]
+    missing = [problem for problem in problems if problem.startswith("missing: ")]
+    rest = problems[len(missing) :]
+    half = _SHOWN_PROBLEMS // 2
+    shown = missing[: max(half, _SHOWN_PROBLEMS - len(rest))]
+    shown += rest[: max(half, _SHOWN_PROBLEMS - len(missing))]
     if len(problems) > len(shown):
         shown.append(f"... and {len(problems) - len(shown)} more")
     head = f"{source} does not fit the model, which is unchanged ({len(problems)} problems)"
@@ -343,7 +483,9 @@ def _mismatched_classifier(
     """The classifier's name if the two differ in their number of classes, and in nothing else."""
     name = _classifier_name(model)
     ours, theirs = expected.get(f"{name}.weight"), state.get(f"{name}.weight")
-    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.dim() == 2):
+    if not (isinstance(ours, Tensor) and isinstance(theirs, Tensor)):
+        return ""
+    if odd_form(ours) or odd_form(theirs) or theirs.dim() != 2:
         return ""
     return name if theirs.shape[0] != ours.shape[0] and theirs.shape[1] == ours.shape[1] else ""
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import load_state_dict, state_dict_from_file
+from .checkpoint import load_state_dict, odd_form, state_dict_from_file
 from .resnet import ResNet, create_model
 
 PREFIXES = ("module.", "_orig_mod.")
@@ -56,7 +56,10 @@ def arguments_from(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _outermost(state: Mapping[str, Any], name: str) -> Tensor | None:
-    """The tensor called ``name`` under the fewest prefixes."""
+    """The tensor called ``name`` under the fewest prefixes, if it has the values of its shape."""
     names = [key for key in state if key == name or key.endswith(f".{name}")]
     value = state[min(names, key=len)] if names else None
-    return value if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or odd_form(value):
+        return None
+    stored = value.untyped_storage().nbytes() // value.itemsize
+    return value if stored >= value.numel() else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +47,27 @@ add(
     lambda: load(saved({"a": torch.ones(1)}), num_classes_mismatch="ignore"),
 )
 add("load_checkpoint: other classes", lambda: load(saved(small(num_classes=7).state_dict())))
+add("load_checkpoint: a prefix", lambda: load(saved(under("backbone."))))
+add("load_checkpoint: two networks", lambda: load(saved({"a": under(""), "b": under("")})))
+add("load_checkpoint: arguments", lambda: load(saved({"model": {}, "args": Namespace(lr=1)})))
+add("load_checkpoint: compressed", lambda: load(compressed()))
+add("load_checkpoint: on meta", lambda: load(saved(small().to("meta").state_dict())))
+add(
+    "save_checkpoint: no plain tensor",
+    lambda: fastres.save_checkpoint({"fc.weight": torch.eye(3).to_sparse()}, "a.safetensors"),
+)
+
+
+def compressed() -> Path:
+    with zipfile.ZipFile("a.pth", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("data.pkl", b"")
+    return Path("a.pth")
+
+
+def under(prefix: str) -> dict[str, Any]:
+    return {prefix + name: value for name, value in small().state_dict().items()}
+
+
 add("read_metadata: half a file", lambda: read_metadata(written("half.safetensors", b"\x10")))
 add("state_dict_from_file: a folder", lambda: state_dict_from_file(Path(".")))
 add("save_checkpoint: no such folder", lambda: fastres.save_checkpoint({}, "gone/a.safetensors"))
