@@ -28,6 +28,7 @@ from .ir import (
     Pair,
     ReLU,
 )
+from .layouts import Order, order_of_module
 
 FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
 NORM_ACTS = tuple(
@@ -167,7 +168,7 @@ def _after(module: nn.Module | None, path: str) -> list[Operation]:
     if type(module) is nn.ReLU:
         return [ReLU()]
     reason = f"{type(module).__name__} is not fused"
-    any_layout = type(module).__module__.startswith("torch.nn.")
+    any_layout = order_of_module(module) is not Order.READ
     return [Call("call_module", path, reason=reason, any_layout=any_layout)]
 
 

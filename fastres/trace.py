@@ -22,6 +22,7 @@ from .copies import sketch
 from .errors import FastresError
 from .ir import (
     Add,
+    BatchNorm2d,
     Call,
     Conv2d,
     Flatten,
@@ -32,9 +33,11 @@ from .ir import (
     Operation,
     Parameter,
     Ref,
+    ReLU,
     attribute,
     refs,
 )
+from .layouts import Order, function_name, order_of, order_of_module
 from .recognise import (
     FROZEN_NORMS,
     FUSED,
@@ -56,7 +59,6 @@ class TraceError(FastresError, RuntimeError):
 
 STOCHASTIC_DEPTH = ("torchvision.ops.stochastic_depth.StochasticDepth",)
 _VIEW_OR_COPY = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}
-LAYOUT_METHODS = {"view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "unfold"}
 
 
 def opaque_reason(module: nn.Module) -> str | None:
@@ -332,6 +334,7 @@ class _Normalizer:
         self.last_use = {
             node: max((position[user] for user in node.users), default=-1) for node in self.fx_nodes
         }
+        self.in_order = self._read_in_order()
         self.value: dict[fx.Node, str] = {}
         self.shares: dict[str, set[str]] = {}
         self.op: dict[str, Operation] = {}
@@ -475,28 +478,39 @@ class _Normalizer:
             kwargs=self._plain(dict(node.kwargs)),
             reason=reason,
             mutates=mutates,
-            any_layout=self._any_layout(node),
+            any_layout=node not in self.in_order,
         )
         inputs = tuple(dict.fromkeys([*refs(call.args), *refs(call.kwargs)]))
         self._emit(node, node.name, call, inputs)
 
-    def _any_layout(self, node: fx.Node) -> bool:
-        """Not for convolutions: oneDNN crashes on some in channels_last memory, which would not
-        have met them without fastres (see :func:`fastres.recognise.sees_only_padding`)."""
+    def _order_of(self, node: fx.Node) -> Order:
+        """What a step makes of the memory order of its operands."""
+        found, _ = self._recognise(node) if node.op.startswith("call_") else ("", False)
+        if not isinstance(found, str):
+            kept = all(isinstance(op, (Add, BatchNorm2d, Call, ReLU)) for op in found)
+            return Order.KEPT if kept else Order.PLAIN
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            known = opaque_reason(module) is None and type(module).__module__.startswith(
-                "torch.nn."
-            )
-            return known and type(module) is not nn.Conv2d
-        if _label(node) in {"conv2d", *LAYOUT_METHODS}:
-            return False
-        if node.op == "call_method":
-            return True
-        if node.target is getattr:  # a tensor's attribute
-            return node.args[1] in ("shape", "ndim", "dtype", "device")
-        module_name = getattr(node.target, "__module__", None) or ""
-        return module_name.startswith(("torch", "_operator")) or node.op == "get_attr"
+            opaque = str(node.target) in self.untraced or opaque_reason(module) is not None
+            return Order.READ if opaque else order_of_module(module)
+        return order_of(node)
+
+    def _read_in_order(self) -> set[fx.Node]:
+        """Steps left to PyTorch whose operands must be in the source's own memory order: those that
+        may read it, and those whose result, not plain, is handed to such a step or out.
+
+        A convolution's operands too: oneDNN crashes on some images in channels_last memory, which
+        would not have met them without fastres (:func:`fastres.recognise.sees_only_padding`)."""
+        wanted: set[fx.Node] = set()
+        found: set[fx.Node] = set()
+        for node in reversed(self.fx_nodes):
+            order = self._order_of(node)
+            if order is Order.READ or (order is Order.DERIVED and node in wanted):
+                found.add(node)
+            passed_on = order is Order.KEPT and node in wanted
+            if (node in found and _label(node) != "conv2d") or passed_on or node.op == "output":
+                wanted.update(node.all_input_nodes)
+        return found
 
     def _emit(self, node: fx.Node, name: str, op: Operation, inputs: tuple[str, ...]) -> None:
         self.value[node] = name
@@ -615,11 +629,7 @@ def _where(node: fx.Node) -> str:
 
 def _label(node: fx.Node) -> str:
     """The name of a function, method or module path that a node calls."""
-    return node.target if isinstance(node.target, str) else _function_name(node.target)
-
-
-def _function_name(function: Any) -> str:
-    return getattr(function, "__name__", str(function))
+    return function_name(node.target)
 
 
 def _only_first_argument(node: fx.Node) -> bool:
@@ -635,7 +645,9 @@ def _mutates(node: fx.Node) -> bool:
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     if node.target in _ASSIGNMENTS:
         return True
-    name = _function_name(node.target)
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    name = function_name(node.target)
     return name.endswith("_") and not name.endswith("__")
 
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Each module may import those before it and none behind it: data only ever moves to the right.
 ORDER = (
     *("errors", "copies", "preprocess"),
-    *("ir", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
+    *("ir", "layouts", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
     *("checkpoint", "tables", "choices", "aten_ops"),
     *("group_kernels", "triton_ops", "backends"),
     *("engine", "cuda_graph", "guards", "live"),
