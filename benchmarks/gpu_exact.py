@@ -19,8 +19,8 @@ from fastres.aten_ops import cudnn_benchmarking
 from fastres.kernels._config import machine_of
 
 # The package gives some of these names to functions.
-NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "rot2", "shifted")
-conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2, shifted = (
+NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "rot2")
+conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2 = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 sliding, sliding_fused, stem = (
@@ -122,27 +122,6 @@ def rot2_trial(row: Any, channels: int, reduced: int) -> Trial:
         want = rot2.rot2_ref(*inputs, upcast=True)
         out = tuple(poison(t.to(setting.dtype)) for t in want)
         yield rot2.rot2(*inputs, out=out, config=row), want
-
-    return run
-
-
-def shifted_trial(kind: str, row: Any, channels: int, reduced: int) -> Trial:
-    def run(setting: Setting) -> Pairs:
-        wide = 4 * channels
-        t, x = integers(setting, 3, channels, 9, 7), integers(setting, 3, wide, 9, 7)
-        w2 = sparse(setting, channels, 9 * channels).view(channels, 3, 3, channels)
-        w2 = w2.permute(0, 3, 1, 2)
-        w3, w1 = sparse(setting, wide, channels), None
-        b2, b3, b1 = (integers(setting, n, dtype=FLOAT) for n in (channels, wide, max(1, reduced)))
-        if reduced:
-            w1 = sparse(setting, reduced, wide)
-        inputs = (t, w2, b2, w3, b3, x, w1, b1 if reduced else None)
-        want = shifted.shifted_block_ref(*inputs, upcast=True)
-        out = tuple(None if y is None else poison(y.to(setting.dtype)) for y in want)
-        got = shifted.shifted_block(
-            *inputs, precision=precision(kind), out=out if reduced else (out[0], None), config=row
-        )
-        yield got, want
 
     return run
 
@@ -249,11 +228,6 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
                 yield f"sliding_block {reduced}", dtype, row, block_trial(row, reduced)
         for row in rot2.CONFIGS:
             yield "rot2", dtype, row, rot2_trial(row, 64, 64)
-    for kind, rows in shifted.CONFIGS.items():
-        for dtype in DTYPES[kind]:
-            for row in rows:
-                yield f"shifted {kind}", dtype, row, shifted_trial(kind, row, 64, 64)
-                yield f"shifted {kind} tail", dtype, row, shifted_trial(kind, row, 64, 0)
     for kind, rows in stem.CONFIGS.items():
         for dtype in DTYPES[kind]:
             yield from ((f"stem {kind}", dtype, row, stem_trial(row)) for row in rows)
@@ -302,10 +276,6 @@ def usable(name: str, row: Any, setting: Setting) -> bool:
     machine = machine_of(setting.device)
     if name.startswith("rot2"):
         return bool(rot2.fits(row, 64, 64, machine))
-    if name.startswith("shifted"):
-        reduced = 0 if name.endswith("tail") else 64
-        kind = name.split()[1]
-        return bool(shifted.fits(row, 64, 64, reduced, kind, machine))
     if name.startswith("sliding_block"):
         reduced = int(name.split()[1])
         fits = sliding_fused.fits(row, 256, reduced, machine)

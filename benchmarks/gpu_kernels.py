@@ -28,7 +28,6 @@ from benchmarks.gpu_exact import (
     head,
     hwnc,
     rot2,
-    shifted,
     sliding,
     sliding_fused,
     stem,
@@ -272,10 +271,12 @@ def rot2_cases(setting: Setting) -> Iterator[Case]:
             for stage in stages(setting, number):
                 title = f"stage {number} to {times * stage.channels} channels batch {batch}"
                 yield Case(title, partial(_rot2, setting, stage, batch, times))
+    if sliding_fused.runs_on(setting.device):
+        yield from _sliding_cases(setting)
 
 
 def _block_operands(setting: Setting, stage: Stage, batch: int, reduced: int) -> Operands:
-    """t, w2, b2, w3, b3, x, w1, b1 of a block as ``shifted_block`` takes them."""
+    """t, w2, b2, w3, b3, x, w1, b1 of a block of a block, in NHWC."""
     c, e, size = stage.channels, 4 * stage.channels, stage.size
     return (
         normal(setting, batch, c, size, size),
@@ -340,52 +341,8 @@ def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, A
     return contest(setting, contenders, make, _seam_ref, flop=work, choice=choice)
 
 
-def shifted_cases(setting: Setting) -> Iterator[Case]:
-    """3x3 + expansion + next reduction: in one kernel, as conv2d + rot2, as three, by cuDNN."""
-    if sliding_fused.runs_on(setting.device):
-        yield from _sliding_cases(setting)
-    for batch in setting.batches(256, 32):
-        for number, times in SEAMS[:1] if setting.tiny else SEAMS:
-            for stage in stages(setting, number):
-                title = f"stage {number} to {times * stage.channels} channels batch {batch}"
-                yield Case(title, partial(_shifted, setting, stage, batch, times))
-
-
-def _shifted(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, Any]:
-    c, reduced = stage.channels, times * stage.channels
-    kind, machine = KINDS[setting.dtype], machine_of(setting.device)
-
-    def middle(t: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return conv.conv2d(t, w2, b2, padding=1, relu=True)
-
-    def cudnn(t: Tensor, w2: Tensor, b2: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        ones = (1, 1)
-        return _two_cudnn(torch.cudnn_convolution_relu(t, w2, b2, ones, ones, ones, 1), *rest)
-
-    contenders: dict[str, Call] = {"PyTorch": shifted.shifted_block_ref}
-    contenders |= on_gpu(setting, cuDNN_fused=cudnn)
-    contenders["conv2d + rot2"] = lambda t, w, b, *rest: _seam(middle(t, w, b), *rest)
-    contenders["conv2d + two of gemm"] = lambda t, w, b, *rest: _two_products(
-        middle(t, w, b), *rest
-    )
-    for row in setting.rows(shifted.CONFIGS[kind]):
-        if shifted.fits(row, c, c, reduced, kind, machine):
-            contenders[machine_name("shifted_block", row)] = partial(
-                shifted.shifted_block, config=row
-            )
-    work = 2 * batch * stage.size**2 * c * (9 * c + 4 * c + 4 * reduced)
-    return contest(
-        setting,
-        contenders,
-        partial(_block_operands, setting, stage, batch, reduced),
-        shifted.shifted_block_ref,
-        flop=work,
-        choice=Choice("shifted_block", "conv2d + ", c, batch),
-    )
-
-
 def _sliding_cases(setting: Setting) -> Iterator[Case]:
-    """The same of stage 1 in HWNC: in one kernel, or as conv2d_hwnc + rot2."""
+    """The 3x3 of stage 1 as well, in HWNC: in one kernel, or as conv2d_hwnc + rot2."""
     for batch in setting.batches(256, 64):
         for _, times in SEAMS[:2]:
             for stage in stages(setting, 1):

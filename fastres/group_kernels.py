@@ -290,73 +290,11 @@ class Rot2(GroupKernel):
         return tuple(from_rows(named[name], t, layout) for name in call.group.outputs)
 
 
-class ShiftedBlock(GroupKernel):
-    """A bottleneck from its 3x3 on, and the next one's reduction where there is one."""
-
-    name = "shifted_block"
-    rule = "shifted_block"
-    layouts = ("nhwc",)
-    copy_engine = False
-
-    def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
-        conv, expand, *reduce = (step.op for step in group.steps)
-        assert isinstance(conv, Conv2d)
-        assert isinstance(expand, Conv2d)
-        plain = (conv.padding, conv.dilation) == ((1, 1), (1, 1)) and conv.stride in (
-            (1, 1),
-            (2, 2),
-        )
-        if not (plain and expand.residual):
-            return False
-        reduced = sum(op.out_channels for op in reduce if isinstance(op, Conv2d))
-        widths = conv.in_channels, conv.out_channels
-        shifted = kernels.shifted
-        if not shifted.supports(*widths, expand.out_channels, reduced):
-            return False
-        if device.type == "cpu" and not kernels.INTERPRETED:
-            return True
-        kind = conv_precision() if dtype is torch.float32 else "half"
-        machine = kernels.machine_of(device)
-        rows = shifted.CONFIGS[kind]
-        return any(shifted.fits(row, *widths, reduced, kind, machine) for row in rows)
-
-    def run(self, call: Launch) -> Outputs:
-        conv, expand, *reduce = call.group.steps
-        op = conv.op
-        assert isinstance(op, Conv2d)
-        (t,) = call.operands(conv)
-        x = call.inputs[call.group.inputs.index(expand.inputs[1])]
-        t, x = (image.contiguous(memory_format=CHANNELS_LAST) for image in (t, x))
-        (w2, b2), (w3, b3), *last = call.weights
-        size = [(s + 1) // op.stride[0] if op.stride[0] == 2 else s for s in t.shape[2:]]
-        if tuple(x.shape) != (t.shape[0], w3.shape[0], *size):
-            return None
-        w1, b1 = (last[0][0].flatten(1), last[0][1]) if last else (None, None)
-        narrow = None
-        if w1 is not None:
-            narrow = x.new_empty(x.shape[0], *size, w1.shape[0]).permute(0, 3, 1, 2)
-        made = call.kernels.shifted_block(
-            t,
-            w2,
-            b2,
-            w3.flatten(1),
-            b3,
-            x,
-            w1,
-            b1,
-            stride=op.stride[0],
-            precision=conv_precision(),
-            out=(x if expand.in_place else torch.empty_like(x), narrow),
-        )
-        named = dict(zip((s.name for s in (expand, *reduce)), made, strict=False))
-        return tuple(named[name] for name in call.group.outputs)
-
-
 class SlidingBlock(GroupKernel):
     """A bottleneck of 64 channels from its 3x3 on, and the next one's reduction, in HWNC."""
 
     name = "sliding_block"
-    rule = "shifted_block"
+    rule = "bottleneck_tail"
     layouts = ("hwnc",)
 
     def takes(self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
@@ -475,7 +413,6 @@ GROUP_KERNELS: tuple[GroupKernel, ...] = tuple(
             Gemm(),
             GemmPair(),
             Rot2(),
-            ShiftedBlock(),
             SlidingBlock(),
             ConvHwnc(),
             Cudnn(),

@@ -23,7 +23,7 @@ FUSIONS: dict[str, tuple[str, ...]] = {
     "epilogue per convolution": (),
     "fused stem": ("stem_pool",),
     "expand + next reduce": ("stem_pool", "pool_linear", "expand_reduce", "expand_project"),
-    "shifted block": ("stem_pool", "pool_linear", "shifted_block"),
+    "shifted block": ("stem_pool", "pool_linear", "bottleneck_tail"),
 }
 """Ways of joining steps, from none to the largest; the rules are those of fastres.tuning."""
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from .tuning import Case
 
 KERNELS: dict[str, str] = {
-    "shifted_block": "3x3, expansion, sum and the next reduction of a bottleneck",
-    "sliding_block": "the same of 64 channels, in networks whose layout is [H, W, N, C]",
+    "sliding_block": "3x3 of 64 channels, expansion, sum and the next reduction, in [H, W, N, C]",
     "rot2": "expansion, sum and the next block's reduction",
     "gemm_pair": "expansion and projection of a block's first sum",
     "stem": "7x7 convolution and max pool",
@@ -94,8 +93,7 @@ TABLES: dict[str, tuple[Row, ...]] = {
 """Rows by architecture; their order has no meaning.
 
 Not chosen because unmeasured and doubtful: ``conv2d_hwnc`` and with it ``sliding_block``,
-``cudnn``, ``shifted_block``, and ``rot2`` of width 256, whose prediction is within 2 % of its
-parts'.
+``cudnn``, and ``rot2`` of width 256, whose prediction is within 2 % of its parts'.
 """
 
 _LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}

@@ -236,7 +236,7 @@ def _expand_reduce(steps: Sequence[Step], readers: dict[str, int]) -> int:
     return end + 1 if reads and _is_conv(reduce, kernel=1, stride=1, relu=True) else 0
 
 
-def _shifted_block(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def _bottleneck_tail(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """A bottleneck's 3x3, its end, and the next one's first 1x1 where there is one."""
     if not steps or not _is_conv(steps[0], kernel=3, relu=True) or _adds(steps[0]):
         return 0
@@ -277,7 +277,7 @@ RULES: dict[str, Rule] = {
     "pool_linear": _pool_linear,
     "expand_project": _expand_project,
     "expand_reduce": _expand_reduce,
-    "shifted_block": _shifted_block,
+    "bottleneck_tail": _bottleneck_tail,
     "flat": _flat,
     "convolution": _convolution,
 }

@@ -21,7 +21,6 @@ from .linear import linear, linear_ref
 from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
 from .rot2 import rot2
 from .rot2 import supports as rot2_supports
-from .shifted import shifted_block, shifted_block_ref
 from .stem import pack_stem_weight, stem, stem_ref
 
 try:
@@ -58,8 +57,6 @@ __all__ = [
     "pack_stem_weight",
     "relu",
     "relu_ref",
-    "shifted_block",
-    "shifted_block_ref",
     "rot2",
     "rot2_supports",
     "sliding_fused",

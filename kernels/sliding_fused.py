@@ -11,7 +11,7 @@ are multiplied. Rejected: E of no multiple of 64, R other than 64 and 128, weigh
 block's shared memory together (E = 256 does), GPUs other than sm_90.
 
 All weights stay in shared memory while a program walks with 64 images along a row of pixels as in
-sliding.py; mid and x_next go from one product to the next in registers, as in shifted.py.
+sliding.py; mid and x_next go from one product to the next in registers.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from ._common import (
     check_channels_last,
     check_hwnc,
     check_like,
+    check_matrix,
+    check_out_memory,
     check_shape,
     check_tensor,
     check_vector,
@@ -45,8 +47,7 @@ from ._common import (
 )
 from ._config import MULTIPLY_ADDS, Machine, l2_bandwidth, machine_of
 from ._tma import check_aligned
-from .hwnc import from_hwnc, to_hwnc
-from .shifted import Outputs, check_outputs, check_products, shifted_block_ref
+from .hwnc import conv2d_hwnc_ref
 from .sliding import (
     CHANNELS,
     add_products,
@@ -58,6 +59,9 @@ from .sliding import (
     runs_on,
     unknown_zero,
 )
+
+Outputs = tuple[Tensor, Tensor | None]
+Shape = tuple[int, ...]
 
 IMAGES = 64
 HOPPER = Machine(132, 227 * 1024)
@@ -339,6 +343,41 @@ def sliding_block_kernel(
     tma.store_wait(0)
 
 
+def _check_products(
+    t: Tensor, middle: int, w3: Tensor, w1: Tensor | None, b1: Tensor | None
+) -> tuple[int, int]:
+    """Refuse matrices that do not chain from ``middle`` channels on; otherwise E and R."""
+    check_tensor("w3", w3, 2)
+    expanded = w3.shape[0]
+    check_matrix("w3", w3, (expanded, middle), t)
+    if w1 is None:
+        if b1 is not None:
+            raise ValueError("b1 is given without w1")
+        return expanded, 0
+    check_tensor("w1", w1, 2)
+    check_matrix("w1", w1, (w1.shape[0], expanded), t)
+    return expanded, w1.shape[0]
+
+
+def _check_outputs(
+    out: Outputs,
+    inputs: dict[str, Tensor | None],
+    x: Tensor,
+    t: Tensor,
+    narrow: Shape | None,
+) -> Outputs:
+    """The outputs given, if they can take the results: t_next of shape ``narrow``, if any."""
+    x_next, t_next = out
+    if (t_next is None) != (narrow is None):
+        raise ValueError("out[1] must be a Tensor with w1 and None without it")
+    check_hwnc("out[0]", x_next, tuple(x.shape), t)
+    check_out_memory(x_next, apart=inputs | {"out[1]": t_next}, same={"x": x})
+    if t_next is not None and narrow is not None:
+        check_hwnc("out[1]", t_next, narrow, t)
+        check_out_memory(t_next, apart=inputs | {"x": x}, same={})
+    return x_next, t_next
+
+
 def _check(
     t: Tensor,
     w2: Tensor,
@@ -356,7 +395,7 @@ def _check(
     check_shape("w2", w2, (CHANNELS, CHANNELS, 3, 3))
     check_channels_last("w2", w2)
     check_shape("t", t, (*t.shape[:3], CHANNELS))
-    expanded, reduced = check_products(t, CHANNELS, w3, w1, b1)
+    expanded, reduced = _check_products(t, CHANNELS, w3, w1, b1)
     for name, vector, size in (("b2", b2, CHANNELS), ("b3", b3, expanded), ("b1", b1, reduced)):
         if vector is not None:
             check_vector(name, vector, size, t)
@@ -419,7 +458,7 @@ def sliding_block(
     if out is None:
         x_next, t_next = torch.empty_like(x), None if narrow is None else t.new_empty(narrow)
     else:
-        x_next, t_next = check_outputs(out, inputs, x, t, narrow, check_hwnc)
+        x_next, t_next = _check_outputs(out, inputs, x, t, narrow)
     if not t.numel():
         return x_next, t_next
     check_aligned(t=t, w2=w2, w3=w3, x=x, w1=w1, x_next=x_next, t_next=t_next)
@@ -466,8 +505,11 @@ def sliding_block_ref(
     *,
     upcast: bool = False,
 ) -> Outputs:
-    """The same in plain PyTorch, rounded after each step; in float64 throughout with ``upcast``."""
-    wide, narrow = shifted_block_ref(
-        from_hwnc(t), w2, b2, w3, b3, from_hwnc(x), w1, b1, upcast=upcast
-    )
-    return to_hwnc(wide), None if narrow is None else to_hwnc(narrow)
+    """The same in plain PyTorch, rounded after each step; with ``upcast`` in float64, but for mid
+    and x_next, which are rounded before they are multiplied, as in the kernel."""
+    given = {"relu": True, "upcast": upcast}
+    middle = conv2d_hwnc_ref(t, w2, b2, padding=1, **given).to(t.dtype)
+    x_next = conv2d_hwnc_ref(middle, w3[:, :, None, None], b3, residual=x, **given)
+    if w1 is None:
+        return x_next, None
+    return x_next, conv2d_hwnc_ref(x_next.to(t.dtype), w1[:, :, None, None], b1, **given)

@@ -1,4 +1,4 @@
-"""The compile gate for the fused kernels: stem, head, products, rot2, shifted block, HWNC.
+"""The compile gate for the fused kernels: stem, head, products, rot2, HWNC.
 
     python tests/compile_gate_fused.py [--full] [--pdl] [--target sm_90] [--kernel stem] [--json]
 
@@ -28,8 +28,8 @@ from fastres.kernels import _tma
 from fastres.kernels._config import Machine, TileConfig
 
 # The package gives some of these names to functions.
-NAMES = ("gemm", "head", "hwnc", "rot2", "shifted", "sliding", "sliding_fused", "stem")
-gemm, head, hwnc, rot2, shifted, sliding, sliding_fused, stem = (
+NAMES = ("gemm", "head", "hwnc", "rot2", "sliding", "sliding_fused", "stem")
+gemm, head, hwnc, rot2, sliding, sliding_fused, stem = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 
@@ -37,8 +37,7 @@ gemm, head, hwnc, rot2, shifted, sliding, sliding_fused, stem = (
 FakeTensor.data_ptr = lambda self: 0
 _tma.has_copy_engine = sliding.runs_on = sliding_fused.runs_on = lambda device: True
 HOPPER = Machine(132, 227 * 1024)
-gemm.machine_of = rot2.machine_of = shifted.machine_of = lambda device: HOPPER
-sliding_fused.machine_of = shifted.machine_of
+gemm.machine_of = rot2.machine_of = sliding_fused.machine_of = lambda device: HOPPER
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -192,58 +191,6 @@ def rot2_cases(full: bool) -> Iterator[Case]:
             )
 
 
-BLOCKS = (*((c, r) for c in (64, 128, 256) for r in (0, c, 2 * c)),)
-"""Widths of a block's 3x3 and of the next reduction, 0 without it."""
-
-
-def shifted_run(
-    row: object, channels: int, reduced: int, dtype: torch.dtype, precision: str
-) -> None:
-    def image(channels: int, size: int = 28) -> torch.Tensor:
-        x = fake(8, channels, size, size, dtype=dtype)
-        return x.contiguous(memory_format=torch.channels_last)
-
-    wide = 4 * channels
-    w2 = fake(channels, channels, 3, 3, dtype=dtype)
-    shifted.shifted_block(
-        image(channels),
-        w2.contiguous(memory_format=torch.channels_last),
-        fake(channels),
-        fake(wide, channels, dtype=dtype),
-        fake(wide),
-        image(wide),
-        fake(reduced, wide, dtype=dtype) if reduced else None,
-        fake(reduced) if reduced else None,
-        precision=precision,
-        config=row,
-    )
-
-
-def shifted_cases(full: bool) -> Iterator[Case]:
-    """Every row at every width where it fits the target; on others than sm_90 the smaller ones."""
-    for kind, rows in shifted.CONFIGS.items():
-        for row, target in product(rows, TARGETS):
-            machine = Machine(132, TARGETS[target].shared_limit)
-            fitting = [
-                (channels, reduced)
-                for channels, reduced in BLOCKS
-                if shifted.fits(row, channels, channels, reduced, kind, machine)
-            ]
-            if not full and target != "sm_90":
-                fitting = [(c, r) for c, r in fitting if c < 256 and r in (0, c)]
-            for channels, reduced in fitting:
-                for dtype, precision in PRECISIONS[kind] if full else PRECISIONS[kind][:1]:
-                    yield Case(
-                        "shifted_block",
-                        f"{channels}>{reduced or 'tail'} {short(dtype)} {precision}",
-                        " ".join(map(str, astuple(row))),
-                        target,
-                        partial(shifted_run, row, channels, reduced, dtype, precision),
-                        wgmma=kind == "half" and target == "sm_90" and row.block_m >= 64,
-                        wide=r"LDGSTS\.E\S*\.128" if target == "sm_90" else "",
-                    )
-
-
 def head_run(row: object, dtype: torch.dtype) -> None:
     x = fake(32, 2048, 7, 7, dtype=dtype).contiguous(memory_format=torch.channels_last)
     head.head(x, fake(1000, 2048, dtype=dtype), fake(1000), config=row)
@@ -366,7 +313,6 @@ def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
     yield from rot2_cases(full)
-    yield from shifted_cases(full)
     yield from head_cases(full)
     yield from hwnc_cases(full)
     yield from sliding_cases(full)

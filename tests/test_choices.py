@@ -97,7 +97,7 @@ def test_gpus_without_a_table_of_their_own(architecture, expected):
 
 def test_doubtful_kernels_are_off_and_copy_engines_are_not_assumed():
     for architecture in (*TABLES, "sm_75"):
-        for doubtful in ("conv2d_hwnc", "cudnn", "shifted_block"):
+        for doubtful in ("conv2d_hwnc", "cudnn", "sliding_block"):
             assert shipped(architecture, doubtful, CASE) is None
     for old in ("sm_80", "sm_89", "gfx942", "sm_75", "sm_120"):
         for modern in ("gemm", "gemm_pair", "rot2"):

@@ -65,7 +65,6 @@ SERVED = {
     "gemm": (bottlenecks, HALF, "gemm_kernel", 7),
     "gemm_pair": (bottlenecks, HALF, "gemm_kernel", 2),
     "rot2": (bottlenecks, HALF, "rot2_kernel", 2),
-    "shifted_block": (bottlenecks, HALF, "shifted_block_kernel", 1),
     "conv2d_hwnc": (bottlenecks, HALF, "conv2d_hwnc_kernel", 4),
     "cudnn": (basic, torch.float32, "conv2d_kernel", 1),
 }
@@ -84,7 +83,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     served = set(made.plan.served_by)
     assert any(kernel in name.lower() for name in served), served
     assert set(made.plan.reasons) == {"", "asked for", "as above"} - (
-        set() if kernel in ("stem", "head", "gemm_pair", "rot2", "shifted_block") else {"as above"}
+        set() if kernel in ("stem", "head", "gemm_pair", "rot2") else {"as above"}
     )
 
 
@@ -186,17 +185,13 @@ NETWORKS = [
     pytest.param(
         "resnet50", 64, f"{FLAT},gemm_pair,rot2,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SLOW
     ),
-    # The 3x3s of the four blocks with a projection and of stage 4's two others stay.
-    pytest.param(
-        "resnet50", 64, f"{FLAT},gemm_pair,shifted_block", 6, id="resnet50-shifted", marks=SLOW
-    ),
 ]
 
 
 @pytest.mark.parametrize(("name", "size", "forced", "others"), NETWORKS)
 def test_whole_networks(name, size, forced, others, device, monkeypatch):
     """As users force them, through the environment; in fp16, which all of the kernels take."""
-    kept = {"rot2", "shifted_block"} - set(forced.split(","))
+    kept = {"rot2"} - set(forced.split(","))
     monkeypatch.setenv("FASTRES_KERNELS", ",".join([forced, *(f"-{name}" for name in kept)]))
     model = hostile_(fastres.create_model(name)).to(device, HALF)
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
@@ -224,7 +219,7 @@ def test_ragged_batches(batch, planes, device):
     """
     model = bottlenecks(planes).to(device)
     x = real_images(batch, 7).to(device, HALF)
-    every = (name for name in KERNELS if name not in ("cudnn", "shifted_block", "stem"))
+    every = (name for name in KERNELS if name not in ("cudnn", "stem"))
     chosen = [name for name in every if planes == 64 or name != "conv2d_hwnc"]
     LAUNCHES.clear()
     assert_right(executor(model, HALF, *chosen, device=device), model, x)

@@ -73,8 +73,7 @@ def test_equal_pieces_are_tried_once_and_small_ones_first(monkeypatch):
 @pytest.mark.parametrize(
     ("cheap", "expected", "unwanted"),
     [
-        (("conv2d_kernel", "rot2_kernel"), "triton rot2", "triton shifted_block"),
-        (("gemm_kernel", "shifted_block_kernel"), "triton shifted_block", "triton rot2"),
+        (("conv2d_kernel", "rot2_kernel"), "triton rot2", "triton gemm_pair"),
         (("conv2d_kernel",), "triton conv2d", "triton gemm"),
     ],
 )

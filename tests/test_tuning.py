@@ -26,7 +26,7 @@ def kernels(groups):
         (("pool_linear",), {"pool_linear": 1}),
         (("expand_project",), {"expand_project": 4}),
         (("expand_reduce", "expand_project"), {"expand_reduce": 15}),
-        (("shifted_block",), {"shifted_block": 16}),
+        (("bottleneck_tail",), {"bottleneck_tail": 16}),
     ],
 )
 def test_groups_of_resnet50(rules, expected):
@@ -73,7 +73,7 @@ def test_a_stem_read_twice_is_not_joined():
 
 def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
     net = fastres.resnext50_32x4d()
-    assert kernels(arrange(plan_of(net), ("shifted_block",))) == []
+    assert kernels(arrange(plan_of(net), ("bottleneck_tail",))) == []
     v1 = fastres.resnet50(stride_on="1x1")
     # In v1 the next stage's first 1x1 is strided, so 3 of the 15 pairs are not flat.
     found = kernels(arrange(plan_of(v1), ("expand_reduce",)))

@@ -25,8 +25,8 @@ from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
 
 # The package gives some of these names to functions.
-NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "shifted", "sliding", "sliding_fused")
-cache_read, gemm, head, hwnc, rot2, shifted, sliding, sliding_fused = (
+NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "sliding", "sliding_fused")
+cache_read, gemm, head, hwnc, rot2, sliding, sliding_fused = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 
@@ -83,10 +83,6 @@ def others(dtype: torch.dtype) -> Iterator[Call]:
     yield "global_avg_pool", k.global_avg_pool, k.global_avg_pool_ref, (square,), {}
     classifier = whole(21, 19, dtype=dtype)
     yield "head", head.head, head.head_ref, (square, classifier, bias), {}
-    t, w2 = whole(1, 16, 5, 3, dtype=dtype), whole(16, 16, 3, 3, dtype=dtype)
-    w3, x2 = whole(64, 16, dtype=dtype), whole(1, 64, 5, 3, dtype=dtype)
-    block = (t, w2, None, w3, None, x2, torch.eye(16, 64, dtype=dtype, device=DEVICE))
-    yield "shifted_block", shifted.shifted_block, shifted.shifted_block_ref, block, {}
     first = whole(10, 3, 7, 7, dtype=dtype)
     shift = whole(10, dtype=torch.float32)
     image = whole(1, 3, 13, 18, dtype=dtype)
