@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, replace
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,16 +15,9 @@ from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Setting, compile_ahead, integers, row_text, tensors
 from fastres.aten_ops import cudnn_benchmarking
+from fastres.kernels import conv, elementwise, gemm, global_pool, head, pool, rot2, stem
 from fastres.kernels._config import machine_of
-
-# The package gives some of these names to functions.
-NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "hwnc", "pool", "rot2")
-conv, elementwise, gemm, global_pool, head, hwnc, pool, rot2 = (
-    import_module(f"fastres.kernels.{name}") for name in NAMES
-)
-sliding, sliding_fused, stem = (
-    import_module(f"fastres.kernels.{name}") for name in ("sliding", "sliding_fused", "stem")
-)
+from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 Pairs = Iterator[tuple[Any, Any]]  # of each launch, what it gives and what is exact
 Trial = Callable[[Setting], Pairs]
@@ -162,9 +154,9 @@ def block_trial(row: Any, reduced: int) -> Trial:
         w3, w1 = sparse(setting, 256, 64), sparse(setting, reduced, 256) if reduced else None
         b2, b3, b1 = (integers(setting, n, dtype=FLOAT) for n in (64, 256, max(1, reduced)))
         inputs = (t, w2, b2, w3, b3, x, w1, b1 if reduced else None)
-        want = sliding_fused.sliding_block_ref(*inputs, upcast=True)
+        want = bottleneck_hwnc.bottleneck_hwnc_ref(*inputs, upcast=True)
         out = tuple(None if y is None else poison(y.to(setting.dtype)) for y in want)
-        yield sliding_fused.sliding_block(*inputs, out=out, config=row), want
+        yield bottleneck_hwnc.bottleneck_hwnc(*inputs, out=out, config=row), want
 
     return run
 
@@ -221,11 +213,11 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
         for dtype in DTYPES[kind]:
             yield from ((f"conv2d_hwnc {kind}", dtype, row, hwnc_trial(kind, row)) for row in rows)
     for dtype in DTYPES["half"]:
-        for row in sliding.CONFIGS:
+        for row in conv3x3_hwnc.CONFIGS:
             yield "conv2d_hwnc sliding", dtype, row, sliding_trial(row)
-        for row in sliding_fused.CONFIGS:
+        for row in bottleneck_hwnc.CONFIGS:
             for reduced in (0, 64, 128):
-                yield f"sliding_block {reduced}", dtype, row, block_trial(row, reduced)
+                yield f"bottleneck_hwnc {reduced}", dtype, row, block_trial(row, reduced)
         for row in rot2.CONFIGS:
             yield "rot2", dtype, row, rot2_trial(row, 64, 64)
     for kind, rows in stem.CONFIGS.items():
@@ -276,12 +268,12 @@ def usable(name: str, row: Any, setting: Setting) -> bool:
     machine = machine_of(setting.device)
     if name.startswith("rot2"):
         return bool(rot2.fits(row, 64, 64, machine))
-    if name.startswith("sliding_block"):
+    if name.startswith("bottleneck_hwnc"):
         reduced = int(name.split()[1])
-        fits = sliding_fused.fits(row, 256, reduced, machine)
-        return fits and sliding_fused.runs_on(setting.device)
-    if isinstance(row, sliding.SlidingConfig):
-        return bool(sliding.runs_on(setting.device))
+        fits = bottleneck_hwnc.fits(row, 256, reduced, machine)
+        return fits and bottleneck_hwnc.runs_on(setting.device)
+    if isinstance(row, conv3x3_hwnc.Conv3x3Config):
+        return bool(conv3x3_hwnc.runs_on(setting.device))
     return not hasattr(row, "fitted") or fitted(row, setting) is not None
 
 

@@ -22,23 +22,23 @@ from benchmarks.gpu_contest import (
     row_text,
 )
 from benchmarks.gpu_exact import (
+    bottleneck_hwnc,
     conv,
+    conv3x3_hwnc,
     fitted,
     gemm,
     head,
     hwnc,
     rot2,
-    sliding,
-    sliding_fused,
     stem,
 )
 from fastres.kernels import (
     global_avg_pool,
-    linear,
     max_pool2d,
     new_scratch,
 )
 from fastres.kernels._config import Problem, candidates, machine_of
+from fastres.kernels.linear import linear
 
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "ieee"}
 
@@ -161,8 +161,10 @@ def _conv3x3(
     contenders |= on_gpu(setting, cuDNN_fused=cudnn)
     contenders |= _conv_rows(setting, Problem(batch * stage.size**2, c, c, 9, 1, 2), splits, given)
     rows = [] if splits else rows_that_fit(setting, hwnc.CONFIGS)
-    if (c, stride, splits) == (sliding.CHANNELS, 1, False) and sliding.runs_on(setting.device):
-        rows += sliding.CONFIGS
+    if (c, stride, splits) == (conv3x3_hwnc.CHANNELS, 1, False) and conv3x3_hwnc.runs_on(
+        setting.device
+    ):
+        rows += conv3x3_hwnc.CONFIGS
     for row in rows:
         contenders[machine_name("conv2d_hwnc", row)] = lambda x, w, b, h, row=row: _to_nchw(
             hwnc.conv2d_hwnc(h, w, b, config=row, **given)
@@ -271,7 +273,7 @@ def rot2_cases(setting: Setting) -> Iterator[Case]:
             for stage in stages(setting, number):
                 title = f"stage {number} to {times * stage.channels} channels batch {batch}"
                 yield Case(title, partial(_rot2, setting, stage, batch, times))
-    if sliding_fused.runs_on(setting.device):
+    if bottleneck_hwnc.runs_on(setting.device):
         yield from _sliding_cases(setting)
 
 
@@ -362,17 +364,17 @@ def _sliding(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str
         wide, narrow = rot2.rot2(middle.view(-1, c), w3, b3, x.view(-1, 4 * c), *rest)
         return wide.view(x.shape), narrow.view(*x.shape[:3], -1)
 
-    contenders: dict[str, Call] = {"PyTorch": sliding_fused.sliding_block_ref}
+    contenders: dict[str, Call] = {"PyTorch": bottleneck_hwnc.bottleneck_hwnc_ref}
     contenders["conv2d_hwnc + rot2"] = parts
-    for row in setting.rows(sliding_fused.CONFIGS):
-        if sliding_fused.fits(row, 4 * c, reduced, machine_of(setting.device)):
-            contenders[machine_name("sliding_block", row)] = partial(
-                sliding_fused.sliding_block, config=row
+    for row in setting.rows(bottleneck_hwnc.CONFIGS):
+        if bottleneck_hwnc.fits(row, 4 * c, reduced, machine_of(setting.device)):
+            contenders[machine_name("bottleneck_hwnc", row)] = partial(
+                bottleneck_hwnc.bottleneck_hwnc, config=row
             )
     work = 2 * batch * stage.size**2 * c * (9 * c + 4 * c + 4 * reduced)
-    choice = Choice("sliding_block", "conv2d_hwnc + ", c, batch)
+    choice = Choice("bottleneck_hwnc", "conv2d_hwnc + ", c, batch)
     return contest(
-        setting, contenders, make, sliding_fused.sliding_block_ref, flop=work, choice=choice
+        setting, contenders, make, bottleneck_hwnc.bottleneck_hwnc_ref, flop=work, choice=choice
     )
 
 

@@ -136,8 +136,8 @@ def _judge(model: ResNet, dtype: torch.dtype, x: Tensor) -> Judge:
 
 LAYOUTS = {
     "NHWC": "-conv2d_hwnc",
-    "HWNC": "conv2d_hwnc,-sliding_block",
-    "HWNC, sliding block": "conv2d_hwnc,sliding_block",
+    "HWNC": "conv2d_hwnc,-bottleneck_hwnc",
+    "HWNC, whole blocks": "conv2d_hwnc,bottleneck_hwnc",
     "NHWC, no rot2": "-conv2d_hwnc,-rot2",
 }
 """What FASTRES_KERNELS asks for, by what it is."""

@@ -6,7 +6,7 @@ channels_last memory.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -16,10 +16,9 @@ from torch import Tensor
 
 from .fold import Weights
 from .ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
+from .memory_format import to_contiguous, unchanged
 from .plan import Plan, Shape
 from .tuning import Arrangement, Group, singly
-
-CHANNELS_LAST = torch.channels_last
 
 
 class AtenOps:
@@ -27,7 +26,6 @@ class AtenOps:
 
     name: ClassVar[str] = "torch"
     fused_relu_drops_nan: ClassVar[bool] = False
-    take_any_layout: ClassVar[frozenset[str]] = frozenset()
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         """Weights in the form that ``conv`` and ``linear`` take them."""
@@ -106,6 +104,14 @@ class AtenOps:
     ) -> tuple[Tensor, ...] | None:
         """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
         return None
+
+    def reads_any_layout(self, group: Group) -> bool:
+        """Whether the group reads its inputs in NCHW memory as well as in NHWC."""
+        return False
+
+    def restore(self, contiguous: bool) -> Callable[[Any], Any]:
+        """What gives a value the source's memory order: NCHW, or else NHWC."""
+        return to_contiguous if contiguous else unchanged
 
     def serves_group(self, group: Group) -> str:
         """The name of what computes a group, for the plan's table."""

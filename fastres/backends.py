@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from .aten_ops import (
-    CHANNELS_LAST,
     AtenOps,
     CudnnOps,
     OneDNNOps,
     conv_precision,
     matmul_precision,
 )
+from .choices import FORCE_VARIABLE, Choices, forced
 from .errors import BackendError
+from .group_kernels import EXPERIMENTAL
 from .triton_ops import TritonOps
 
 __all__ = [
     "BACKENDS",
-    "CHANNELS_LAST",
     "AtenOps",
     "CudnnOps",
     "OneDNNOps",
@@ -26,6 +28,7 @@ __all__ = [
     "conv_precision",
     "matmul_precision",
     "select_ops",
+    "triton_ops",
 ]
 
 BACKENDS = ("auto", "triton", "torch")
@@ -52,11 +55,30 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
                 "backend='triton' needs a CUDA device, got a CPU tensor "
                 "(or set TRITON_INTERPRET=1 before triton is imported)"
             )
-        return TritonOps()
+        return triton_ops()
     if device.type == "cuda":
         triton = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
-        return TritonOps(cudnn=True) if triton and _has_triton() else CudnnOps()
+        return triton_ops(cudnn=True) if triton and _has_triton() else CudnnOps()
     return OneDNNOps() if device.type == "cpu" and _onednn_takes(dtype) else AtenOps()
+
+
+def triton_ops(*, cudnn: bool = False, choices: Choices | None = None) -> TritonOps:
+    """The Triton backend; that of the experimental kernels where one of them is asked for.
+
+    Args:
+        cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
+        choices: what decides between kernels; by default what is in force on the device.
+
+    Raises:
+        BackendError: there is no Triton.
+        ValueError: FASTRES_KERNELS names what does not exist.
+    """
+    wanted = choices.forced if choices else forced(os.environ.get(FORCE_VARIABLE, ""))
+    if any(wanted.get(name) for name in EXPERIMENTAL):
+        from .fused_experimental import HwncOps
+
+        return HwncOps(cudnn=cudnn, choices=choices)
+    return TritonOps(cudnn=cudnn, choices=choices)
 
 
 def _has_triton() -> bool:

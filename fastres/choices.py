@@ -19,7 +19,8 @@ from typing import Any, TypeAlias
 import torch
 
 from .checkpoint import atomic_write, check_target
-from .tables import KERNELS, shipped
+from .group_kernels import EXPERIMENTAL, KERNELS
+from .tables import shipped
 from .tuning import Case
 
 FORMAT = 1
@@ -101,14 +102,15 @@ class Choices:
 def only(*kernels: str, architecture: str = "sm_90") -> Choices:
     """These kernels wherever they can run, and no other choice."""
     check_kernels(kernels)
-    return Choices(architecture, forced={name: name in kernels for name in KERNELS})
+    return Choices(architecture, forced={name: name in kernels for name in KERNELS | EXPERIMENTAL})
 
 
 def check_kernels(names: Iterable[str], argument: str = "kernels") -> None:
-    """Raises ValueError for a name that is not in :data:`KERNELS`."""
+    """Raises ValueError for a name that is the name of no kernel."""
     for name in names:
-        if name not in KERNELS:
-            raise ValueError(f"{argument} takes names out of {', '.join(KERNELS)}; got {name!r}")
+        if name not in KERNELS | EXPERIMENTAL:
+            known = ", ".join(KERNELS | EXPERIMENTAL)
+            raise ValueError(f"{argument} takes names out of {known}; got {name!r}")
 
 
 def standard(device: torch.device, barred: frozenset[str] = frozenset()) -> Choices:
@@ -130,7 +132,7 @@ def standard(device: torch.device, barred: frozenset[str] = frozenset()) -> Choi
 
 
 def forced(text: str) -> dict[str, bool]:
-    """``"conv2d_hwnc,-rot2"`` as ``{"conv2d_hwnc": True, "rot2": False}``."""
+    """``"gemm,-rot2"`` as ``{"gemm": True, "rot2": False}``."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     check_kernels((name.removeprefix("-") for name in names), FORCE_VARIABLE)
     return {name.removeprefix("-"): not name.startswith("-") for name in names}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .aten_ops import CHANNELS_LAST, AtenOps, residual_fits
+from .aten_ops import AtenOps, residual_fits
 from .errors import InputError, InputTypeError
 from .fold import Weights, fold_step
 from .ir import (
@@ -33,6 +33,7 @@ from .ir import (
     attribute,
     substitute,
 )
+from .memory_format import is_channels_last, to_channels_last
 from .plan import Plan, Shape, Step, parameter_paths
 from .tuning import Arrangement, Group, singly
 
@@ -158,10 +159,10 @@ class Executor:
         self.plan = schedule.plan
         if contiguous is None:
             contiguous = not any(is_channels_last(v) for v in arguments)
-        restore = _RESTORE[contiguous, schedule.arrangement.layout]
+        restore = self.ops.restore(contiguous)
         if not self.plan.source_layout:
             for name in values.keys() - schedule.as_given:
-                values[name] = _to_channels_last(values[name])
+                values[name] = to_channels_last(values[name])
         groups = (
             self._groups(schedule.arrangement, arguments)
             if observe is None
@@ -396,7 +397,7 @@ def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> frozens
     return frozenset(
         name
         for name, read_by in readers.items()
-        if read_by and all(group.kernel in ops.take_any_layout for group in read_by)
+        if read_by and all(map(ops.reads_any_layout, read_by))
     )
 
 
@@ -421,36 +422,6 @@ def _server(ops: AtenOps, op: Operation) -> str:
     return "" if isinstance(op, (Call, BatchNorm2d)) else ops.serves(op)
 
 
-def is_channels_last(value: Any) -> bool:
-    """A 4-D tensor in NHWC memory that is not NCHW contiguous as well."""
-    return (
-        isinstance(value, Tensor)
-        and value.dim() == 4
-        and not value.is_contiguous()
-        and value.is_contiguous(memory_format=CHANNELS_LAST)
-    )
-
-
-def to_contiguous(value: Any) -> Any:
-    return value.contiguous() if is_channels_last(value) else value
-
-
-def _is_hwnc(value: Any) -> bool:
-    """A 4-D tensor in [H, W, N, C] memory and in neither of the common orders."""
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.is_contiguous():
-        return False
-    hwnc = value.permute(2, 3, 0, 1).is_contiguous()
-    return hwnc and not value.is_contiguous(memory_format=CHANNELS_LAST)
-
-
-def _hwnc_to_contiguous(value: Any) -> Any:
-    return value.contiguous() if _is_hwnc(value) else to_contiguous(value)
-
-
-def _hwnc_to_channels_last(value: Any) -> Any:
-    return value.contiguous(memory_format=CHANNELS_LAST) if _is_hwnc(value) else value
-
-
 def _settle(tensors: Iterable[Tensor]) -> None:
     """Wait until folded weights are there, for calls on other streams know nothing of this one."""
     for device in {t.device for t in tensors if t.is_cuda}:
@@ -472,21 +443,3 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, Tensor) and value.is_floating_point():
         return math.isfinite(value.sum().item())
     return True
-
-
-def _to_channels_last(value: Any) -> Any:
-    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
-
-
-def _unchanged(value: Any) -> Any:
-    return value
-
-
-_RESTORE: dict[tuple[bool, str], Restore] = {
-    (True, "nhwc"): to_contiguous,
-    (False, "nhwc"): _unchanged,
-    (True, "hwnc"): _hwnc_to_contiguous,
-    (False, "hwnc"): _hwnc_to_channels_last,
-}
-"""How a value gets the source's memory order: whether inputs are contiguous, the plan's layout."""

@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .backends import CHANNELS_LAST, conv_precision, matmul_precision
-from .engine import is_channels_last, to_contiguous
+from .backends import conv_precision, matmul_precision
 from .ir import (
     Add,
     AvgPool2d,
@@ -31,6 +30,7 @@ from .ir import (
     ReLU,
     substitute,
 )
+from .memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
 from .plan import Plan, Step
 
 Program: TypeAlias = Callable[..., Any]

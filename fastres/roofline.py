@@ -17,15 +17,25 @@ from torch import nn
 from . import fold, plan, trace
 from .ir import Conv2d, Flatten, Graph, Input, Linear, Operation
 from .plan import Plan, Step
-from .tuning import Group, Shapes, arrange
+from .tuning import (
+    Group,
+    Pattern,
+    Shapes,
+    arrange,
+    bottleneck_tail,
+    expand_project,
+    expand_reduce,
+    pool_linear,
+    stem_pool,
+)
 
-FUSIONS: dict[str, tuple[str, ...]] = {
+FUSIONS: dict[str, tuple[Pattern, ...]] = {
     "epilogue per convolution": (),
-    "fused stem": ("stem_pool",),
-    "expand + next reduce": ("stem_pool", "pool_linear", "expand_reduce", "expand_project"),
-    "shifted block": ("stem_pool", "pool_linear", "bottleneck_tail"),
+    "fused stem": (stem_pool,),
+    "expand + next reduce": (stem_pool, pool_linear, expand_reduce, expand_project),
+    "shifted block": (stem_pool, pool_linear, bottleneck_tail),
 }
-"""Ways of joining steps, from none to the largest; the rules are those of fastres.tuning."""
+"""Ways of joining steps, from none to the largest."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +135,8 @@ def roofline(
     graph = trace.trace(module)
     whole = _unfused(graph) if fusion == "none" else plan.build(fold.fold(graph))
     shapes = whole.shapes(tuple(input_shape))
-    groups = arrange(whole, FUSIONS.get(fusion, ()))
+    patterns = {pattern.__name__: pattern for pattern in FUSIONS.get(fusion, ())}
+    groups = arrange(whole, patterns).groups
     kernels = [cost(group, shapes, itemsize, ceilings) for group in groups if not _is_view(group)]
     return Roofline(fusion, ceilings, int(input_shape[0]), tuple(kernels))
 

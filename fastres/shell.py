@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .copies import duplicate
 from .cuda_graph import warm_up
-from .engine import is_channels_last, to_contiguous
 from .errors import VerificationError
 from .fast_model import forward_showing
 from .guards import unfused
 from .ir import Call
+from .memory_format import is_channels_last, to_contiguous
 from .plan import Plan, Step
 from .trace import TraceError, opaque_reason
 from .verify import Verification, judge

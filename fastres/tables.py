@@ -5,7 +5,7 @@ by ``conv2d`` and the other kernels for single operations. ``predicted`` stands 
 tiles, waves and traffic in :mod:`fastres.forecast`, on 132 SMs; a row that was measured names the
 GPU. What ``fastres tune`` has measured on the machine at hand goes before these rows, and the
 environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
-``-``, names never to use, such as ``FASTRES_KERNELS=conv2d_hwnc,-rot2``.
+``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-rot2``.
 """
 
 from __future__ import annotations
@@ -13,18 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .tuning import Case
-
-KERNELS: dict[str, str] = {
-    "sliding_block": "3x3 of 64 channels, expansion, sum and the next reduction, in [H, W, N, C]",
-    "rot2": "expansion, sum and the next block's reduction",
-    "gemm_pair": "expansion and projection of a block's first sum",
-    "stem": "7x7 convolution and max pool",
-    "head": "average pool and classifier",
-    "conv2d_hwnc": "convolution in the layout [H, W, N, C], and that layout for the whole network",
-    "gemm": "1x1 convolution as a product of rows moved by the copy engine",
-    "cudnn": "one convolution by cuDNN; never with backend='triton'",
-}
-"""What may be chosen beside the kernels for single operations, the first that fits first."""
 
 HALF = ("half",)
 TENSOR = ("half", "tf32")
@@ -92,8 +80,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 """Rows by architecture; their order has no meaning.
 
-Not chosen because unmeasured and doubtful: ``conv2d_hwnc`` and with it ``sliding_block``,
-``cudnn``, and ``rot2`` of width 256, whose prediction is within 2 % of its parts'.
+Not chosen because unmeasured and doubtful: ``cudnn``, and ``rot2`` of width 256, whose prediction
+is within 2 % of its parts'. The kernels in ``kernels/experimental`` have no rows.
 """
 
 _LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}

@@ -9,33 +9,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .aten_ops import CHANNELS_LAST, AtenOps, conv_precision, matmul_precision
-from .choices import Choices, Decision, standard
+from .aten_ops import AtenOps, conv_precision, matmul_precision
+from .choices import Choices, standard
 from .errors import BackendError
 from .fold import Weights
-from .group_kernels import (
-    BY_NAME,
-    GROUP_KERNELS,
-    ConvHwnc,
-    Cudnn,
-    Launch,
-    Outputs,
-    SlidingBlock,
-    Stem,
-    StemHwnc,
-    from_rows,
-    is_flat,
-    layout_of,
-    rows,
-)
+from .group_kernels import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
 from .ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
+from .memory_format import CHANNELS_LAST, NHWC, Layout
 from .plan import Plan, Shape
-from .tuning import Arrangement, Case, Group, arrange, candidates, case_of, network_case
+from .tuning import Arrangement, Group, Pattern, arrange, candidates, case_of
 
 
 class TritonOps(AtenOps):
@@ -50,7 +37,7 @@ class TritonOps(AtenOps):
     """
 
     name = "triton"
-    take_any_layout = frozenset((Stem.name, StemHwnc.name))
+    fused: ClassVar[tuple[FusedKernel, ...]] = FUSED_KERNELS
 
     def __init__(self, *, cudnn: bool = False, choices: Choices | None = None) -> None:
         try:
@@ -58,7 +45,7 @@ class TritonOps(AtenOps):
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
-        self.cudnn = cudnn
+        self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
         self.choices = choices
         self._held = threading.local()
 
@@ -68,8 +55,8 @@ class TritonOps(AtenOps):
         return getattr(self._held, "scratch", None)
 
     def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
-        rules = self._rules(device)
-        return candidates(plan, rules, lambda group: self._takes(group, dtype, device))
+        patterns = self._patterns(device)
+        return candidates(plan, patterns, lambda group: self._supports(group, dtype, device))
 
     def arrange(
         self,
@@ -78,81 +65,58 @@ class TritonOps(AtenOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Arrangement:
-        barred = frozenset() if self.cudnn else frozenset((Cudnn.name,))
-        choices = self.choices or standard(device, barred)
+        choices = self._choices(device)
         kind = conv_precision() if dtype is torch.float32 else "half"
-        case = network_case(plan, shapes, kind)
-        layouts = self._hwnc(plan, choices, case, dtype, device)
-        rules = self._rules(device, "hwnc" if layouts else "nhwc")
-        layout = "hwnc" if ConvHwnc.name in rules else "nhwc"
-        reasons: dict[int, str] = {}
 
-        def chosen(group: Group) -> bool:
-            if not self._takes(group, dtype, device):
-                return False
-            kernel = BY_NAME[group.kernel]
+        def choose(group: Group) -> str | None:
+            kernel = self.by_name[group.kernel]
             # Launching with descriptors takes tens of microseconds where no CUDA graph hides them.
-            if kernel.copy_engine and plan.left and kernel.name not in choices.forced:
-                return False
-            found = choices.decide(kernel.choice or kernel.name, case_of(group, shapes, kind))
-            if isinstance(kernel, ConvHwnc):
-                found = Decision(not is_flat(group.steps[0].op), layouts[0].why)
-            if isinstance(kernel, SlidingBlock):
-                found = choices.decide(kernel.name, case)
-            if found.chosen:
-                reasons[id(group.steps[0])] = found.why
-            return found.chosen
+            if kernel.needs_tma and plan.left and kernel.name not in choices.forced:
+                return None
+            if not self._supports(group, dtype, device):
+                return None
+            found = choices.decide(kernel.name, case_of(group, shapes, kind))
+            return found.why if found.chosen else None
 
-        groups = arrange(plan, rules, chosen)
-        return Arrangement(groups, tuple(reasons.get(id(g.steps[0]), "") for g in groups), layout)
+        return arrange(plan, self._patterns(device), choose)
 
-    def _hwnc(
-        self,
-        plan: Plan,
-        choices: Choices,
-        case: Case | None,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> list[Decision]:
-        """The decisions for the layout HWNC: its own, or one for a kernel that needs it."""
-        if plan.left or choices.forced.get(ConvHwnc.name) is False:
-            return []
-        rule = {SlidingBlock.name: SlidingBlock.rule}
-        found = [choices.decide(name, case) for name in (ConvHwnc.name, SlidingBlock.name)]
-        if found[1].chosen and not candidates(plan, rule, lambda g: self._takes(g, dtype, device)):
-            del found[1]
-        return [decision for decision in found if decision.chosen]
+    def _choices(self, device: torch.device) -> Choices:
+        absent = frozenset(k.name for k in self.fused) - self.by_name.keys()
+        return self.choices or standard(device, absent)
 
-    def _rules(self, device: torch.device, layout: str | None = None) -> dict[str, str]:
-        """The rule of each kernel that runs here, in networks of this or of any layout."""
-        copies = device.type == "cpu" or self.kernels.has_copy_engine(device)
-        return {
-            kernel.name: kernel.rule
-            for kernel in GROUP_KERNELS
-            if (layout is None or layout in kernel.layouts)
-            and (copies or not kernel.copy_engine)
-            and (self.cudnn or not isinstance(kernel, Cudnn))
-        }
+    def _patterns(self, device: torch.device) -> dict[str, Pattern]:
+        """The pattern of each fused kernel that can run here."""
+        tma = device.type == "cpu" or self.kernels.has_copy_engine(device)
+        return {k.name: k.pattern for k in self.by_name.values() if tma or not k.needs_tma}
 
-    def _takes(self, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
-        return BY_NAME[group.kernel].takes(self.kernels, group, dtype, device)
+    def _supports(self, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+        return self.by_name[group.kernel].supports(self.kernels, group, dtype, device)
+
+    def reads_any_layout(self, group: Group) -> bool:
+        return bool(group.kernel) and self.by_name[group.kernel].any_layout
+
+    def layout_of(self, inputs: list[Any]) -> Layout:
+        """The memory order in which a fused kernel runs on these inputs."""
+        return NHWC
 
     def setting(self) -> Hashable:
         return conv_precision()
 
     def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
-        return BY_NAME[group.kernel].prepare(self.kernels, group, prepared)
+        return self.by_name[group.kernel].prepare(self.kernels, group, prepared)
 
     def run_group(
         self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
     ) -> Outputs:
-        kernel = BY_NAME[group.kernel]
-        if not kernel.fits(inputs, prepared):
+        kernel = self.by_name[group.kernel]
+        if not kernel.accepts(inputs, prepared):
             return None
-        return kernel.run(Launch(self.kernels, group, prepared, extra, inputs, self.scratch))
+        layout = self.layout_of(inputs)
+        call = FusedCall(self.kernels, group, prepared, extra, inputs, self.scratch, layout)
+        return kernel.run(call)
 
     def serves_group(self, group: Group) -> str:
-        return BY_NAME[group.kernel].label(group)
+        return self.by_name[group.kernel].label(group)
 
     @contextmanager
     def scratch_held(self, device: torch.device) -> Iterator[Any]:
@@ -168,8 +132,6 @@ class TritonOps(AtenOps):
     def conv(
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
-        if is_flat(op) and layout_of(x) == "hwnc":
-            return self._rows_conv(op, prepared, x, residual, in_place)
         weight, bias = prepared
         if residual is not None:
             residual = residual.contiguous(memory_format=CHANNELS_LAST)
@@ -188,19 +150,10 @@ class TritonOps(AtenOps):
             scratch=self.scratch,
         )
 
-    def _rows_conv(
-        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
-    ) -> Tensor:
-        """A 1x1 convolution of HWNC images: their pixels are as many images of one pixel."""
-        columns = rows(x, "hwnc")[:, :, None, None]
-        other = None if residual is None else rows(residual, "hwnc")[:, :, None, None]
-        y = self.conv(op, prepared, columns, other, in_place)
-        return from_rows(y.flatten(1), x, "hwnc")
-
     def linear(self, op: Linear, prepared: Any, x: Tensor) -> Tensor:
         weight, bias = prepared
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = self.kernels.linear(
+        y = self.kernels.linear.linear(
             rows,
             weight,
             bias,

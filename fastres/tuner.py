@@ -20,9 +20,7 @@ from .aten_ops import AtenOps, conv_precision
 from .checkpoint import check_target
 from .choices import (
     APART,
-    Choices,
     Measurement,
-    architecture_of,
     cache_path,
     machine,
     only,
@@ -31,21 +29,17 @@ from .choices import (
 from .engine import Executor
 from .errors import BackendError
 from .fold import Weights, fold_step
-from .group_kernels import BY_NAME
-from .ir import Conv2d, Flatten, Parameter, Ref, attribute, refs
+from .ir import Conv2d, Flatten, Parameter, Ref, attribute
 from .plan import Plan, Shape, Step
 from .timing import captured, one_line
 from .triton_ops import TritonOps
-from .tuning import Case, Group, case_of, network_case, singly
+from .tuning import Case, Group, case_of, singly
 from .verify import rms
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]
 Progress = Callable[[int, int], None]
 
 DEFAULT = "conv2d"
-LAYOUT = "conv2d_hwnc"
-BLOCK = "sliding_block"  # in that layout alone, so a choice for the whole network as well
-LEAST_FOR_LAYOUT = 32  # images, so that a pixel's fill half a tile at least
 JUDGED = 4  # images at each end of a batch
 COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
 REPLAYS = 7
@@ -89,18 +83,10 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
         case = case_of(group, shapes, kind)
         if case is None or isinstance(group.steps[0].op, Flatten):
             continue
-        if group.kernel and "nhwc" not in BY_NAME[group.kernel].layouts:
-            continue
         plainest = DEFAULT if len(group.steps) == 1 else APART
         trial = found.setdefault(case.key, Trial(case, dtype, group, shapes, (plainest,)))
         if group.kernel and group.kernel not in trial.kernels:
             found[case.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
-    network = network_case(whole, shapes, kind)
-    if network and network.batch >= LEAST_FOR_LAYOUT and any(g.kernel == LAYOUT for g in options):
-        outputs = tuple(dict.fromkeys(refs(whole.output)))
-        everything = Group("", whole.steps, (whole.parameters[0].name,), outputs)
-        ways = (APART, LAYOUT, *((BLOCK,) if any(g.kernel == BLOCK for g in options) else ()))
-        found[network.key] = Trial(network, dtype, everything, shapes, ways)
     return tuple(found.values())
 
 
@@ -244,11 +230,8 @@ class _Session:
         return 0.0 if view else self._best.get(work)
 
     def _executor(self, trial: Trial, kernel: str) -> Executor:
-        """Runs the piece by one kernel, or the whole network in one layout."""
+        """Runs the piece by one kernel."""
         choices = only(*(() if kernel in (DEFAULT, APART) else (kernel,)))
-        if LAYOUT in trial.kernels:
-            forced = {LAYOUT: kernel != APART, BLOCK: kernel == BLOCK}
-            choices = Choices(architecture_of(self.device), _by_case(self.found), forced)
         ops = TritonOps(cudnn=True, choices=choices)
         return Executor(_piece(trial.group), self.module, ops, trial.dtype)
 

@@ -1,6 +1,6 @@
 """Which consecutive steps one kernel may serve, alone or together, and what the choice may rest on.
 
-A rule looks at the steps from one position on and says how many of them its kernel takes. What a
+A pattern looks at the steps from one position on and says how many of them its kernel takes. What a
 group means is exactly its steps run in order, so any backend may run them one by one instead.
 """
 
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
-from hashlib import sha256
 
 from .ir import Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, Operation, refs
 from .plan import Plan, Shape, Step
 
-Rule = Callable[[Sequence[Step], dict[str, int]], int]
+Pattern = Callable[[Sequence[Step], dict[str, int]], int]
 Shapes = Mapping[str, Shape | None]
 
 
@@ -38,12 +37,10 @@ class Arrangement:
 
     Attributes:
         why: for each group, the reason for its kernel; empty where there was no choice.
-        layout: memory order of the activations between the groups, ``"nhwc"`` or ``"hwnc"``.
     """
 
     groups: tuple[Group, ...]
     why: tuple[str, ...] = ()
-    layout: str = "nhwc"
 
 
 @dataclass(frozen=True)
@@ -81,17 +78,6 @@ def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
     return Case(tuple(work), source[0], rows, source[1], arithmetic)
 
 
-def network_case(plan: Plan, shapes: Shapes, arithmetic: str) -> Case | None:
-    """The case that a whole plan is, for choices that concern all of it."""
-    work = [_work(step, shapes) for step in plan.steps]
-    source = shapes.get(plan.parameters[0].name) if len(plan.parameters) == 1 else None
-    if source is None or len(source) != 4 or not all(work):
-        return None
-    digest = sha256("; ".join(work).encode()).hexdigest()[:16]
-    name = f"network of {len(work)} steps {digest}, images of {source[2]}x{source[3]}"
-    return Case((name,), source[0], source[0] * source[2] * source[3], source[1], arithmetic)
-
-
 def _work(step: Step, shapes: Shapes) -> str:
     """``Conv2d 64>256 k1x1 s1x1 ...``, with the sizes of what goes in and comes out."""
     source, result = shapes.get(step.inputs[0]), shapes.get(step.name)
@@ -116,46 +102,47 @@ def _geometry(op: Operation) -> str:
 
 
 def arrange(
-    plan: Plan,
-    rules: Iterable[str] | Mapping[str, str],
-    takes: Callable[[Group], bool] | None = None,
-) -> tuple[Group, ...]:
-    """The plan's steps in order, joined greedily by the named rules, the first that fits first.
+    plan: Plan, patterns: Mapping[str, Pattern], choose: Callable[[Group], str | None] | None = None
+) -> Arrangement:
+    """The plan's steps in order, joined greedily by the patterns, the first that fits first.
 
     Args:
         plan: what runs.
-        rules: by preference, names out of :data:`RULES`, or names of kernels with their rules'.
-        takes: may refuse a group, whose steps then stay by themselves; by default all are taken.
+        patterns: by the name of their kernel, in order of preference.
+        choose: the reason for a group's kernel, or None, and its steps stay by themselves; by
+            default all groups are taken.
     """
     readers = count_readers(plan)
-    groups: list[Group] = []
+    found: list[tuple[Group, str]] = []
     position = 0
     while position < len(plan.steps):
         ahead = plan.steps[position:]
-        found = _groups_at(ahead, rules, readers)
+        tried = (
+            (group, choose(group) if choose else "")
+            for group in _groups_at(ahead, patterns, readers)
+        )
         single = _group("", ahead[:1], readers)
-        group = next((g for g in found if takes is None or takes(g)), single)
-        groups.append(group)
+        group, why = next(((g, why) for g, why in tried if why is not None), (single, ""))
+        found.append((group, why))
         position += len(group.steps)
-    return tuple(groups)
+    return Arrangement(tuple(g for g, _ in found), tuple(why for _, why in found))
 
 
 def candidates(
-    plan: Plan, rules: Iterable[str] | Mapping[str, str], takes: Callable[[Group], bool]
+    plan: Plan, patterns: Mapping[str, Pattern], takes: Callable[[Group], bool]
 ) -> tuple[Group, ...]:
-    """Every group of the plan that a rule finds and ``takes`` admits, overlapping ones too."""
+    """Every group of the plan that a pattern finds and ``takes`` admits, overlapping ones too."""
     readers = count_readers(plan)
-    found = (_groups_at(plan.steps[i:], rules, readers) for i in range(len(plan.steps)))
+    found = (_groups_at(plan.steps[i:], patterns, readers) for i in range(len(plan.steps)))
     return tuple(group for groups in found for group in groups if takes(group))
 
 
 def _groups_at(
-    ahead: tuple[Step, ...], rules: Iterable[str] | Mapping[str, str], readers: dict[str, int]
+    ahead: tuple[Step, ...], patterns: Mapping[str, Pattern], readers: dict[str, int]
 ) -> Iterator[Group]:
     """The groups that begin with the first of these steps."""
-    named = rules if isinstance(rules, Mapping) else {name: name for name in rules}
-    for name, rule in named.items():
-        if length := RULES[rule](ahead, readers):
+    for name, pattern in patterns.items():
+        if length := pattern(ahead, readers):
             yield _group(name, ahead[:length], readers)
 
 
@@ -187,7 +174,7 @@ def _group(kernel: str, steps: tuple[Step, ...], readers: dict[str, int]) -> Gro
     )
 
 
-def _stem_pool(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def stem_pool(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """A convolution with ReLU and the max pool that is its only reader."""
     if len(steps) < 2 or not _is_conv(steps[0], relu=True) or _adds(steps[0]):
         return 0
@@ -196,7 +183,7 @@ def _stem_pool(steps: Sequence[Step], readers: dict[str, int]) -> int:
     return 2 if chained and readers[steps[0].name] == 1 else 0
 
 
-def _pool_linear(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def pool_linear(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """Global average pool, flatten, classifier."""
     kinds = (GlobalAvgPool, Flatten, Linear)
     head = steps[:3]
@@ -213,10 +200,10 @@ def _expand(steps: Sequence[Step], readers: dict[str, int]) -> int:
         return 0
     if _is_conv(steps[0], relu=True) and _adds(steps[0]):
         return 1
-    return _expand_project(steps, readers)
+    return expand_project(steps, readers)
 
 
-def _expand_project(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def expand_project(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """The last 1x1 of a block and the projection that adds to it: one product of two sources."""
     if len(steps) < 2 or not _is_conv(steps[0], kernel=1, stride=1, relu=False) or _adds(steps[0]):
         return 0
@@ -226,7 +213,7 @@ def _expand_project(steps: Sequence[Step], readers: dict[str, int]) -> int:
     return 2 if summed else 0
 
 
-def _expand_reduce(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def expand_reduce(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """The end of a bottleneck and the next one's first 1x1, which reads it."""
     end = _expand(steps, readers)
     if not end or len(steps) <= end:
@@ -236,22 +223,22 @@ def _expand_reduce(steps: Sequence[Step], readers: dict[str, int]) -> int:
     return end + 1 if reads and _is_conv(reduce, kernel=1, stride=1, relu=True) else 0
 
 
-def _bottleneck_tail(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def bottleneck_tail(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """A bottleneck's 3x3, its end, and the next one's first 1x1 where there is one."""
     if not steps or not _is_conv(steps[0], kernel=3, relu=True) or _adds(steps[0]):
         return 0
     rest = steps[1:]
-    end = _expand_reduce(rest, readers) or _expand(rest, readers)
+    end = expand_reduce(rest, readers) or _expand(rest, readers)
     chained = bool(end) and rest[0].inputs[0] == steps[0].name and readers[steps[0].name] == 1
     return 1 + end if chained else 0
 
 
-def _flat(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def flat(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """A 1x1 convolution that keeps all pixels: a matrix product of rows."""
     return int(bool(steps) and _is_conv(steps[0], kernel=1, stride=1))
 
 
-def _convolution(steps: Sequence[Step], readers: dict[str, int]) -> int:
+def convolution(steps: Sequence[Step], readers: dict[str, int]) -> int:
     """Any convolution by itself."""
     return int(bool(steps) and isinstance(steps[0].op, Conv2d))
 
@@ -270,14 +257,3 @@ def _is_conv(
 
 def _adds(step: Step) -> bool:
     return isinstance(step.op, Conv2d) and step.op.residual
-
-
-RULES: dict[str, Rule] = {
-    "stem_pool": _stem_pool,
-    "pool_linear": _pool_linear,
-    "expand_project": _expand_project,
-    "expand_reduce": _expand_reduce,
-    "bottleneck_tail": _bottleneck_tail,
-    "flat": _flat,
-    "convolution": _convolution,
-}

@@ -6,27 +6,14 @@ if __name__ != "fastres.kernels":
         "(a second copy would register the same custom operators twice)"
     )
 
+from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
 from ._common import INTERPRETED, LAUNCHES
 from ._config import TileConfig, machine_of
 from ._tma import has_copy_engine
 from .conv import conv2d, conv2d_ref, new_scratch
 from .elementwise import add_relu, add_relu_ref, relu, relu_ref
-from .gemm import gemm, gemm_pair
-from .gemm import supports as gemm_supports
 from .global_pool import global_avg_pool, global_avg_pool_ref
-from .head import head, head_ref
-from .hwnc import conv2d_hwnc
-from .hwnc import supports as hwnc_supports
-from .linear import linear, linear_ref
 from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
-from .rot2 import rot2
-from .rot2 import supports as rot2_supports
-from .stem import pack_stem_weight, stem, stem_ref
-
-try:
-    from . import sliding_fused
-except ImportError:  # a Triton whose Gluon, which is experimental, has another form
-    sliding_fused = None  # type: ignore[assignment]
 
 __all__ = [
     "INTERPRETED",
@@ -36,30 +23,24 @@ __all__ = [
     "add_relu_ref",
     "avg_pool2d",
     "avg_pool2d_ref",
+    "conv",
     "conv2d",
-    "conv2d_hwnc",
     "conv2d_ref",
+    "elementwise",
     "gemm",
-    "gemm_pair",
-    "gemm_supports",
     "global_avg_pool",
     "global_avg_pool_ref",
+    "global_pool",
     "has_copy_engine",
     "head",
-    "head_ref",
-    "hwnc_supports",
     "linear",
-    "linear_ref",
     "machine_of",
     "max_pool2d",
     "max_pool2d_ref",
     "new_scratch",
-    "pack_stem_weight",
+    "pool",
     "relu",
     "relu_ref",
     "rot2",
-    "rot2_supports",
-    "sliding_fused",
     "stem",
-    "stem_ref",
 ]

@@ -179,24 +179,6 @@ def check_contiguous(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must be contiguous, got {describe(t)}")
 
 
-def is_hwnc(x: Tensor) -> bool:
-    """Images (N, C, H, W) of a supported dtype, dense in that order and not in NHWC."""
-    if x.dim() != 4 or not x.numel() or x.is_contiguous(memory_format=torch.channels_last):
-        return False
-    check_tensor("x", x, 4)
-    return x.permute(2, 3, 0, 1).is_contiguous()
-
-
-def check_hwnc(name: str, t: Tensor, shape: Sequence[int] | None, x: Tensor) -> None:
-    """Dense (H, W, N, C), of ``shape`` if one is given, of the dtype and on the device of ``x``."""
-    check_tensor(name, t, 4)
-    check_like(name, t, x)
-    if shape is not None:
-        check_shape(name, t, shape)
-    if not t.is_contiguous():
-        raise ValueError(f"{name} must be contiguous (H, W, N, C), got {describe(t)}")
-
-
 def check_matrix(name: str, w: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A dense row-major matrix of ``shape``, of the dtype and on the device of the input ``x``."""
     check_tensor(name, w, 2)

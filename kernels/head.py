@@ -2,7 +2,7 @@
 
     y[n, k] = sum_c mean over pixels of x[n, c, :, :] * w[k, c] + b[k]
 
-x (N, C, H, W) is dense NHWC (``channels_last``) or HWNC, w (K, C) and y (N, K) row-major; float32,
+x (N, C, H, W) is dense NHWC (``channels_last``), w (K, C) and y (N, K) row-major; float32,
 float16 or bfloat16, b may be float32. Sums are float32; a mean is rounded once and that rounded
 value is multiplied. Rejected: other layouts and dtypes, images without pixels, ``out`` over an
 input. Method: programs share the channels, so that a small batch fills the GPU, and the last to
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -32,7 +31,6 @@ from ._common import (
     check_tensor,
     check_vector,
     dot,
-    is_hwnc,
     launch,
     needs_int64,
     rounded,
@@ -71,14 +69,14 @@ CONFIGS: tuple[HeadConfig, ...] = (
 
 
 @triton.jit
-def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, IMAGE, STRIDE, C, BLOCK_P: tl.constexpr):
+def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
     """Sums over the pixels of the images [BM] and channels [BC]."""
     if image.shape[0] == 1:  # a plane of two dimensions, which agrees with the weights' layout
-        first = x_ptr + tl.sum(image) * IMAGE * C
+        first = x_ptr + tl.sum(image) * PIXELS * C
         total = tl.zeros((c.shape[0],), tl.float32)
         for p0 in range(0, PIXELS, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
-            row = (tl.where(p < PIXELS, p, 0) * STRIDE).to(image.dtype)  # [BP]
+            row = tl.where(p < PIXELS, p, 0).to(image.dtype)  # [BP]
             ok = (p < PIXELS)[:, None] & c_ok[None, :]
             x = tl.load(first + (row[:, None] * C + c[None, :]), mask=ok, other=0.0)
             total += tl.sum(x.to(tl.float32), axis=0)
@@ -86,24 +84,22 @@ def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, IMAGE, STRIDE, C, BLOCK_P: 
     total = tl.zeros((image.shape[0], c.shape[0]), tl.float32)
     for p0 in range(0, PIXELS, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        row = image[:, None] * IMAGE + tl.where(p < PIXELS, p, 0)[None, :] * STRIDE  # [BM, BP]
+        row = image[:, None] * PIXELS + tl.where(p < PIXELS, p, 0)[None, :]  # [BM, BP]
         ok = n_ok[:, None, None] & (p < PIXELS)[None, :, None] & c_ok[None, None, :]
         x = tl.load(x_ptr + row[:, :, None] * C + c[None, None, :], mask=ok, other=0.0)
         total += tl.sum(x.to(tl.float32), axis=1)
     return total
 
 
-@triton.jit(do_not_specialize=["N", "PIXELS", "IMAGE", "STRIDE", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "PIXELS", "SPLITS"])
 def head_kernel(
-    x_ptr,  # [N, PIXELS, C] or [PIXELS, N, C]
+    x_ptr,  # [N, PIXELS, C]
     w_ptr,  # [K, C]
     b_ptr,  # [K] or None
     y_ptr,  # [N, K]
     scratch_ptr,  # as conv.py's, None without splits
     N,
     PIXELS,
-    IMAGE,  # rows from an image to the next
-    STRIDE,  # rows from a pixel to the next
     C,
     K,
     SPLITS,  # programs that share the reduction of a tile
@@ -141,9 +137,7 @@ def head_kernel(
             c = c % C
         w_offset = output[:, None] * C + c[None, :]
         w = tl.load(w_ptr + w_offset, mask=c_ok[None, :], other=0.0)  # [BN, BC]
-        total = _pixel_sums(
-            x_ptr, image, n_ok, c, c_ok, PIXELS, IMAGE, STRIDE, C, BLOCK_P
-        )  # [BM, BC]
+        total = _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P)  # [BM, BC]
         mean = tl.div_rn(total, tl.broadcast_to(PIXELS.to(tl.float32), total.shape))
         mean = rounded(mean, x_ptr.dtype.element_ty)
         if BLOCK_M == 1:  # too few rows for a matrix product
@@ -211,8 +205,7 @@ def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
 
 def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:
     """Refuse what the kernel does not take; otherwise the shape of the output."""
-    if not is_hwnc(x):
-        check_image(x)
+    check_image(x)
     check_tensor("w", w, 2)
     check_like("w", w, x)
     check_shape("w", w, (w.shape[0], x.shape[1]))
@@ -236,8 +229,7 @@ def head(
     """``linear(global_avg_pool(x), w, b)`` in one kernel.
 
     Args:
-        x: (N, C, H, W), channels_last or dense in the order (H, W, N, C), float32, float16 or
-            bfloat16.
+        x: (N, C, H, W), channels_last, float32, float16 or bfloat16.
         w: (K, C), contiguous, of x's dtype.
         b: (K,), float32 or x's dtype.
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
@@ -284,7 +276,6 @@ def head(
         ),
         batch,
         height * width,
-        *((1, batch) if is_hwnc(x) else (height * width, 1)),
         channels,
         shape[1],
         config.splits,
@@ -298,20 +289,3 @@ def head(
         num_warps=config.num_warps,
     )
     return out
-
-
-@torch.library.custom_op("fastres::head", mutates_args=(), device_types="cuda")
-def head_op(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> Tensor:
-    """:func:`head` as a functional operator for torch.compile and torch.export."""
-    return head(x, w, b, precision=precision)
-
-
-@head_op.register_fake
-def _(x, w, b, precision):
-    return x.new_empty(_check(x, w, b, precision))
-
-
-@head_op.register_kernel("cpu")
-def _(x, w, b, precision):
-    _check(x, w, b, precision)
-    return head_ref(x, w, b)

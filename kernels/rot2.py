@@ -296,23 +296,3 @@ def rot2(
         num_stages=config.num_stages,
     )
     return x_next, t_next
-
-
-@torch.library.custom_op("fastres::rot2", mutates_args=(), device_types="cuda")
-def rot2_op(
-    t: Tensor, w3: Tensor, b3: Tensor | None, x: Tensor, w1: Tensor, b1: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """:func:`rot2` as a functional operator for torch.compile and torch.export."""
-    return rot2(t, w3, b3, x, w1, b1)
-
-
-@rot2_op.register_fake
-def _(t, w3, b3, x, w1, b1):
-    _check(t, w3, b3, x, w1, b1)
-    return torch.empty_like(x), x.new_empty(x.shape[0], w1.shape[0])
-
-
-@rot2_op.register_kernel("cpu")
-def _(t, w3, b3, x, w1, b1):
-    _check(t, w3, b3, x, w1, b1)
-    return rot2_ref(t, w3, b3, x, w1, b1)

@@ -35,7 +35,6 @@ from ._common import (
     check_shape,
     check_tensor,
     check_vector,
-    describe,
     dot,
     launch,
     needs_int64,
@@ -163,9 +162,7 @@ def stem_kernel(
     b_ptr,  # [K] or None
     scale_ptr,  # [C] or None
     shift_ptr,  # [C] or None
-    y_ptr,  # [N, POOLED_P, POOLED_Q, K] or [POOLED_P, POOLED_Q, N, K]
-    y_image,  # elements from one image to the next
-    y_pixel,  # and from one pixel to the next
+    y_ptr,  # [N, POOLED_P, POOLED_Q, K]
     H,
     line,  # W, times C unless PLANAR
     P,  # of the convolution's output
@@ -196,7 +193,7 @@ def stem_kernel(
         image = image.to(tl.int64)
     plane = H * line
     x_ptr += image * (plane * C if PLANAR else plane)
-    y_ptr += image * y_image
+    y_ptr += image * (POOLED_P * POOLED_Q * K)
 
     # Row i of a tile is pooled column 2u + v, u running over bits 0 to 2 and 4 up of i and v being
     # bit 3 (see _row_halves). Column 0 of a tile only hands its odd neighbour to column 1.
@@ -234,7 +231,7 @@ def stem_kernel(
                 at = row // 2 * POOLED_Q + column
                 if INT64:
                     at = at.to(tl.int64)
-                at *= y_pixel
+                at *= K
                 c = n0 + tl.arange(0, BLOCK_N)
                 c_ok = (c < K)[None, :]
                 if b_ptr is not None:
@@ -246,7 +243,7 @@ def stem_kernel(
                 at0 = y_ptr + at[:, None] + c[None, :]
                 store_rounded(at0, relu_keeping_nan(best0), ok[:, None] & c_ok)
                 ok = column + 1 < POOLED_Q
-                store_rounded(at0 + y_pixel, relu_keeping_nan(best1), ok[:, None] & c_ok)
+                store_rounded(at0 + K, relu_keeping_nan(best1), ok[:, None] & c_ok)
             best0 = here0
             best1 = here1
 
@@ -364,27 +361,6 @@ def select_config(problem: _Problem, kind: str, machine: Machine) -> StemConfig:
     return min(CONFIGS[kind], key=lambda row: estimated_cycles(row, problem, machine))
 
 
-def _empty(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, hwnc: bool
-) -> Tensor:
-    """Memory for images (N, K, P, Q)."""
-    n, k, p, q = shape
-    if hwnc:
-        return torch.empty(p, q, n, k, dtype=dtype, device=device).permute(2, 3, 0, 1)
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-
-
-def _check_out(out: Tensor, shape: tuple[int, int, int, int], w: Tensor, hwnc: bool) -> None:
-    if not hwnc:
-        check_activation("out", out, shape, w)
-        return
-    check_tensor("out", out, 4)
-    check_like("out", out, w)
-    check_shape("out", out, shape)
-    if not out.permute(2, 3, 0, 1).is_contiguous():
-        raise ValueError(f"out must be dense in the order (H, W, N, C), got {describe(out)}")
-
-
 def stem(
     x: Tensor,
     w: Tensor,
@@ -394,7 +370,6 @@ def stem(
     shift: Tensor | None = None,
     packed: Tensor | None = None,
     precision: str = "ieee",
-    hwnc: bool = False,
     out: Tensor | None = None,
     config: StemConfig | None = None,
 ) -> Tensor:
@@ -408,12 +383,11 @@ def stem(
             stays zero, as where users normalise their images first.
         packed: ``pack_stem_weight(w, planar=x.is_contiguous())``, to save making it.
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
-        hwnc: whether the output's memory is in the order (H, W, N, C), not in NHWC.
-        out: where to write, in that order; must not overlap an input.
+        out: where to write, channels_last; must not overlap an input.
         config: the strip to use instead of the selected one.
 
     Returns:
-        (N, K, P, Q), channels_last or in HWNC, of w's dtype. A batch of 0 launches nothing.
+        (N, K, P, Q), channels_last, of w's dtype. A batch of 0 launches nothing.
 
     Raises:
         TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
@@ -421,9 +395,9 @@ def stem(
     shape = _check(x, w, b, scale, shift, precision)
     check_device(x)
     if out is None:
-        out = _empty(shape, w.dtype, x.device, hwnc)
+        out = torch.empty(shape, dtype=w.dtype, device=x.device, memory_format=torch.channels_last)
     else:
-        _check_out(out, shape, w, hwnc)
+        check_activation("out", out, shape, w)
         check_out_memory(out, apart={"x": x, "w": w, "b": b}, same={})
     if not out.numel():
         return out
@@ -441,7 +415,6 @@ def stem(
     if config is None:
         kind = "single" if w.dtype == torch.float32 else "half"
         config = select_config(problem, kind, machine_of(x.device))
-    pixels = pooled_p * pooled_q
     launch(
         stem_kernel,
         problem.programs(config),
@@ -452,8 +425,6 @@ def stem(
         scale,
         shift,
         out,
-        outputs if hwnc else pixels * outputs,
-        batch * outputs if hwnc else outputs,
         height,
         width if planar else width * channels,
         window_count(height, WINDOW, STRIDE, PADDING, 1),
@@ -475,28 +446,3 @@ def stem(
         num_stages=config.num_stages,
     )
     return out
-
-
-@torch.library.custom_op("fastres::stem", mutates_args=(), device_types="cuda")
-def stem_op(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    precision: str,
-) -> Tensor:
-    """:func:`stem` as a functional operator for torch.compile and torch.export."""
-    return stem(x, w, b, scale=scale, shift=shift, precision=precision)
-
-
-@stem_op.register_fake
-def _(x, w, b, scale, shift, precision):
-    shape = _check(x, w, b, scale, shift, precision)
-    return torch.empty(shape, dtype=w.dtype, device=x.device, memory_format=torch.channels_last)
-
-
-@stem_op.register_kernel("cpu")
-def _(x, w, b, scale, shift, precision):
-    _check(x, w, b, scale, shift, precision)
-    return stem_ref(x, w, b, scale=scale, shift=shift)

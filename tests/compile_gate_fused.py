@@ -14,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, astuple
 from functools import partial
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -24,20 +23,15 @@ import torch
 from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastres.kernels import _tma
+from fastres.kernels import _tma, gemm, head, rot2, stem
 from fastres.kernels._config import Machine, TileConfig
-
-# The package gives some of these names to functions.
-NAMES = ("gemm", "head", "hwnc", "rot2", "sliding", "sliding_fused", "stem")
-gemm, head, hwnc, rot2, sliding, sliding_fused, stem = (
-    import_module(f"fastres.kernels.{name}") for name in NAMES
-)
+from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
-_tma.has_copy_engine = sliding.runs_on = sliding_fused.runs_on = lambda device: True
+_tma.has_copy_engine = conv3x3_hwnc.runs_on = bottleneck_hwnc.runs_on = lambda device: True
 HOPPER = Machine(132, 227 * 1024)
-gemm.machine_of = rot2.machine_of = sliding_fused.machine_of = lambda device: HOPPER
+gemm.machine_of = rot2.machine_of = bottleneck_hwnc.machine_of = lambda device: HOPPER
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -242,7 +236,7 @@ def hwnc_cases(full: bool) -> Iterator[Case]:
 
 
 def sliding_run(
-    row: sliding.SlidingConfig, batch: int, bias: bool, residual: bool, dtype: torch.dtype
+    row: conv3x3_hwnc.SlidingConfig, batch: int, bias: bool, residual: bool, dtype: torch.dtype
 ) -> None:
     w = fake(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
     hwnc.conv2d_hwnc(
@@ -264,10 +258,10 @@ SLIDING_PATHS = {
 
 
 def sliding_cases(full: bool) -> Iterator[Case]:
-    for row, (path, sizes) in product(sliding.CONFIGS, SLIDING_PATHS.items()):
+    for row, (path, sizes) in product(conv3x3_hwnc.CONFIGS, SLIDING_PATHS.items()):
         for dtype in HALVES if full else HALVES[:1]:
             yield Case(
-                "sliding",
+                "conv3x3_hwnc",
                 f"{path} {short(dtype)}",
                 " ".join(map(str, astuple(row))),
                 "sm_90",
@@ -279,9 +273,9 @@ def sliding_cases(full: bool) -> Iterator[Case]:
             )
 
 
-def block_run(row: sliding_fused.SlidingBlockConfig, reduced: int, dtype: torch.dtype) -> None:
+def block_run(row: bottleneck_hwnc.SlidingBlockConfig, reduced: int, dtype: torch.dtype) -> None:
     w2 = fake(64, 64, 3, 3, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    sliding_fused.sliding_block(
+    bottleneck_hwnc.bottleneck_hwnc(
         fake(56, 56, 256, 64, dtype=dtype),
         w2,
         fake(64),
@@ -295,12 +289,12 @@ def block_run(row: sliding_fused.SlidingBlockConfig, reduced: int, dtype: torch.
 
 
 def block_cases(full: bool) -> Iterator[Case]:
-    for row, reduced in product(sliding_fused.CONFIGS, (0, 64, 128)):
-        if not sliding_fused.fits(row, 256, reduced, HOPPER):
+    for row, reduced in product(bottleneck_hwnc.CONFIGS, (0, 64, 128)):
+        if not bottleneck_hwnc.fits(row, 256, reduced, HOPPER):
             continue
         for dtype in HALVES if full else HALVES[:1]:
             yield Case(
-                "sliding_block",
+                "bottleneck_hwnc",
                 f"64>{reduced} {short(dtype)}",
                 f"s{row.num_stages}",
                 "sm_90",

@@ -156,8 +156,8 @@ def check_linear(case: Case) -> None:
     b = None
     if case["bias"] != "none":
         b = operands(case["k"], dtype=operands.dtype if case["bias"] == "same" else torch.float32)
-    want = kernels.linear_ref(x, w, b, relu=case["relu"], upcast=True)
-    exact(want, operands, lambda out: kernels.linear(x, w, b, relu=case["relu"], out=out))
+    want = kernels.linear.linear_ref(x, w, b, relu=case["relu"], upcast=True)
+    exact(want, operands, lambda out: kernels.linear.linear(x, w, b, relu=case["relu"], out=out))
 
 
 @st.composite

@@ -7,14 +7,24 @@ import pytest
 import torch
 
 import fastres
+from fastres.backends import triton_ops
 from fastres.choices import Choices, only
 from fastres.engine import Executor
 from fastres.plan import of_module
-from fastres.triton_ops import TritonOps
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
-MODULES = ("conv", "gemm", "rot2", "head", "hwnc", "stem", "pool", "global_pool", "elementwise")
+MODULES = (
+    "conv",
+    "gemm",
+    "rot2",
+    "head",
+    "experimental.hwnc",
+    "stem",
+    "pool",
+    "global_pool",
+    "elementwise",
+)
 
 
 def variant(kernel, args, meta):
@@ -72,7 +82,7 @@ def test_fifty_batch_sizes_compile_little_and_after_the_first_dozen_almost_nothi
     The first dozen are spread over all; a size between may still be the first to want some tile.
     """
     model = fastres.resnet50().half()
-    made = Executor(of_module(model.eval()), model, TritonOps(choices=choices), torch.float16)
+    made = Executor(of_module(model.eval()), model, triton_ops(choices=choices), torch.float16)
     first = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 50]
     others = random.Random(0).sample(sorted(set(range(1, 51)) - set(first)), 38)
     counts = []

@@ -20,8 +20,9 @@ from fastres.choices import (
     only,
     store,
 )
-from fastres.tables import KERNELS, TABLES, family, shipped
-from fastres.tuning import Case, arrange, case_of
+from fastres.group_kernels import EXPERIMENTAL, KERNELS
+from fastres.tables import TABLES, family, shipped
+from fastres.tuning import Case, arrange, case_of, convolution, stem_pool
 
 CASE = Case(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
 FOUND = {CASE.key: {32: Measurement({"conv2d": 2e-5, "gemm": 1e-5}, {"cudnn": "wrong: 3 of 4"})}}
@@ -97,7 +98,7 @@ def test_gpus_without_a_table_of_their_own(architecture, expected):
 
 def test_doubtful_kernels_are_off_and_copy_engines_are_not_assumed():
     for architecture in (*TABLES, "sm_75"):
-        for doubtful in ("conv2d_hwnc", "cudnn", "sliding_block"):
+        for doubtful in (*EXPERIMENTAL, "cudnn"):
             assert shipped(architecture, doubtful, CASE) is None
     for old in ("sm_80", "sm_89", "gfx942", "sm_75", "sm_120"):
         for modern in ("gemm", "gemm_pair", "rot2"):
@@ -111,7 +112,7 @@ def test_cases_tell_geometries_apart():
     keys = set()
     for conv in (plain, wide, torch.nn.Conv2d(8, 8, 3, padding=1, groups=2)):
         whole = plan.build(fold.fold(trace.trace(torch.nn.Sequential(conv).eval())))
-        (group,) = arrange(whole, ("convolution",))
+        (group,) = arrange(whole, {"cudnn": convolution}).groups
         found = case_of(group, whole.shapes((2, 8, 9, 9)), "half")
         keys.add(found.key)
         assert (found.batch, found.rows, found.width) == (2, 162, 8)
@@ -122,7 +123,7 @@ def test_cases_tell_geometries_apart():
 
 def test_a_step_left_to_pytorch_has_no_case():
     whole = plan.build(fold.fold(trace.trace(fastres.resnet18().eval())))
-    (first, *_) = arrange(whole, ("stem_pool",))
+    (first, *_) = arrange(whole, {"stem": stem_pool}).groups
     assert case_of(first, whole.shapes(()), "half") is None
 
 

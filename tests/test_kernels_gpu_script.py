@@ -54,9 +54,11 @@ def test_every_section_plans_cases_of_distinct_names():
 
 def test_the_sliding_rows_are_tried_on_stand_ins_as_on_a_gpu(monkeypatch):
     """Each launch that the script would make of them, compared by the script itself."""
-    cases = [c for c in gpu_exact.cases(Setting(CPU)) if "sliding" in c.name.lower()]
+    cases = [
+        c for c in gpu_exact.cases(Setting(CPU)) if "sliding" in c.name or "bottleneck" in c.name
+    ]
     assert all(c.run()["exact"] is None for c in cases), "neither is offered to a CPU"
-    modules = (gpu_exact.sliding, gpu_exact.sliding_fused)
+    modules = (gpu_exact.conv3x3_hwnc, gpu_exact.bottleneck_hwnc)
     for module in modules:
         monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
         monkeypatch.setattr(module, "runs_on", lambda device: True)

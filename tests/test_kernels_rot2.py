@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
 from fastres.kernels import _tma as tma_module
+from fastres.kernels import rot2 as rot2_module
 from fastres.kernels._config import Machine
 from fastres.kernels.gemm import rows_of
 from fastres.kernels.rot2 import (
@@ -20,14 +20,12 @@ from fastres.kernels.rot2 import (
     Rot2Config,
     fits,
     rot2,
-    rot2_op,
     rot2_ref,
     select_config,
     supports,
 )
 
 interpreter = pytest.mark.interpreter
-rot2_module = import_module("fastres.kernels.rot2")  # the package names its function so too
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 SMALL = Rot2Config(16, 32, 4, 2)
 HOPPER = Machine(132, 227 * 1024)
@@ -247,7 +245,3 @@ def test_a_gpu_too_small_is_refused(device, monkeypatch):
     monkeypatch.setattr(rot2_module, "machine_of", lambda device: Machine(1, 1024))
     with pytest.raises(RuntimeError, match="no tile fits 1024 bytes"):
         rot2(*(t.to(device) if t is not None else None for t in (T, W3, None, X, W1, None)))
-
-
-def test_row40_opcheck():
-    torch.library.opcheck(rot2_op, (T, W3, torch.randn(64), X, W1, None))

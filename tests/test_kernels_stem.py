@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
+from fastres.kernels import stem as stem_module
 from fastres.kernels._config import Machine
 from fastres.kernels.stem import (
     CONFIGS,
@@ -19,12 +19,10 @@ from fastres.kernels.stem import (
     pack_stem_weight,
     select_config,
     stem,
-    stem_op,
     stem_ref,
 )
 
 interpreter = pytest.mark.interpreter
-stem_module = import_module("fastres.kernels.stem")  # the package names its function so too
 HALF, BFLOAT, FLOAT, BYTE = torch.float16, torch.bfloat16, torch.float32, torch.uint8
 SMALL = StemConfig(16, 3, 16, 64, 4, 1)
 
@@ -73,24 +71,6 @@ def test_row3_every_size_is_exact(integers, size, planar):
     x = images(integers, (1, channels, *size), FLOAT, planar)
     w, b = integers(5, channels, 7, 7, dtype=HALF), integers(5)
     assert torch.equal(stem(x, w, b, config=SMALL), expected(x, w, b))
-
-
-@interpreter
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("size", [(1, 1), (13, 18), (5, 66)], ids=str)
-def test_the_layout_hwnc_is_exact(integers, poisoned, size, batch):
-    x = images(integers, (batch, 3, *size), HALF, True)
-    w, b = integers(9, 3, 7, 7, dtype=HALF), integers(9)
-    want = expected(x, w, b)
-    n, k, p, q = want.shape
-    guarded = poisoned((want.numel(),), HALF)
-    out = guarded.out.view(p, q, n, k).permute(2, 3, 0, 1)
-    assert stem(x, w, b, hwnc=True, out=out, config=SMALL) is out
-    guarded.check()
-    assert torch.equal(out, want)
-    fresh = stem(x, w, b, hwnc=True, config=SMALL)
-    assert fresh.stride() == out.stride()
-    assert torch.equal(fresh, want)
 
 
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
@@ -150,11 +130,10 @@ def test_packed_weights_may_be_given(integers):
 
 @interpreter
 @pytest.mark.parametrize("planar", [True, False], ids=["NCHW", "NHWC"])
-@pytest.mark.parametrize("hwnc", [False, True])
-def test_row6_the_int64_path_is_exact(monkeypatch, integers, planar, hwnc):
+def test_row6_the_int64_path_is_exact(monkeypatch, integers, planar):
     monkeypatch.setattr(stem_module, "needs_int64", lambda *_: True)
     x, w = images(integers, (3, 2, 6, 7), HALF, planar), integers(4, 2, 7, 7, dtype=HALF)
-    assert torch.equal(stem(x, w, hwnc=hwnc, config=SMALL), expected(x, w))
+    assert torch.equal(stem(x, w, config=SMALL), expected(x, w))
 
 
 @interpreter
@@ -218,12 +197,6 @@ BAD = {
         ValueError,
         "out must be dense in channels_last order",
     ),
-    "out HWNC": (
-        {"out": torch.empty(2, 3, 3, 8).permute(0, 3, 1, 2), "x": X.repeat(2, 1, 1, 1)}
-        | {"hwnc": True},
-        ValueError,
-        r"out must be dense in the order \(H, W, N, C\)",
-    ),
     "out over w": ({"out": W.view(-1)[:72].view(1, 8, 3, 3)}, ValueError, "out"),
 }
 
@@ -247,10 +220,3 @@ def test_small_batches_take_small_strips():
     single = select_config(_Problem(1, 64, 56, 56), "half", hopper)
     assert large.columns > 56 > single.columns
     assert single.rows < large.rows
-
-
-@pytest.mark.parametrize("inputs", [FLOAT, BYTE], ids=str)
-def test_row40_opcheck(inputs):
-    vectors = (None, None) if inputs == FLOAT else (torch.rand(3), torch.randn(3))
-    x = X if inputs == FLOAT else (X * 50).byte()
-    torch.library.opcheck(stem_op, (x, W, torch.randn(8), *vectors, "ieee"))

@@ -1,7 +1,9 @@
 """Networks through every kernel for groups of steps, forced one by one and all together."""
 
 import copy
-from importlib import import_module
+import os
+import subprocess
+import sys
 
 import gluon_stand_in
 import pytest
@@ -12,16 +14,15 @@ from torch import nn
 
 import fastres
 from fastres import BasicBlock, Bottleneck, ResNet, fold, plan, trace
-from fastres.choices import Choices, Measurement, only
+from fastres.backends import triton_ops
+from fastres.choices import Choices, only
 from fastres.engine import Executor
-from fastres.tables import KERNELS
+from fastres.group_kernels import EXPERIMENTAL, KERNELS
 from fastres.triton_ops import TritonOps
-from fastres.tuning import network_case
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
 LAUNCHES = kernels.LAUNCHES
-hwnc = import_module("fastres.kernels.hwnc")
 
 HALF = torch.float16
 
@@ -39,7 +40,7 @@ def basic(**kwargs):
 def executor(model, dtype, *kernels, device="cpu"):
     """The model with these kernels wherever they can run, and no others."""
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
-    ops = TritonOps(cudnn=True, choices=only(*kernels))
+    ops = triton_ops(cudnn=True, choices=only(*kernels))
     return Executor(built, model.to(device), ops, dtype)
 
 
@@ -102,11 +103,10 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
 
     model = Features().eval().to(device)
     built = plan.build(fold.fold(trace.trace(model)))
-    made = Executor(
-        built, model, TritonOps(choices=only("stem", "conv2d_hwnc", "gemm", "gemm_pair")), HALF
-    )
+    ops = triton_ops(choices=only("stem", "conv2d_hwnc", "gemm", "gemm_pair"))
+    made = Executor(built, model, ops, HALF)
     x = real_images(2, 32).to(device, HALF)
-    assert made.plan.served_by.count("triton stem_hwnc") == 2
+    assert made.plan.served_by.count("triton stem") == 2
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         for view in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -117,11 +117,11 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
 
 
 SLIDING = {  # forced beside conv2d_hwnc: launches of each kernel for two stages, 2 + 1 blocks
-    (): {"sliding_kernel": 2, "conv2d_hwnc_kernel": 2, "sliding_block_kernel": 0},
-    ("sliding_block",): {
-        "sliding_kernel": 1,
+    (): {"conv3x3_hwnc_kernel": 2, "conv2d_hwnc_kernel": 2, "bottleneck_hwnc_kernel": 0},
+    ("bottleneck_hwnc",): {
+        "conv3x3_hwnc_kernel": 1,
         "conv2d_hwnc_kernel": 2,
-        "sliding_block_kernel": 1,
+        "bottleneck_hwnc_kernel": 1,
     },
 }
 
@@ -129,13 +129,14 @@ SLIDING = {  # forced beside conv2d_hwnc: launches of each kernel for two stages
 @pytest.mark.parametrize("more", SLIDING, ids=str)
 def test_a_network_through_the_sliding_kernels(more, device, monkeypatch):
     """Without a GPU on stand-ins; the second block's 3x3 ends with the next stage's reduction."""
-    sliding, fused = hwnc.sliding, kernels.sliding_fused
+    from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc
+
     if device.type == "cpu":
-        for module in (sliding, fused):
+        for module in (conv3x3_hwnc, bottleneck_hwnc):
             monkeypatch.setattr(module, "launch", counted_stand_in)
             monkeypatch.setattr(module, "runs_on", lambda device: True)
-        monkeypatch.setattr(sliding, "estimated_cycles", lambda *_: 0.0)
-    elif not sliding.runs_on(device):
+        monkeypatch.setattr(conv3x3_hwnc, "estimated_cycles", lambda *_: 0.0)
+    elif not conv3x3_hwnc.runs_on(device):
         pytest.skip("no warpgroup products but on sm_90")
     model = bottlenecks().to(device)
     made = executor(model, HALF, "stem", "gemm", "conv2d_hwnc", *more, device=device)
@@ -145,30 +146,41 @@ def test_a_network_through_the_sliding_kernels(more, device, monkeypatch):
         assert {name: LAUNCHES[name] for name in SLIDING[more]} == SLIDING[more]
 
 
-def test_the_sliding_block_brings_its_layout_where_it_can_run(device, monkeypatch):
+def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monkeypatch):
     if device.type == "cuda":
         pytest.skip("plans for a GPU that is not there")
-    monkeypatch.setattr(kernels.sliding_fused, "runs_on", lambda device: True)
+    from fastres.kernels.experimental import bottleneck_hwnc
 
-    def layout(model, *forced, **found):
-        ops = TritonOps(choices=Choices("sm_90", found.get("measured", {}), dict(forced)))
+    monkeypatch.setattr(bottleneck_hwnc, "runs_on", lambda device: True)
+
+    def chosen(model, *forced):
+        ops = triton_ops(choices=Choices("sm_90", {}, dict.fromkeys(forced, True)))
         whole = plan.of_module(model)
-        shapes = whole.shapes((64, 3, 32, 32))
-        arranged = ops.arrange(whole, shapes, HALF, device)
-        return arranged.layout, sum(g.kernel == "sliding_block" for g in arranged.groups)
+        groups = ops.arrange(whole, whole.shapes((64, 3, 32, 32)), HALF, device).groups
+        return {name: sum(g.kernel == name for g in groups) for name in EXPERIMENTAL}
 
-    block, hwnc = ("sliding_block", True), ("conv2d_hwnc", True)
-    assert layout(bottlenecks(), block) == layout(bottlenecks(), block, hwnc) == ("hwnc", 1)
-    assert layout(bottlenecks(), hwnc) == ("hwnc", 0)
-    assert layout(bottlenecks(), block, ("conv2d_hwnc", False)) == ("nhwc", 0)
-    assert layout(basic(), block) == ("nhwc", 0), "no bottleneck that it could serve"
+    block, conv = "bottleneck_hwnc", "conv2d_hwnc"
+    assert chosen(bottlenecks(), block) == {block: 1, conv: 0}
+    assert chosen(bottlenecks(), conv) == {block: 0, conv: 4}
+    assert chosen(bottlenecks(), block, conv) == {block: 1, conv: 3}
+    assert chosen(basic(), block) == {block: 0, conv: 0}, "no bottleneck that it could run"
+    assert chosen(bottlenecks(), "rot2") == {block: 0, conv: 0}
 
-    whole = plan.of_module(bottlenecks())
-    case = network_case(whole, whole.shapes((64, 3, 32, 32)), "half")
-    for fastest, found in (("sliding_block", ("hwnc", 1)), ("conv2d_hwnc", ("hwnc", 0))):
-        seconds = {"apart": 3.0, "conv2d_hwnc": 2.0, "sliding_block": 2.5} | {fastest: 1.0}
-        measured = {case.key: {64: Measurement(seconds, {})}}
-        assert layout(bottlenecks(), measured=measured) == found
+
+def test_experimental_kernels_are_loaded_only_where_they_are_named():
+    """Neither the package of kernels nor an ordinary network imports them."""
+    use = (
+        "import sys, torch, fastres; from fastres.backends import triton_ops;"
+        "triton_ops(); m = fastres.resnet20(backend='triton').eval(); m.plan();"
+        "print([name for name in sys.modules if 'experimental' in name and 'fastres' in name])"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    for forced, loaded in (("", False), ("-conv2d_hwnc", False), ("conv2d_hwnc", True)):
+        environment["FASTRES_KERNELS"] = forced
+        command = [sys.executable, "-c", use]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout.strip() != "[]") is loaded, (forced, done.stdout)
 
 
 def counted_stand_in(kernel, *args, **meta):
@@ -195,11 +207,11 @@ def test_whole_networks(name, size, forced, others, device, monkeypatch):
     monkeypatch.setenv("FASTRES_KERNELS", ",".join([forced, *(f"-{name}" for name in kept)]))
     model = hostile_(fastres.create_model(name)).to(device, HALF)
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
-    made = Executor(built, model, TritonOps(), HALF)
+    made = Executor(built, model, triton_ops(), HALF)
     x = real_images(2, size).to(device, HALF)
     LAUNCHES.clear()
     assert_right(made, model, x)
-    shown = {label.split()[-1].replace("stem_hwnc", "stem") for label in served(made)}
+    shown = {label.split()[-1] for label in served(made)}
     flat = set() if name == "resnet18" else {"gemm"}
     assert set(forced.split(",")) - {"gemm"} | flat <= shown
     assert LAUNCHES["conv2d_kernel"] == others
@@ -219,7 +231,7 @@ def test_ragged_batches(batch, planes, device):
     """
     model = bottlenecks(planes).to(device)
     x = real_images(batch, 7).to(device, HALF)
-    every = (name for name in KERNELS if name not in ("cudnn", "stem"))
+    every = (name for name in KERNELS | EXPERIMENTAL if name not in ("cudnn", "stem"))
     chosen = [name for name in every if planes == 64 or name != "conv2d_hwnc"]
     LAUNCHES.clear()
     assert_right(executor(model, HALF, *chosen, device=device), model, x)
@@ -229,7 +241,7 @@ def test_ragged_batches(batch, planes, device):
 
 def test_an_empty_batch_and_misaligned_images(device):
     model = bottlenecks(stem="cifar").to(device)
-    every = tuple(name for name in KERNELS if name != "cudnn")
+    every = tuple(name for name in KERNELS | EXPERIMENTAL if name != "cudnn")
     made = executor(model, HALF, *every, device=device)
     with torch.no_grad():
         assert made.run([torch.empty(0, 3, 8, 8, dtype=HALF, device=device)]).shape == (0, 8)

@@ -4,15 +4,34 @@ import pytest
 from torch import nn
 
 import fastres
-from fastres import fold, plan, trace
-from fastres.tuning import RULES, arrange, candidates
-
-JOINING = tuple(name for name in RULES if name not in ("flat", "convolution"))
-"""The rules that find several steps."""
+from fastres import fold, plan, trace, tuning
+from fastres.tuning import arrange, candidates
 
 
 def plan_of(module):
     return plan.build(fold.fold(trace.trace(module.eval())))
+
+
+PATTERNS = {
+    pattern.__name__: pattern
+    for pattern in (
+        tuning.stem_pool,
+        tuning.pool_linear,
+        tuning.expand_project,
+        tuning.expand_reduce,
+        tuning.bottleneck_tail,
+        tuning.flat,
+        tuning.convolution,
+    )
+}
+
+
+JOINING = tuple(name for name in PATTERNS if name not in ("flat", "convolution"))
+"""The patterns that find several steps."""
+
+
+def named(*names):
+    return {name: PATTERNS[name] for name in names}
 
 
 def kernels(groups):
@@ -30,16 +49,16 @@ def kernels(groups):
     ],
 )
 def test_groups_of_resnet50(rules, expected):
-    groups = arrange(plan_of(fastres.resnet50()), rules)
+    groups = arrange(plan_of(fastres.resnet50()), named(*rules)).groups
     found = kernels(groups)
     assert {name: found.count(name) for name in set(found)} == expected
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20"])
-@pytest.mark.parametrize("rules", [(), tuple(RULES), tuple(reversed(RULES))])
+@pytest.mark.parametrize("rules", [(), tuple(PATTERNS), tuple(reversed(PATTERNS))])
 def test_groups_keep_every_step_in_order(name, rules):
     whole = plan_of(fastres.create_model(name))
-    groups = arrange(whole, rules)
+    groups = arrange(whole, named(*rules)).groups
     assert [s for g in groups for s in g.steps] == list(whole.steps)
     available = {p.name for p in whole.parameters}
     for group in groups:
@@ -49,7 +68,7 @@ def test_groups_keep_every_step_in_order(name, rules):
 
 
 def test_a_value_with_another_reader_is_handed_out():
-    groups = arrange(plan_of(fastres.resnet50()), ("expand_reduce",))
+    groups = arrange(plan_of(fastres.resnet50()), named("expand_reduce")).groups
     inner = [g for g in groups if g.kernel == "expand_reduce" and "layer1" in g.steps[0].where]
     assert all(len(group.outputs) == 2 for group in inner), "the residual is needed by the next"
 
@@ -68,27 +87,30 @@ class TwiceRead(nn.Module):
 
 
 def test_a_stem_read_twice_is_not_joined():
-    assert kernels(arrange(plan_of(TwiceRead()), JOINING)) == []
+    assert kernels(arrange(plan_of(TwiceRead()), named(*JOINING)).groups) == []
 
 
 def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
     net = fastres.resnext50_32x4d()
-    assert kernels(arrange(plan_of(net), ("bottleneck_tail",))) == []
+    assert kernels(arrange(plan_of(net), named("bottleneck_tail")).groups) == []
     v1 = fastres.resnet50(stride_on="1x1")
     # In v1 the next stage's first 1x1 is strided, so 3 of the 15 pairs are not flat.
-    found = kernels(arrange(plan_of(v1), ("expand_reduce",)))
+    found = kernels(arrange(plan_of(v1), named("expand_reduce")).groups)
     assert found.count("expand_reduce") == 12
 
 
 def test_a_refused_group_stays_single_steps():
     whole = plan_of(fastres.resnet50())
-    groups = arrange(whole, tuple(RULES), lambda group: group.kernel == "pool_linear")
+    chosen = {"pool_linear": "because"}
+    found = arrange(whole, PATTERNS, lambda group: chosen.get(group.kernel))
+    groups = found.groups
+    assert set(found.why) == {"", "because"}
     assert kernels(groups) == ["pool_linear"]
     assert len(groups) == len(whole.steps) - 2
 
 
 def test_flat_convolutions_are_those_that_keep_all_pixels():
-    groups = arrange(plan_of(fastres.resnet50()), {"gemm": "flat"})
+    groups = arrange(plan_of(fastres.resnet50()), {"gemm": PATTERNS["flat"]}).groups
     flat = [group.steps[0].op for group in groups if group.kernel == "gemm"]
     assert len(flat) == 33, "two for each of 16 blocks, and the unstrided projection"
     assert {op.kernel for op in flat} == {(1, 1)}
@@ -98,9 +120,9 @@ def test_flat_convolutions_are_those_that_keep_all_pixels():
 def test_candidates_overlap():
     """Each place where a kernel could serve, whatever is chosen in the end."""
     whole = plan_of(fastres.resnet50())
-    found = candidates(whole, {"rot2": "expand_reduce", "gemm": "flat"}, lambda group: True)
+    found = candidates(
+        whole, {"rot2": PATTERNS["expand_reduce"], "gemm": PATTERNS["flat"]}, lambda group: True
+    )
     starts = [group.steps[0].name for group in found]
     assert len(starts) == len(set(starts)) + sum(g.kernel == "rot2" for g in found)
-    assert {g.kernel for g in candidates(whole, tuple(RULES), lambda g: g.kernel == "flat")} == {
-        "flat"
-    }
+    assert {g.kernel for g in candidates(whole, PATTERNS, lambda g: g.kernel == "flat")} == {"flat"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,10 @@ import torch
 from torch import Tensor
 
 from fastres import kernels as k
-from fastres.kernels import _tma
+from fastres.kernels import _tma, cache_read, gemm, head, rot2
 from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
-
-# The package gives some of these names to functions.
-NAMES = ("cache_read", "gemm", "head", "hwnc", "rot2", "sliding", "sliding_fused")
-cache_read, gemm, head, hwnc, rot2, sliding, sliding_fused = (
-    import_module(f"fastres.kernels.{name}") for name in NAMES
-)
+from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NHWC = torch.channels_last
@@ -74,7 +68,7 @@ def others(dtype: torch.dtype) -> Iterator[Call]:
     x, flat = whole(2, 19, 7, 5, dtype=dtype), whole(5, 37, dtype=dtype)
     weight, bias = whole(21, 37, dtype=dtype), whole(21, dtype=torch.float32)
     window = {"ours": {"stride": 2, "padding": 1}, "ref": {"stride": 2, "padding": 1}}
-    yield "linear", k.linear, k.linear_ref, (flat, weight, bias), {}
+    yield "linear", k.linear.linear, k.linear.linear_ref, (flat, weight, bias), {}
     yield "add_relu", k.add_relu, k.add_relu_ref, (x, x.flip(0).contiguous(memory_format=NHWC)), {}
     yield "relu", k.relu, k.relu_ref, (x,), {}
     yield "max_pool2d", k.max_pool2d, k.max_pool2d_ref, (x, 3), window
@@ -86,9 +80,9 @@ def others(dtype: torch.dtype) -> Iterator[Call]:
     first = whole(10, 3, 7, 7, dtype=dtype)
     shift = whole(10, dtype=torch.float32)
     image = whole(1, 3, 13, 18, dtype=dtype)
-    yield "stem NHWC", k.stem, k.stem_ref, (image, first, shift), {}
+    yield "stem NHWC", k.stem.stem, k.stem.stem_ref, (image, first, shift), {}
     planar = torch.randint(0, 256, (1, 3, 11, 9), dtype=torch.uint8, device=DEVICE)
-    yield "stem, bytes", k.stem, k.stem_ref, (planar, first, shift), {}
+    yield "stem, bytes", k.stem.stem, k.stem.stem_ref, (planar, first, shift), {}
 
 
 def cache_reads() -> Iterator[Call]:
@@ -111,19 +105,22 @@ def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
     window = whole(8, 16, 3, 3, dtype=dtype)
     keywords = {"ours": {"padding": 1, "config": PIXELS}, "ref": {"padding": 1}}
     yield "conv2d_hwnc", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
-    if sliding.runs_on(DEVICE) and dtype is not torch.float32:
+    if conv3x3_hwnc.runs_on(DEVICE) and dtype is not torch.float32:
         x, window = whole(2, 3, 70, 64, dtype=dtype).contiguous(), whole(64, 64, 3, 3, dtype=dtype)
-        keywords = {"ours": {"padding": 1, "config": sliding.CONFIGS[0]}, "ref": {"padding": 1}}
-        yield "sliding", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
+        keywords = {
+            "ours": {"padding": 1, "config": conv3x3_hwnc.CONFIGS[0]},
+            "ref": {"padding": 1},
+        }
+        yield "conv3x3_hwnc", hwnc.conv2d_hwnc, hwnc.conv2d_hwnc_ref, (x, window), keywords
         w3, w1 = torch.eye(256, 64, device=DEVICE).to(dtype), torch.eye(64, 256, device=DEVICE)
         thin = torch.zeros_like(window)
         thin[:, :, 1, 1] = torch.eye(64, device=DEVICE).to(dtype)
         wide = whole(2, 3, 70, 256, dtype=dtype).contiguous()
         block = (x, thin, None, w3, None, wide, w1.to(dtype))
         yield (
-            "sliding_block",
-            sliding_fused.sliding_block,
-            sliding_fused.sliding_block_ref,
+            "bottleneck_hwnc",
+            bottleneck_hwnc.bottleneck_hwnc,
+            bottleneck_hwnc.bottleneck_hwnc_ref,
             block,
             {},
         )

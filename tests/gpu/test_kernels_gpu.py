@@ -24,13 +24,12 @@ from fastres.kernels import (
     conv2d_ref,
     global_avg_pool,
     global_avg_pool_ref,
-    linear,
-    linear_ref,
     max_pool2d,
     max_pool2d_ref,
 )
 from fastres.kernels._config import Problem, candidates, machine_of
 from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op, scratch_size
+from fastres.kernels.linear import linear, linear_ref
 
 pytestmark = [
     pytest.mark.gpu,

@@ -37,8 +37,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ._common import INTERPRETED, await_producers, launch, relu_keeping_nan
-from ._config import MULTIPLY_ADDS, Machine, l2_bandwidth
+from .._common import INTERPRETED, await_producers, launch, relu_keeping_nan
+from .._config import MULTIPLY_ADDS, Machine, l2_bandwidth
 
 # Triton 3.7 and later have other names for the same.
 copy_in: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -49,7 +49,7 @@ _DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class SlidingConfig:
+class Conv3x3Config:
     """Images of a tile, warps (four for every 64 images), columns of pixels loaded ahead."""
 
     images: int
@@ -71,9 +71,9 @@ class SlidingConfig:
         return 2 * CHANNELS * (9 * CHANNELS + pixels * self.images) + 8 * (self.num_stages + 2)
 
 
-CONFIGS: tuple[SlidingConfig, ...] = (
-    SlidingConfig(64, 4, 1),
-    SlidingConfig(128, 8, 2),
+CONFIGS: tuple[Conv3x3Config, ...] = (
+    Conv3x3Config(64, 4, 1),
+    Conv3x3Config(128, 8, 2),
 )
 """The first leaves room for two blocks on an SM, which hide each other's waiting."""
 
@@ -82,7 +82,7 @@ _TURN = 600  # cycles between the last product of a column and the first of the 
 
 
 def estimated_cycles(
-    row: SlidingConfig, size: tuple[int, int, int, int], machine: Machine
+    row: Conv3x3Config, size: tuple[int, int, int, int], machine: Machine
 ) -> float:
     """Cycles for outputs of size (P, Q, N, K) with this row."""
     p, q, n, k = size
@@ -96,8 +96,8 @@ def estimated_cycles(
 
 
 def select_config(
-    rows: Iterable[SlidingConfig], size: tuple[int, int, int, int], machine: Machine
-) -> SlidingConfig:
+    rows: Iterable[Conv3x3Config], size: tuple[int, int, int, int], machine: Machine
+) -> Conv3x3Config:
     """The row of least estimated cycles; the first of equals."""
     return min(rows, key=lambda row: estimated_cycles(row, size, machine))
 
@@ -220,7 +220,7 @@ def _load_shortcut(residual, shortcut, barrier, p, q, n0, k0, IMAGES: gl.constex
 
 
 @gluon.jit(do_not_specialize=["N", "H", "columns"])
-def sliding_kernel(
+def conv3x3_hwnc_kernel(
     x,  # descriptor of [H, W * N, 64], boxes [1, IMAGES, 64]
     w,  # descriptor of [K, 9 * 64], boxes [64, 64]
     b_ptr,  # [K] or None
@@ -295,12 +295,12 @@ def run(
     residual: Tensor | None,
     out: Tensor,
     relu: bool,
-    config: SlidingConfig,
+    config: Conv3x3Config,
 ) -> None:
     """Launch the kernel on arguments that ``conv2d_hwnc`` has checked."""
     height, width, batch, outputs = out.shape
     launch(
-        sliding_kernel,
+        conv3x3_hwnc_kernel,
         height * ceil(batch / config.images) * ceil(outputs / CHANNELS),
         x.device,
         descriptor(x.view(height, -1, CHANNELS), 1, config.images, CHANNELS),

@@ -9,17 +9,18 @@ import gluon_stand_in
 import pytest
 import torch
 
-pytest.importorskip("fastres.kernels.sliding")
+pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
 
-from fastres.kernels import LAUNCHES, sliding
+from fastres.kernels import LAUNCHES
 from fastres.kernels._config import Machine, Problem
+from fastres.kernels.experimental import conv3x3_hwnc as module
+from fastres.kernels.experimental.conv3x3_hwnc import CONFIGS, Conv3x3Config
+from fastres.kernels.experimental.hwnc import conv2d_hwnc, conv2d_hwnc_ref, select
 from fastres.kernels.gemm import GemmConfig
-from fastres.kernels.hwnc import conv2d_hwnc, conv2d_hwnc_ref, select
-from fastres.kernels.sliding import CONFIGS, SlidingConfig
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 FIRST = CONFIGS[0]
-ROWS = (*CONFIGS, SlidingConfig(64, 4, 2), SlidingConfig(64, 4, 3), SlidingConfig(128, 8, 1))
+ROWS = (*CONFIGS, Conv3x3Config(64, 4, 2), Conv3x3Config(64, 4, 3), Conv3x3Config(128, 8, 1))
 HOPPER = Machine(132, 227 * 1024)
 
 # (H, W, N), outputs. A tile is 64 or 128 images; a turn is three columns.
@@ -39,9 +40,9 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _where_it_runs(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(sliding, "launch", gluon_stand_in.launch)
-        monkeypatch.setattr(sliding, "runs_on", lambda device: True)
-    elif not sliding.runs_on(device):
+        monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+    elif not module.runs_on(device):
         pytest.skip("no warpgroup products but on sm_90")
 
 
@@ -154,7 +155,7 @@ def test_other_convolutions_are_refused_and_nothing_is_launched(device, name):
 )
 def test_wrong_rows_are_refused(numbers, message):
     with pytest.raises(ValueError, match=message):
-        SlidingConfig(*numbers)
+        Conv3x3Config(*numbers)
 
 
 def test_it_is_chosen_for_large_images_and_batches_alone():
@@ -163,7 +164,7 @@ def test_it_is_chosen_for_large_images_and_batches_alone():
         problem = Problem(p * q * n, 64, 64, 9, 1, 2)
         return select(problem, "half", HOPPER, size if slides else None)
 
-    assert isinstance(chosen(56, 56, 256), SlidingConfig)
+    assert isinstance(chosen(56, 56, 256), Conv3x3Config)
     assert isinstance(chosen(56, 56, 256, slides=False), GemmConfig)
     assert isinstance(chosen(7, 7, 2), GemmConfig), "few rows of pixels keep few SMs busy"
 
@@ -201,8 +202,8 @@ def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp
     if device.type != "cpu":
         pytest.skip("a GPU would hang or be right by luck")
     old, new = (*BROKEN[name], "")[:2]
-    broken = gluon_stand_in.with_edit(sliding, old, new, tmp_path)
-    monkeypatch.setattr(sliding, "sliding_kernel", broken.sliding_kernel)
+    broken = gluon_stand_in.with_edit(module, old, new, tmp_path)
+    monkeypatch.setattr(module, "conv3x3_hwnc_kernel", broken.conv3x3_hwnc_kernel)
     assert not all(
         right(*operands(integers, shape), row, integers)
         for shape, row in product(("two turns", "ragged images"), (FIRST, ROWS[2]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,19 +11,18 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, conv2d
 from fastres.kernels import _tma as tma_module
-from fastres.kernels.gemm import GemmConfig
-from fastres.kernels.hwnc import (
+from fastres.kernels.experimental import hwnc as module
+from fastres.kernels.experimental.hwnc import (
     CONFIGS,
     conv2d_hwnc,
-    conv2d_hwnc_op,
     conv2d_hwnc_ref,
     from_hwnc,
     supports,
     to_hwnc,
 )
+from fastres.kernels.gemm import GemmConfig
 
 interpreter = pytest.mark.interpreter
-hwnc_module = import_module("fastres.kernels.hwnc")
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (FLOAT, HALF, BFLOAT)
 SMALL = GemmConfig(16, 16, 16, 4, 2)
@@ -129,7 +127,7 @@ def test_it_agrees_with_the_convolution_of_nhwc_images(integers, name):
 @interpreter
 @pytest.mark.parametrize("name", ["pixel 3x3", "row 3x3", "gathered 3x3/2"])
 def test_row6_the_int64_path_is_exact(monkeypatch, integers, name):
-    monkeypatch.setattr(hwnc_module, "needs_int64", lambda *_: True)
+    monkeypatch.setattr(module, "needs_int64", lambda *_: True)
     x, w, geometry = operands(integers, SHAPES[name], FLOAT)
     got = conv2d_hwnc(x, w, config=SMALL, **geometry)
     assert torch.equal(got, expected(x, w, **geometry))
@@ -226,7 +224,3 @@ def test_supports_says_beforehand_what_the_checks_refuse():
     assert not supports(96, 256, HALF)
     assert not supports(64, 4, HALF)
     assert not supports(3, 64, HALF)
-
-
-def test_row40_opcheck():
-    torch.library.opcheck(conv2d_hwnc_op, (X, W, torch.randn(8), None, 2, 1, True, "ieee"))

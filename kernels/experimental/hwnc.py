@@ -13,6 +13,7 @@ the residual). Method: the batch inside the image, as cuda-convnet's CHWN, but c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import ceil
 from typing import TypeAlias
@@ -22,15 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
+from .._common import (
     await_producers,
     check_channels_last,
-    check_hwnc,
     check_like,
     check_out_memory,
     check_precision,
+    check_shape,
     check_tensor,
     check_vector,
+    describe,
     dot,
     launch,
     needs_int64,
@@ -38,15 +40,15 @@ from ._common import (
     rounded,
     window_count,
 )
-from ._config import Machine, Problem, estimated_cycles, machine_of, select_config
-from ._tma import check_aligned, check_copy_engine, descriptor, fits_descriptor
-from .conv import arithmetic, conv2d_ref
-from .gemm import GemmConfig
+from .._config import Machine, Problem, estimated_cycles, machine_of, select_config
+from .._tma import check_aligned, check_copy_engine, descriptor, fits_descriptor
+from ..conv import arithmetic, conv2d_ref
+from ..gemm import GemmConfig
 
 try:
-    from . import sliding
+    from . import conv3x3_hwnc
 except ImportError:  # a Triton whose Gluon, which is experimental, has another form
-    sliding = None  # type: ignore[assignment]
+    conv3x3_hwnc = None  # type: ignore[assignment]
 
 CONFIGS: dict[str, tuple[GemmConfig, ...]] = {
     "half": (
@@ -64,7 +66,7 @@ CONFIGS: dict[str, tuple[GemmConfig, ...]] = {
 }
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
 
-Config: TypeAlias = "GemmConfig | sliding.SlidingConfig"
+Config: TypeAlias = "GemmConfig | conv3x3_hwnc.Conv3x3Config"
 
 
 @triton.jit
@@ -214,6 +216,16 @@ def conv2d_hwnc_ref(
     return to_hwnc(y)
 
 
+def check_hwnc(name: str, t: Tensor, shape: Sequence[int] | None, x: Tensor) -> None:
+    """Dense (H, W, N, C), of ``shape`` if one is given, of the dtype and on the device of ``x``."""
+    check_tensor(name, t, 4)
+    check_like(name, t, x)
+    if shape is not None:
+        check_shape(name, t, shape)
+    if not t.is_contiguous():
+        raise ValueError(f"{name} must be contiguous (H, W, N, C), got {describe(t)}")
+
+
 def supports(channels: int, outputs: int, dtype: torch.dtype) -> bool:
     """Whether every tile takes so many channels and outputs (on a GPU with a copy engine)."""
     return channels > 0 and channels % 64 == 0 and fits_descriptor(outputs, dtype)
@@ -274,8 +286,8 @@ def select(
     assert isinstance(row, GemmConfig)
     if slides is None:
         return row
-    other = sliding.select_config(sliding.CONFIGS, slides, machine)
-    faster = sliding.estimated_cycles(other, slides, machine) < estimated_cycles(
+    other = conv3x3_hwnc.select_config(conv3x3_hwnc.CONFIGS, slides, machine)
+    faster = conv3x3_hwnc.estimated_cycles(other, slides, machine) < estimated_cycles(
         row, problem, kind, machine
     )
     return other if faster else row
@@ -294,9 +306,9 @@ def _select(
 def _slides(x: Tensor, w: Tensor, stride: int, padding: int) -> bool:
     """Whether the sliding kernel can serve the convolution on x's GPU."""
     return (
-        sliding is not None
-        and sliding.runs_on(x.device)
-        and sliding.supports(w.shape[1], w.shape[2:], stride, padding, x.dtype)
+        conv3x3_hwnc is not None
+        and conv3x3_hwnc.runs_on(x.device)
+        and conv3x3_hwnc.supports(w.shape[1], w.shape[2:], stride, padding, x.dtype)
     )
 
 
@@ -324,7 +336,7 @@ def conv2d_hwnc(
         out: where to write; may be ``residual`` itself, since each program reads its tile of the
             residual before it writes that tile, and no other program touches it.
         config: the tile to use instead of the selected one. Its ``block_k`` divides C; a
-            ``SlidingConfig`` is for 3x3 convolutions of 64 channels in half precision with stride
+            ``Conv3x3Config`` is for 3x3 convolutions of 64 channels in half precision with stride
             and padding 1 on sm_90.
 
     Returns:
@@ -356,7 +368,7 @@ def conv2d_hwnc(
     if not isinstance(config, GemmConfig):
         if not slides:
             raise ValueError(f"config must be a GemmConfig for this convolution, got {config}")
-        sliding.run(x, w, b, residual, out, relu, config)
+        conv3x3_hwnc.run(x, w, b, residual, out, relu, config)
         return out
     if channels % config.block_k or config.persistent:
         raise ValueError(f"config must not be persistent and divide {channels} channels: {config}")
@@ -403,38 +415,3 @@ def conv2d_hwnc(
         num_stages=config.num_stages,
     )
     return out
-
-
-@torch.library.custom_op("fastres::conv2d_hwnc", mutates_args=(), device_types="cuda")
-def conv2d_hwnc_op(
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    residual: Tensor | None,
-    stride: int,
-    padding: int,
-    relu: bool,
-    precision: str,
-) -> Tensor:
-    """:func:`conv2d_hwnc` as a functional operator for torch.compile and torch.export."""
-    return conv2d_hwnc(
-        x,
-        w,
-        b,
-        residual=residual,
-        stride=stride,
-        padding=padding,
-        relu=relu,
-        precision=precision,
-    )
-
-
-@conv2d_hwnc_op.register_fake
-def _(x, w, b, residual, stride, padding, relu, precision):
-    return x.new_empty(_check(x, w, b, residual, stride, padding, precision))
-
-
-@conv2d_hwnc_op.register_kernel("cpu")
-def _(x, w, b, residual, stride, padding, relu, precision):
-    _check(x, w, b, residual, stride, padding, precision)
-    return conv2d_hwnc_ref(x, w, b, residual=residual, stride=stride, padding=padding, relu=relu)

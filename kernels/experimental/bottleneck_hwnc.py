@@ -11,7 +11,7 @@ are multiplied. Rejected: E of no multiple of 64, R other than 64 and 128, weigh
 block's shared memory together (E = 256 does), GPUs other than sm_90.
 
 All weights stay in shared memory while a program walks with 64 images along a row of pixels as in
-sliding.py; mid and x_next go from one product to the next in registers.
+conv3x3_hwnc.py; mid and x_next go from one product to the next in registers.
 """
 
 from __future__ import annotations
@@ -32,10 +32,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ._common import (
+from .._common import (
     await_producers,
     check_channels_last,
-    check_hwnc,
     check_like,
     check_matrix,
     check_out_memory,
@@ -45,10 +44,9 @@ from ._common import (
     launch,
     relu_keeping_nan,
 )
-from ._config import MULTIPLY_ADDS, Machine, l2_bandwidth, machine_of
-from ._tma import check_aligned
-from .hwnc import conv2d_hwnc_ref
-from .sliding import (
+from .._config import MULTIPLY_ADDS, Machine, l2_bandwidth, machine_of
+from .._tma import check_aligned
+from .conv3x3_hwnc import (
     CHANNELS,
     add_products,
     columns_of,
@@ -59,6 +57,7 @@ from .sliding import (
     runs_on,
     unknown_zero,
 )
+from .hwnc import check_hwnc, conv2d_hwnc_ref
 
 Outputs = tuple[Tensor, Tensor | None]
 Shape = tuple[int, ...]
@@ -71,7 +70,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
-class SlidingBlockConfig:
+class BottleneckConfig:
     """``num_stages`` columns of pixels are loaded ahead."""
 
     num_stages: int
@@ -88,7 +87,7 @@ class SlidingBlockConfig:
         return tiles * _TILE + 256 * (1 + wide + narrow) + 8 * (self.num_stages + 3)
 
 
-CONFIGS: tuple[SlidingBlockConfig, ...] = (SlidingBlockConfig(1), SlidingBlockConfig(2))
+CONFIGS: tuple[BottleneckConfig, ...] = (BottleneckConfig(1), BottleneckConfig(2))
 """The second only where the weights leave room for it."""
 
 _START = 6000  # cycles to bring the weights
@@ -97,7 +96,7 @@ _PART = 250  # cycles from one expansion's product to the reduction's
 
 
 def estimated_cycles(
-    row: SlidingBlockConfig,
+    row: BottleneckConfig,
     size: tuple[int, int, int],
     expanded: int,
     reduced: int,
@@ -115,7 +114,7 @@ def estimated_cycles(
     return ceil(programs / machine.sms) * (columns_of(q) * column + _START)
 
 
-def fits(row: SlidingBlockConfig, expanded: int, reduced: int, machine: Machine) -> bool:
+def fits(row: BottleneckConfig, expanded: int, reduced: int, machine: Machine) -> bool:
     """Whether a block of this row has the shared memory that it needs."""
     return row.shared_bytes(expanded, reduced) <= machine.shared_limit
 
@@ -130,12 +129,12 @@ def supports(
 
 
 def select_config(
-    rows: Iterable[SlidingBlockConfig],
+    rows: Iterable[BottleneckConfig],
     size: tuple[int, int, int],
     expanded: int,
     reduced: int,
     machine: Machine,
-) -> SlidingBlockConfig:
+) -> BottleneckConfig:
     """The row of least estimated cycles among those that fit; the first of equals."""
     usable = [row for row in rows if fits(row, expanded, reduced, machine)]
     return min(usable, key=lambda row: estimated_cycles(row, size, expanded, reduced, machine))
@@ -264,7 +263,7 @@ def _visit(
 
 
 @gluon.jit(do_not_specialize=["N", "H", "columns"])
-def sliding_block_kernel(
+def bottleneck_hwnc_kernel(
     t,  # descriptor of [H, W * N, 64], boxes [1, 64, 64]
     w2,  # descriptor of [64, 9 * 64], boxes [64, 64]
     b2_ptr,
@@ -415,7 +414,7 @@ def _check(
     return expanded, reduced
 
 
-def sliding_block(
+def bottleneck_hwnc(
     t: Tensor,
     w2: Tensor,
     b2: Tensor | None,
@@ -426,7 +425,7 @@ def sliding_block(
     b1: Tensor | None = None,
     *,
     out: Outputs | None = None,
-    config: SlidingBlockConfig | None = None,
+    config: BottleneckConfig | None = None,
 ) -> Outputs:
     """A bottleneck from its 3x3 on and the next one's first convolution, in one kernel.
 
@@ -469,7 +468,7 @@ def sliding_block(
     elif not fits(config, expanded, reduced, machine):
         raise ValueError(f"config needs more than {machine.shared_limit} bytes: {config}")
     launch(
-        sliding_block_kernel,
+        bottleneck_hwnc_kernel,
         height * ceil(batch / IMAGES),
         t.device,
         descriptor(t.view(height, -1, CHANNELS), 1, IMAGES, 64),
@@ -493,7 +492,7 @@ def sliding_block(
     return x_next, t_next
 
 
-def sliding_block_ref(
+def bottleneck_hwnc_ref(
     t: Tensor,
     w2: Tensor,
     b2: Tensor | None,

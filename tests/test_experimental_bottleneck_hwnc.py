@@ -7,18 +7,19 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-pytest.importorskip("fastres.kernels.sliding_fused")
+pytest.importorskip("fastres.kernels.experimental.bottleneck_hwnc")
 
-from fastres.kernels import LAUNCHES, sliding_fused
-from fastres.kernels.sliding_fused import (
+from fastres.kernels import LAUNCHES
+from fastres.kernels.experimental import bottleneck_hwnc as module
+from fastres.kernels.experimental.bottleneck_hwnc import (
     CONFIGS,
     HOPPER,
-    SlidingBlockConfig,
+    BottleneckConfig,
+    bottleneck_hwnc,
+    bottleneck_hwnc_ref,
     estimated_cycles,
     fits,
     select_config,
-    sliding_block,
-    sliding_block_ref,
     supports,
 )
 
@@ -40,9 +41,9 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def _where_it_runs(device, monkeypatch):
     if device.type == "cpu":
-        monkeypatch.setattr(sliding_fused, "launch", gluon_stand_in.launch)
-        monkeypatch.setattr(sliding_fused, "runs_on", lambda device: True)
-    elif not sliding_fused.runs_on(device):
+        monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
+        monkeypatch.setattr(module, "runs_on", lambda device: True)
+    elif not module.runs_on(device):
         pytest.skip("no warpgroup products but on sm_90")
 
 
@@ -74,7 +75,7 @@ def operands(integers, device, name, dtype=HALF, bias=True):
 def expected(operands):
     """The exact results, each rounded once."""
     dtype = operands[0].dtype
-    results = sliding_block_ref(*operands, upcast=True)
+    results = bottleneck_hwnc_ref(*operands, upcast=True)
     return [None if y is None else y.to(dtype) for y in results]
 
 
@@ -96,7 +97,7 @@ def test_every_shape_is_exact(integers, poisoned, device, name, dtype, bias):
         None if g is None else g.out.view(y.shape) for g, y in zip(guarded, want, strict=True)
     )
     before = [None if t is None else t.clone() for t in inputs]
-    got = sliding_block(*inputs, out=out)
+    got = bottleneck_hwnc(*inputs, out=out)
     assert all(a is b for a, b in zip(got, out, strict=True))
     for guard in guarded:
         if guard is not None:
@@ -106,7 +107,7 @@ def test_every_shape_is_exact(integers, poisoned, device, name, dtype, bias):
     assert bool((want[0] == 0).any()), "the ReLU has something to do"
 
 
-@pytest.mark.parametrize("row", [*CONFIGS, SlidingBlockConfig(3)], ids=str)
+@pytest.mark.parametrize("row", [*CONFIGS, BottleneckConfig(3)], ids=str)
 @pytest.mark.parametrize("name", ["stage 1", "tail", "one part"])
 def test_row19_every_config_is_exact_also_in_place(integers, device, name, row):
     if not fits(row, *SHAPES[name][1:], HOPPER):
@@ -115,7 +116,7 @@ def test_row19_every_config_is_exact_also_in_place(integers, device, name, row):
     want = expected(inputs)
     x = inputs[5]
     narrow = None if want[1] is None else torch.empty_like(want[1])
-    assert equal(sliding_block(*inputs, out=(x, narrow), config=row), want)
+    assert equal(bottleneck_hwnc(*inputs, out=(x, narrow), config=row), want)
 
 
 def test_floats_keep_the_rule_of_two(device, rule_of_two):
@@ -126,9 +127,9 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
     b2, b3, b1 = biases
     inputs = (t, w2, b2, w3.to(HALF), b3, x, w1.to(HALF), b1)
     for got, same, exact in zip(
-        sliding_block(*inputs),
-        sliding_block_ref(*inputs),
-        sliding_block_ref(*inputs, upcast=True),
+        bottleneck_hwnc(*inputs),
+        bottleneck_hwnc_ref(*inputs),
+        bottleneck_hwnc_ref(*inputs, upcast=True),
         strict=True,
     ):
         rule_of_two(got, same, exact)
@@ -136,10 +137,10 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
 
 def test_row14_nan_stays_in_its_image(integers, device):
     inputs = operands(integers, device, "into stage 2")
-    clean = sliding_block(*inputs)
+    clean = bottleneck_hwnc(*inputs)
     inputs[0][:, :, 1] = float("nan")
     others = torch.arange(70, device=device) != 1
-    for dirty, y in zip(sliding_block(*inputs), clean, strict=True):
+    for dirty, y in zip(bottleneck_hwnc(*inputs), clean, strict=True):
         assert torch.equal(dirty[:, :, others], y[:, :, others])
         assert bool(dirty[:, :, 1].isnan().any())
 
@@ -149,7 +150,7 @@ def test_row1_an_empty_batch_launches_nothing(device):
     t = torch.empty(4, 5, 0, 64, device=device, dtype=HALF)
     w2 = torch.randn(64, 64, 3, 3, device=device).to(HALF, memory_format=torch.channels_last)
     w3, w1 = (torch.randn(*s, device=device).to(HALF) for s in ((256, 64), (64, 256)))
-    wide, narrow = sliding_block(t, w2, None, w3, None, t.new_empty(4, 5, 0, 256), w1)
+    wide, narrow = bottleneck_hwnc(t, w2, None, w3, None, t.new_empty(4, 5, 0, 256), w1)
     assert (wide.shape, narrow.shape) == ((4, 5, 0, 256), (4, 5, 0, 64))
     assert LAUNCHES.total() == before
 
@@ -169,7 +170,7 @@ def test_what_fits_a_hopper():
 
 def test_wrong_rows_are_refused():
     with pytest.raises(ValueError, match="num_stages must be 1 to 3, got 4"):
-        SlidingBlockConfig(4)
+        BottleneckConfig(4)
 
 
 T = torch.randn(2, 2, 3, 64).half()
@@ -206,7 +207,7 @@ BAD = {
         r"out\[?1?\]? overlaps t",
     ),
     "config": (
-        {"config": SlidingBlockConfig(3)},
+        {"config": BottleneckConfig(3)},
         ValueError,
         "config needs more than 232448 bytes",
     ),
@@ -225,15 +226,15 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
     call = {key: moved(value) for key, value in (GOOD | change).items()}
     before = LAUNCHES.total()
     with pytest.raises(error, match=message):
-        sliding_block(**call)
+        bottleneck_hwnc(**call)
     assert LAUNCHES.total() == before
 
 
 def test_other_gpus_are_refused(device, monkeypatch):
-    monkeypatch.setattr(sliding_fused, "runs_on", lambda device: False)
+    monkeypatch.setattr(module, "runs_on", lambda device: False)
     call = {k: v if v is None else v.to(device) for k, v in GOOD.items()}
     with pytest.raises(RuntimeError, match="needs a GPU of compute capability 9 .* conv2d_hwnc"):
-        sliding_block(**call)
+        bottleneck_hwnc(**call)
 
 
 BROKEN = {
@@ -274,8 +275,8 @@ def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp
     if device.type != "cpu":
         pytest.skip("a GPU would hang or be right by luck")
     old, new = BROKEN[name]
-    broken = gluon_stand_in.with_edit(sliding_fused, old, new, tmp_path)
-    monkeypatch.setattr(sliding_fused, "sliding_block_kernel", broken.sliding_block_kernel)
+    broken = gluon_stand_in.with_edit(module, old, new, tmp_path)
+    monkeypatch.setattr(module, "bottleneck_hwnc_kernel", broken.bottleneck_hwnc_kernel)
     assert not all(
         right(operands(integers, device, shape)) for shape in ("stage 1", "into stage 2")
     )
@@ -283,6 +284,6 @@ def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp
 
 def right(inputs):
     try:
-        return equal(sliding_block(*inputs), expected(inputs))
+        return equal(bottleneck_hwnc(*inputs), expected(inputs))
     except gluon_stand_in.Hazard:
         return False
