@@ -138,7 +138,7 @@ class BottleneckHwnc(FusedKernel):
         out = (wide if expand.in_place else torch.empty_like(wide), reduced)
         made = bottleneck_hwnc(narrow, w2, b2, w3.flatten(1), b3, wide, w1, b1, out=out)
         named = dict(zip((s.name for s in (expand, *reduce)), made, strict=False))
-        return tuple(HWNC.images(named[name]) for name in call.group.outputs)
+        return tuple(HWNC.images(named[name]) for name in call.group.outputs)  # type: ignore[arg-type]
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
         from .kernels.experimental import bottleneck_hwnc as block

@@ -8,7 +8,7 @@ once it was measured to be faster, a rule of :mod:`fastres.tables`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -22,7 +22,6 @@ from .memory_format import CHANNELS_LAST, NHWC, Layout
 from .plan import Shape, Step
 from .tuning import (
     Group,
-    Pattern,
     Shapes,
     convolution,
     expand_project,
@@ -73,7 +72,7 @@ class FusedKernel:
     """
 
     name: ClassVar[str]
-    pattern: ClassVar[Pattern]
+    pattern: ClassVar[staticmethod[[Sequence[Step], dict[str, int]], int]]
     needs_tma: ClassVar[bool] = True
     any_layout: ClassVar[bool] = False
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -506,7 +507,7 @@ def bottleneck_hwnc_ref(
 ) -> Outputs:
     """The same in plain PyTorch, rounded after each step; with ``upcast`` in float64, but for mid
     and x_next, which are rounded before they are multiplied, as in the kernel."""
-    given = {"relu": True, "upcast": upcast}
+    given: dict[str, Any] = {"relu": True, "upcast": upcast}
     middle = conv2d_hwnc_ref(t, w2, b2, padding=1, **given).to(t.dtype)
     x_next = conv2d_hwnc_ref(middle, w3[:, :, None, None], b3, residual=x, **given)
     if w1 is None:
