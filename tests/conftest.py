@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -28,6 +29,9 @@ try:
     settings.load_profile("fastres")
 except ImportError:  # the property tests skip themselves
     pass
+
+with contextlib.suppress(FileExistsError):  # an unpacked source distribution has no links
+    Path(__file__).parents[1].joinpath("fastres", "kernels").symlink_to("../kernels")
 
 torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = False  # references are full float32
