@@ -86,7 +86,7 @@ def slowness() -> float:
     started = time.process_time()
     for _ in range(10_000_000):
         pass
-    return max(1.0, (time.process_time() - started) / 0.3)
+    return max(1.0, (time.process_time() - started) / 0.25)
 
 
 @pytest.hookimpl(wrapper=True)
