@@ -256,6 +256,14 @@ def convolution_on_three_sizes():
     return keras.Model(inputs, [norm(a), norm(conv(conv(a)))])
 
 
+def sum_that_broadcasts():
+    """The sum is as large as the larger, whichever comes first."""
+    inputs = image(20, 21, 3)
+    mean = layers.GlobalAveragePooling2D(keepdims=True)(inputs)
+    sums = [layers.Add()([mean, inputs]), layers.Add()([inputs, mean])]
+    return keras.Model(inputs, [layers.Conv2D(2, 3, strides=2, padding="same")(s) for s in sums])
+
+
 NAMES = (
     *("conv-1", "conv_1", "conv 1", "conv_1_1", "conv_1_activation", "conv_1_activation_1"),
     *("type", "half", "train", "forward", "training", "float", "parameters", "_modules", "add"),
@@ -300,6 +308,7 @@ def models_named_as_layers():
 SHARED = {
     pool_on_three_sizes: (20, 20),
     convolution_on_three_sizes: (20, 21),
+    sum_that_broadcasts: (20, 21),
     names_that_collide: (20, 21),
     suffixes_that_collide: (20, 21),
     models_named_as_layers: (12, 12),
@@ -310,6 +319,30 @@ SHARED = {
 @pytest.mark.parametrize("form", FORMS)
 def test_row44_each_call_and_each_name_is_its_own(build, form, tmp_path):
     same(build, form, tmp_path, SHARED[build])
+
+
+def test_row43_other_notations(tmp_path):
+    """Lists of names too long for one attribute, and groups as tf.keras called them until 2.13."""
+
+    def in_pieces(weights):
+        for group in weights.values():
+            names = list(group.attrs["weight_names"])
+            del group.attrs["weight_names"]
+            for i, name in enumerate(names):
+                group.attrs[f"weight_names{i}"] = [name]
+
+    def early(weights):
+        for group in (weights, weights["layers/functional"]):
+            group.move("layers", "_layer_checkpoint_dependencies")
+
+    images = real_images(2, 20)
+    for form, change in (("tf.keras 2 .h5", in_pieces), ("tf.keras 2 .keras", early)):
+        model = zoo.hostile_(transfer())
+        path = written(model, form, tmp_path)
+        zoo.rewrite(path, weights=change)
+        with torch.no_grad():
+            found = from_keras(path)(images)
+        torch.testing.assert_close([found], zoo.answers(model, images), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS[:2])
