@@ -345,6 +345,23 @@ def test_row43_other_notations(tmp_path):
         torch.testing.assert_close([found], zoo.answers(model, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
+def test_row44_layers_that_were_renamed(form, frozen, tmp_path):
+    """As before two models of one kind are joined: in .h5 the variables keep the old names."""
+    inputs = image()
+    x = layers.Conv2D(3, 3, padding="same", name="a")(inputs)
+    x = layers.BatchNormalization(name="b")(x)
+    x = layers.Conv2D(3, 3, padding="same", name="c")(x)
+    base = keras.Model(inputs, layers.BatchNormalization(name="d")(x))
+    for index in frozen:
+        base.layers[1 + index].trainable = False
+    for layer in base.layers[1:]:
+        layer.name = f"old_{layer.name}"
+    outer = image()
+    same(lambda: keras.Model(outer, base(outer)), form, tmp_path, (12, 12))
+
+
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_row44_names_with_slashes(form, tmp_path):
     """tf.keras 2 allows them (its DenseNet); in .h5 they are groups in groups."""
