@@ -1,4 +1,4 @@
-# make demo | test | check | bench | gpu
+# make demo | test | check | quick | bench | gpu
 #
 # Everything runs in .venv, which the first call fills from PyPI with the pinned stack of
 # .ci/constraints.txt. SETUP=0 uses $(PYTHON) as it is instead: no network, no installation.
@@ -18,19 +18,20 @@ PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(STAMP)
-PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+PARALLEL := -n auto --dist worksteal  # as many as cores and memory allow: tests/conftest.py
 endif
 
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint types bench publish gpu clean
+.PHONY: help setup demo test check quick lint types bench publish gpu clean
 .PHONY: fuzz mutants fault-matrix gpu-kernels gpu-sanitize
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
 	@echo "make test    every test that this machine can run"
-	@echo "make check   formatting, lint, types and the quick CPU tests"
+	@echo "make check   formatting, lint, types and the CPU tests that are not slow"
+	@echo "make quick   one pass through each front door, in under a minute"
 	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
 	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
@@ -65,6 +66,9 @@ types: $(READY)
 
 check: lint types
 	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) -m "not gpu and not slow" $(PYTEST_ARGS)
+
+quick: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -q tests/test_tiny.py tests/test_imports.py $(PYTEST_ARGS)
 
 bench: $(READY)
 	$(RUN) -m fastres bench --standard --output $(OUT)/bench

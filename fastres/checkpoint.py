@@ -33,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "load_state_dict",
     "read_metadata",
+    "read_text",
     "save_checkpoint",
     "state_dict_from_file",
 ]
@@ -268,6 +269,24 @@ def _sync_directory(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_text(path: PathLike, most: int) -> str:
+    """A text file of at most ``most`` bytes; nothing is waited for, and no more is read.
+
+    Raises OSError for a pipe, a folder or a device, ValueError for a larger file or no UTF-8.
+    """
+    # Without waiting: a pipe that nobody writes into would be opened for ever.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_WAIT)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} is larger than {most} bytes")
+    return data.decode()
+
+
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
 
 
 def _existing(path: PathLike) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .checkpoint import atomic_write, check_target
+from .checkpoint import atomic_write, check_target, read_text
 from .group_kernels import EXPERIMENTAL, KERNELS
 from .tables import shipped
 from .tuning import Case
@@ -28,6 +28,7 @@ APART = "apart"
 PATH_VARIABLE = "FASTRES_TUNED"
 FORCE_VARIABLE = "FASTRES_KERNELS"
 NEAREST = 2.0
+LARGEST = 2**24  # bytes of a file of measurements; a GPU's cases take some thousands
 
 
 @dataclass(frozen=True)
@@ -223,18 +224,25 @@ def _load(path: Path, changed: int, size: int, machine_name: str) -> Measured:
 def _machines(path: Path) -> dict[str, dict[str, dict[int, Measurement]]]:
     """The file's content. Raises ValueError for anything that fastres did not write."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_text(path, LARGEST))
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}, expected {FORMAT}")
         return {
             str(name): {
-                str(key): {int(batch): _measurement(entry) for batch, entry in batches.items()}
+                str(key): {_batch(batch): _measurement(entry) for batch, entry in batches.items()}
                 for key, batches in cases.items()
             }
             for name, cases in content["machines"].items()
         }
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not a file of measurements ({type(error).__name__})") from error
+
+
+def _batch(text: str) -> int:
+    batch = int(text)
+    if not 0 < batch < 2**31:
+        raise ValueError(f"a batch size must be positive and below 2**31, got {text}")
+    return batch
 
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:

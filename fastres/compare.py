@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from .checkpoint import read_text
 from .report import SCHEMA, SCHEMA_VERSION
 from .results import is_ours
 
 Key = tuple[str, str]
+LARGEST = 2**26  # bytes of a report
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A report out of its JSON file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no report, or of another version of the schema.
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is no report, is incomplete, or is of another version of the schema.
     """
+    text = read_text(path, LARGEST)
     try:
-        read = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        read = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     schema = read.get("schema") if isinstance(read, dict) else None
     if schema != SCHEMA:
@@ -56,7 +59,22 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} has version {read.get('schema_version')!r} of the schema; "
             f"this fastres reads {SCHEMA_VERSION}"
         )
+    try:
+        machine(read)
+        _check_figures(read)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no whole report of fastres bench ({reason})") from None
     return read
+
+
+def _check_figures(report: dict[str, Any]) -> None:
+    """Raises for a report that lacks what a comparison reads, or has something else there."""
+    for (_, name), (timing, factor) in _timings(report).items():
+        seconds = timing["seconds"]
+        figures = [seconds[part] for part in ("median", "p20", "p80")] if seconds else []
+        if not isinstance(name, str) or not all(0 < f < math.inf for f in (factor, *figures)):
+            raise ValueError(f"the times of {name!r} are {seconds!r}")
 
 
 def machine(report: dict[str, Any]) -> str:

@@ -59,6 +59,7 @@ class Executor:
         ops: what computes the steps.
         dtype: dtype of weights and activations.
         weights: gives a step's folded weights; by default they are folded from ``module``.
+        names: other paths below ``module`` than the plan's, by these.
 
     Attributes:
         plan: with what serves each step: for the last inputs, at first for one common image.
@@ -72,8 +73,10 @@ class Executor:
         ops: AtenOps,
         dtype: torch.dtype,
         weights: Callable[[Step], Weights] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.module = module
+        self._names = names or {}
         self.ops = ops
         self.dtype = dtype
         self._weights = weights or self._fold
@@ -255,8 +258,8 @@ class Executor:
         )
         return _Schedule(arrangement, served, _read_as_given(arrangement.groups, plan, self.ops))
 
-    def _lookup(self, path: str) -> Tensor:
-        return attribute(self.module, path)
+    def _lookup(self, path: str) -> Any:
+        return attribute(self.module, self._names.get(path, path))
 
     def _conv(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
         op: Any = step.op
@@ -322,7 +325,7 @@ class Executor:
         fetch = values.__getitem__ if op.any_layout else lambda name: restore(values[name])
         args, kwargs = substitute(op.args, fetch), substitute(op.kwargs, fetch)
         if op.kind == "call_module":
-            return attribute(self.module, op.target)(*args, **kwargs)
+            return self._lookup(op.target)(*args, **kwargs)
         if op.kind == "call_method":
             return getattr(args[0], op.target)(*args[1:], **kwargs)
         return op.target(*args, **kwargs)

@@ -19,7 +19,7 @@ from .errors import BackendError, InputError, InputTypeError
 from .fold import Weights
 from .guards import GRADIENT, ambient_reason, in_functorch
 from .ir import Conv2d
-from .plan import Plan, Step
+from .plan import Plan, Step, kept_names
 from .verify import Verification
 
 
@@ -34,7 +34,7 @@ class FastModel(nn.Module):
     Args:
         traced: the plan.
         folded: weight and bias of each convolution and linear step, by the step's index.
-        kept: under their own paths, what the steps left to PyTorch need.
+        kept: what the steps left to PyTorch need, under :func:`fastres.plan.kept_names`.
         dtype: of weights and activations.
         source_dtype: the source's; tensors of it are taken and cast.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -74,6 +74,7 @@ class FastModel(nn.Module):
             self.folded.register_buffer(f"bias{index}", bias)
         self.kept = kept
         self._index = {step.name: index for index, step in enumerate(traced.steps)}
+        self._argument_names = portable.argument_names(traced)
         self._runners: dict[torch.device, GraphRunner] = {}
         self._program = portable.lower(traced)
         self._on_triton = self._served_by_triton()
@@ -110,7 +111,8 @@ class FastModel(nn.Module):
     def _run_portable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As the engine, by operators that compilers, exporters and transforms can see."""
         args = tuple([self._cast(value) for value in args])
-        kwargs = {name: self._cast(value) for name, value in kwargs.items()}
+        names = self._argument_names
+        kwargs = {names.get(name, name): self._cast(value) for name, value in kwargs.items()}
         with _without_autocast(self._home()):
             return self._program(self, self._functional(), *args, **kwargs)
 
@@ -149,7 +151,8 @@ class FastModel(nn.Module):
     def _runner(self, device: torch.device) -> GraphRunner:
         if device not in self._runners:
             ops = select_ops(self.backend, device, self.dtype)
-            executor = Executor(self.traced, self.kept, ops, self.dtype, self._step_weights)
+            names = kept_names(self.traced)
+            executor = Executor(self.traced, self.kept, ops, self.dtype, self._step_weights, names)
             self._runners[device] = GraphRunner(executor, casts=self.source_dtype)
         return self._runners[device]
 

@@ -59,7 +59,7 @@ class KerasModel:
 
     fastres has read the file by then, so that it holds layers of Keras' own and no Lambda; what
     names any other module is refused before Keras sees it. Where KERAS_BACKEND is not set, Keras
-    runs on PyTorch.
+    runs on PyTorch; of mixed precision, it is told to compute in float32.
 
     Raises:
         MissingDependencyError: without Keras.
@@ -82,6 +82,9 @@ class KerasModel:
         self.version = f"{keras.__version__} on {keras.backend.backend()}"
         try:
             self.model = keras.models.load_model(Path(path), compile=False, safe_mode=True)
+            for layer in self.model._flatten_layers():
+                if layer.compute_dtype != "float32":
+                    layer.dtype_policy = "float32"
         except Exception as error:
             reason = str(error).partition("\n")[0][:100]
             raise CheckpointError(

@@ -160,7 +160,8 @@ def _named_groups(config: Mapping[str, Any], weights: Any) -> Groups:
             yield (name,), {_variable(n): _member(group, n) for n in names}
             continue
         tails: dict[str, list[tuple[str, ...]]] = {}
-        for path in _paths(layer, (name,)):
+        places = list(_places(layer, (name,), frozen=False))
+        for path in dict.fromkeys(path for path, _, _ in places):
             for start in range(len(path)):
                 tails.setdefault("/".join(path[start:]), []).append(path)
         found: dict[tuple[str, ...], dict[str, Any]] = {}
@@ -170,6 +171,13 @@ def _named_groups(config: Mapping[str, Any], weights: Any) -> Groups:
             # Names are unique in a group: where several layers answer to one, they share weights.
             for path in next((tails[owner] for owner in owners if owner in tails), ()):
                 found.setdefault(path, {})[_variable(full)] = _member(group, full)
+        if {(path, v) for path, v, _ in places} != {(p, v) for p in found for v in found[p]}:
+            # A layer renamed after it was built: Keras itself goes by the order, frozen ones last.
+            places.sort(key=lambda place: place[2])
+            if [v for _, v, _ in places] == [_variable(full) for full in names]:
+                found = {path: {} for path, _, _ in places}
+                for (path, variable, _), full in zip(places, names, strict=True):
+                    found[path][variable] = _member(group, full)
         yield from found.items()
 
 
@@ -180,14 +188,18 @@ def _weight_names(group: Any) -> list[str]:
     return [n.decode() if isinstance(n, bytes) else str(n) for n in names]
 
 
-def _paths(config: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Where layers with weights are."""
+def _places(
+    config: Mapping[str, Any], above: tuple[str, ...], *, frozen: bool
+) -> Iterator[tuple[tuple[str, ...], str, bool]]:
+    """Each variable's layer and name, and whether it is frozen."""
     for layer in sublayers(config):
         path = (*above, layer_name(layer))
+        inner = layer["config"] if isinstance(layer["config"], Mapping) else {}
+        still = frozen or not inner.get("trainable", True)
         if sublayers(layer):
-            yield from _paths(layer, path)
-        elif _variables(layer):
-            yield path
+            yield from _places(layer, path, frozen=still)
+        for variable in _variables(layer):
+            yield path, variable, still or variable.startswith("moving")
 
 
 def _numbered_groups(config: Mapping[str, Any], weights: Any, above: tuple[str, ...]) -> Groups:

@@ -21,7 +21,7 @@ from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
 from .guards import Change, Watch, heeds_training
-from .ir import Call, Conv2d, Linear, attribute
+from .ir import Conv2d, Linear, attribute
 from .plan import Plan, parameter_paths
 from .shell import FastShell
 from .verify import Verification, verify, verify_steps
@@ -277,40 +277,24 @@ def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
 
 
 def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype | None) -> nn.Module:
-    """Copies, under their own paths, of what the steps left to PyTorch still need; without a dtype
+    """Copies, under names of our own, of what the steps left to PyTorch still need; without a dtype
     each in its own."""
     kept = nn.Module()
-    for step in traced.steps:
-        if isinstance(step.op, Call) and step.op.kind in ("call_module", "get_attr"):
-            _place(kept, str(step.op.target), source, dtype)
-        elif not isinstance(step.op, (Conv2d, Linear)):
-            for path in parameter_paths(step.op):
-                _place(kept, path, source, dtype)
+    for path, name in plan.kept_names(traced).items():
+        value = attribute(source, path)
+        if isinstance(value, nn.Module):
+            copied = duplicate(value)
+            copied = copied if dtype is None else copied.to(dtype)
+            for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
+                parameter.detach_()
+            kept.add_module(name, copied)
+        elif isinstance(value, Tensor):
+            value = value.detach().clone()
+            casts = dtype is not None and value.is_floating_point()
+            kept.register_buffer(name, value.to(dtype) if casts else value)
+        else:
+            setattr(kept, name, copy.deepcopy(value))
     return kept.eval()
-
-
-def _place(kept: nn.Module, path: str, source: nn.Module, dtype: torch.dtype | None) -> None:
-    *parents, name = path.split(".")
-    holder = kept
-    for parent in parents:
-        if parent not in holder._modules:
-            holder.add_module(parent, nn.Module())
-        holder = holder._modules[parent]  # type: ignore[assignment]
-    if hasattr(holder, name):
-        return
-    value = attribute(source, path)
-    if isinstance(value, nn.Module):
-        copied = duplicate(value)
-        copied = copied if dtype is None else copied.to(dtype)
-        for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
-            parameter.detach_()
-        holder.add_module(name, copied)
-    elif isinstance(value, Tensor):
-        value = value.detach().clone()
-        casts = dtype is not None and value.is_floating_point()
-        holder.register_buffer(name, value.to(dtype) if casts else value)
-    else:
-        setattr(holder, name, copy.deepcopy(value))
 
 
 def _few(arguments: Sequence[Any], images: int = 4) -> Sequence[Any]:

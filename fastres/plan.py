@@ -175,11 +175,15 @@ def of_module(module: nn.Module, method: str = "forward", most: bool = True) -> 
 
 def build(graph: Graph) -> Plan:
     """Fuse a folded graph and turn it into a plan."""
-    fused = fuse(graph)
-    owned = _exclusive_values(fused)
-    last = _last_uses(fused)
+    return schedule(fuse(graph))
+
+
+def schedule(graph: Graph) -> Plan:
+    """A fused graph as a plan: only here is decided what may be overwritten or freed."""
+    owned = _exclusive_values(graph)
+    last = _last_uses(graph)
     steps = []
-    for index, node in enumerate(fused.nodes):
+    for index, node in enumerate(graph.nodes):
         if isinstance(node.op, Input):
             continue
         frees = tuple(n for n in last if last[n] == index and (n in node.inputs or n == node.name))
@@ -193,7 +197,7 @@ def build(graph: Graph) -> Plan:
                 frees=frees,
             )
         )
-    return Plan(tuple(steps), fused.parameters, fused.output, source_layout=graph.source_layout)
+    return Plan(tuple(steps), graph.parameters, graph.output, source_layout=graph.source_layout)
 
 
 def fuse(graph: Graph) -> Graph:
@@ -415,3 +419,18 @@ def parameter_paths(op: Operation) -> Iterable[str]:
     else:
         own = []
     return [path for path in own if path is not None]
+
+
+def kept_names(plan: Plan) -> dict[str, str]:
+    """By path in the source: the names, of our own, under which a fused copy keeps what the steps
+    left to PyTorch need. A source may call its modules by Python's words, a file by anything."""
+    found: dict[str, str] = {}
+    for step in plan.steps:
+        if isinstance(step.op, Call):
+            named = step.op.kind in ("call_module", "get_attr")
+            paths: Iterable[str] = (str(step.op.target),) if named else ()
+        else:
+            paths = parameter_paths(step.op) if isinstance(step.op, BatchNorm2d) else ()
+        for path in paths:
+            found.setdefault(path, f"m{len(found)}")
+    return found

@@ -2,7 +2,9 @@
 
 A plan may call functions, methods and modules of PyTorch that were not fused. Reading one must
 never run anything else, so every name is looked up in the lists below, which hold operators on
-tensors and nothing that reads files, imports, or evaluates.
+tensors and nothing that reads files, imports, or evaluates. Each field is of its own type and none
+is unknown or missing; names of values and paths in the source are labels, which nothing evaluates
+(see docs/security.md).
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import fields
-from typing import Any
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import MISSING, fields, replace
+from keyword import iskeyword
+from reprlib import repr as brief
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +27,8 @@ from torch import nn
 
 from . import ir
 from .errors import CheckpointError
-from .ir import Call, Operation, Parameter, Ref
-from .plan import Plan, Step
+from .ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
+from .plan import Plan, Step, schedule
 from .preprocess import Centered, Normalize
 
 
@@ -90,6 +96,54 @@ _OPERATIONS: dict[str, type] = {
 }
 _PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize}
 _SPECIAL = (torch.dtype, torch.memory_format, torch.device)
+_CONSTANTS = {
+    (kind.__name__, str(value).removeprefix("torch.")): value
+    for value in vars(torch).values()
+    for kind in _SPECIAL[:2]
+    if isinstance(value, kind)
+}
+_WORDS = _words(
+    """zeros reflect replicate circular same valid nearest nearest-exact linear bilinear bicubic
+    trilinear none tanh NCHW NHWC"""
+)  # that layers' arguments may be
+_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
+DEEPEST = 40  # levels of nesting: Python's parser and its stack bear more
+
+T = TypeVar("T")
+
+
+def _is_whole(value: Any, least: int = -(2**31)) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_text(value: Any) -> bool:
+    """A string that can be shown on a terminal and in a picture."""
+    return isinstance(value, str) and value.isprintable()
+
+
+_IS: dict[Any, Callable[[Any], bool]] = {  # by what a dataclass says of its field
+    "bool": lambda v: type(v) is bool,
+    "int": _is_whole,
+    "int | None": lambda v: v is None or _is_whole(v),
+    "float": _is_number,
+    "float | None": lambda v: v is None or _is_number(v),
+    "str": is_text,
+    "str | None": lambda v: v is None or is_text(v),
+    "Pair": lambda v: type(v) is tuple and len(v) == 2 and all(map(_is_whole, v)),
+    "tuple[int, ...]": lambda v: type(v) is tuple and all(map(_is_whole, v)),
+    "tuple[str, ...]": lambda v: type(v) is tuple and all(map(is_text, v)),
+    "tuple[Any, ...]": lambda v: type(v) is tuple,
+    "dict[str, Any]": lambda v: type(v) is dict and all(is_text(k) and k.isidentifier() for k in v),
+    "Callable[..., Any] | str": is_text,
+    "BatchNorm2d | None": lambda v: v is None or type(v) is ir.BatchNorm2d,
+    "Normalize | None": lambda v: v is None or type(v) is ir.Normalize,
+    "Operation": lambda v: type(v) in _OPERATIONS.values(),
+    "Any": lambda v: True,
+}
 
 
 def encode_plan(plan: Plan) -> dict[str, Any]:
@@ -102,25 +156,68 @@ def encode_plan(plan: Plan) -> dict[str, Any]:
         "parameters": [encode(p.__dict__) for p in plan.parameters],
         "steps": [_encode_step(step) for step in plan.steps],
         "output": encode(plan.output),
+        "source_layout": plan.source_layout,
     }
 
 
 def decode_plan(data: Any) -> Plan:
     """The plan of :func:`encode_plan`; every name that it reads is defined before.
 
+    What may be overwritten and freed is not taken from the data: it is decided here anew.
+
     Raises:
         CheckpointError: the data is no plan, or names what a file must not.
     """
-    try:
-        parameters = tuple(Parameter(**decode(p)) for p in data["parameters"])
-        steps = tuple(map(_decode_step, data["steps"]))
-        plan = Plan(steps, parameters, decode(data["output"]))
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise CheckpointError(f"not a plan: {type(error).__name__}: {error}") from error
-    _check_names(plan)
-    return plan
+    members(data, "the plan", ("parameters", "steps", "output"), ("source_layout",))
+    found = (decode(p) for p in _items(data["parameters"], "parameters"))
+    parameters = tuple(typed(Parameter, values) for values in found)
+    for parameter in parameters:
+        check_identifier(parameter.name)
+    nodes = [Node(parameter.name, Input()) for parameter in parameters]
+    steps = map(_decode_step, _items(data["steps"], "steps"))
+    nodes += [Node(step.name, step.op, step.inputs, step.where) for step in steps]
+    layout = data.get("source_layout", False)
+    if type(layout) is not bool or len(nodes) == len(parameters):
+        raise CheckpointError(f"a plan of {len(nodes) - len(parameters)} steps, layout {layout!r}")
+    graph = Graph(tuple(nodes), parameters, decode(data["output"]), layout)
+    _check_names(graph)
+    return schedule(graph)
+
+
+def members(
+    data: Any, what: str, needed: Iterable[str], optional: Iterable[str] = ()
+) -> dict[str, Any]:
+    """``data``, which must be a JSON object with these members and no others."""
+    if type(data) is not dict:
+        raise CheckpointError(f"{what} must be a JSON object; got {brief(data)}")
+    wrong = {*needed} - {*data} or {*data} - {*needed, *optional}
+    if wrong:
+        raise CheckpointError(f"{what} lacks, or must not have, {brief(sorted(wrong))}")
+    return data
+
+
+def _items(data: Any, what: str) -> list[Any]:
+    if type(data) is not list:
+        raise CheckpointError(f"{what} must be a JSON list; got {brief(data)}")
+    return data
+
+
+def typed(kind: type[T], values: Any) -> T:
+    """A dataclass with these values for its fields, each of the type that the field says."""
+    found = fields(kind)  # type: ignore[arg-type]
+    needed = [f.name for f in found if f.default is MISSING and f.default_factory is MISSING]
+    members(values, kind.__name__, needed, [f.name for f in found])
+    for field in found:
+        if field.name in values and not _IS[field.type](values[field.name]):
+            value = brief(values[field.name])
+            raise CheckpointError(f"{kind.__name__}.{field.name} must be {field.type}; got {value}")
+    return kind(**values)
+
+
+def check_identifier(name: Any) -> None:
+    """Raises CheckpointError for what Python would not take as an argument's name."""
+    if not (isinstance(name, str) and name.isidentifier()) or iskeyword(name):
+        raise CheckpointError(f"{brief(name)} is no name of an argument")
 
 
 def encode(value: Any) -> Any:
@@ -147,39 +244,57 @@ def encode(value: Any) -> Any:
     raise ValueError(f"{value!r} ({type(value).__name__}) cannot be stored")
 
 
-def decode(value: Any) -> Any:
-    """The value of :func:`encode`."""
+def decode(value: Any, depth: int = 0) -> Any:
+    """The value of :func:`encode`.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if depth > DEEPEST:
+        raise CheckpointError(f"values are nested more than {DEEPEST} deep")
     if isinstance(value, list):
-        return [decode(item) for item in value]
+        return [decode(item, depth + 1) for item in value]
     if not isinstance(value, dict):
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise CheckpointError(f"{brief(value)} is no 64-bit integer")
         return value
-    ((kind, content),) = value.items()
-    if kind == "tuple":
-        return tuple(decode(item) for item in content)
-    if kind in ("dict", "ordered"):
-        items = [(decode(k), decode(v)) for k, v in content]
-        return dict(items) if kind == "dict" else OrderedDict(items)
-    if kind == "slice":
-        return slice(*(decode(v) for v in content))
+    only: tuple[str, Any] = next(iter(value.items())) if len(value) == 1 else ("", [])
+    kind, content = only
     if kind == "torch":
-        return _decode_special(*content)
-    simple: dict[str, Callable[[Any], Any]] = {
-        "ref": Ref,
-        "float": float,
-        "ellipsis": lambda _: Ellipsis,
-    }
-    if kind not in simple:
-        raise CheckpointError(f"unknown kind of value {kind!r}")
-    return simple[kind](content)
+        return _decode_special(content)
+    if kind == "ref" and is_text(content):
+        return Ref(content)
+    if kind == "float" and content in ("inf", "-inf", "nan"):
+        return float(content)
+    if kind == "ellipsis" and content == 1:
+        return ...
+    if kind not in ("tuple", "dict", "ordered", "slice") or not isinstance(content, list):
+        raise CheckpointError(f"unknown kind of value {brief(value)}")
+    items = [decode(item, depth + 1) for item in content]
+    if kind == "tuple":
+        return tuple(items)
+    if kind == "slice" and len(items) == 3:
+        return slice(*items)
+    if kind == "slice" or not all(_is_entry(item) for item in items):
+        raise CheckpointError(f"not a {kind}: {brief(value)}")
+    return dict(items) if kind == "dict" else OrderedDict(items)
 
 
-def _decode_special(kind: str, name: str) -> Any:
-    if kind == "device":
+def _is_entry(item: Any) -> bool:
+    """A pair whose first, the key, is a plain value."""
+    pair = type(item) is list and len(item) == 2
+    return pair and (item[0] is None or type(item[0]) in (bool, int, float, str))
+
+
+def _decode_special(content: Any) -> Any:
+    """torch's small constants, out of a table."""
+    pair = type(content) is list and len(content) == 2 and all(isinstance(v, str) for v in content)
+    kind, name = content if pair else ("", "")
+    if kind == "device" and _DEVICE.fullmatch(name):
         return torch.device(name)
-    found = getattr(torch, name, None)
-    if not isinstance(found, (torch.dtype, torch.memory_format)):
-        raise CheckpointError(f"torch.{name} is no {kind}")
-    return found
+    if (kind, name) not in _CONSTANTS:
+        raise CheckpointError(f"{brief(content)} is no dtype, device or memory format")
+    return _CONSTANTS[kind, name]
 
 
 def _encode_step(step: Step) -> dict[str, Any]:
@@ -198,15 +313,13 @@ def _encode_step(step: Step) -> dict[str, Any]:
     }
 
 
-def _decode_step(data: Mapping[str, Any]) -> Step:
-    return Step(
-        data["name"],
-        _decode_operation(data["kind"], data["fields"]),
-        tuple(data["inputs"]),
-        data["where"],
-        data["in_place"],
-        tuple(data["frees"]),
-    )
+def _decode_step(data: Any) -> Step:
+    names = ("name", "inputs", "where", "in_place", "frees")
+    members(data, "a step", (*names, "kind", "fields"))
+    values = {name: data[name] for name in names}
+    for name in ("inputs", "frees"):
+        values[name] = tuple(_items(data[name], name))
+    return typed(Step, {**values, "op": _decode_operation(data["kind"], data["fields"])})
 
 
 def _encode_operation(op: Operation) -> dict[str, Any]:
@@ -219,14 +332,16 @@ def _encode_operation(op: Operation) -> dict[str, Any]:
     return {"kind": type(op).__name__, "fields": {k: encode(v) for k, v in values.items()}}
 
 
-def _decode_operation(kind: str, data: Mapping[str, Any]) -> Operation:
-    if kind not in _OPERATIONS:
-        raise CheckpointError(f"unknown operation {kind!r}")
+def _decode_operation(kind: Any, data: Any) -> Operation:
+    if not isinstance(kind, str) or kind not in _OPERATIONS:
+        raise CheckpointError(f"unknown operation {brief(kind)}")
+    if type(data) is not dict:
+        raise CheckpointError(f"{kind} must have a JSON object of fields; got {brief(data)}")
     values = {name: decode(value) for name, value in data.items()}
     for name, part in _PARTS.items():
         if values.get(name) is not None:
-            values[name] = part(**values[name])
-    op: Operation = _OPERATIONS[kind](**values)
+            values[name] = typed(part, values[name])
+    op: Operation = typed(_OPERATIONS[kind], values)
     if isinstance(op, Call):
         return _with_target(op)
     _check_geometry(op)
@@ -234,12 +349,15 @@ def _decode_operation(kind: str, data: Mapping[str, Any]) -> Operation:
 
 
 def _check_geometry(op: Operation) -> None:
-    """Windows that PyTorch itself would refuse never reach an operator that does not look."""
+    """What PyTorch itself would refuse never reaches an operator that does not look."""
     for name, least in (("kernel", 1), ("stride", 1), ("dilation", 1), ("padding", 0)):
         pair = getattr(op, name, (least, least))
-        sound = isinstance(pair, tuple) and len(pair) == 2
-        if not sound or not all(type(v) is int and v >= least for v in pair):
+        if min(pair) < least:
             raise CheckpointError(f"{type(op).__name__} has {name}={pair!r}")
+    if isinstance(op, Conv2d):
+        sizes = (op.in_channels, op.out_channels, op.groups)
+        if min(sizes) < 1 or op.in_channels % op.groups or op.out_channels % op.groups:
+            raise CheckpointError(f"Conv2d has channels and groups {sizes}")
 
 
 def _encode_target(op: Call) -> str:
@@ -260,11 +378,13 @@ def _with_target(op: Call) -> Call:
         return op
     known = METHODS if op.kind == "call_method" else FUNCTIONS
     if op.kind not in ("call_method", "call_function") or op.target not in known:
-        raise CheckpointError(f"{op.kind} of {op.target!r} is not allowed in a file")
+        raise CheckpointError(f"{brief(op.kind)} of {brief(op.target)} is not allowed in a file")
+    on_value = bool(op.args) and isinstance(op.args[0], Ref)
+    if op.kind == "call_method" and not on_value:
+        raise CheckpointError(f"the method {op.target} of no step's value is not allowed in a file")
     if op.kind == "call_method":
         return op
-    function = FUNCTIONS[str(op.target)]
-    found = Call(op.kind, function, op.args, op.kwargs, op.reason, op.mutates, op.any_layout)
+    found = replace(op, target=FUNCTIONS[str(op.target)])
     try:
         _check_getattr(found)
     except ValueError as error:
@@ -278,20 +398,28 @@ def _check_listed(listed: bool, what: str) -> None:
 
 
 def _check_getattr(op: Call) -> None:
-    if op.target is getattr and (len(op.args) != 2 or op.args[1] not in ATTRIBUTES):
-        raise ValueError(f"getattr{op.args[1:]} is not allowed")
+    if op.target is not getattr:
+        return
+    arguments = (*op.args, *op.kwargs)
+    if len(arguments) != 2 or not isinstance(arguments[0], Ref) or arguments[1] not in ATTRIBUTES:
+        raise ValueError(f"getattr{brief(arguments[1:])} is not allowed")
 
 
-def _check_names(plan: Plan) -> None:
-    known = {parameter.name for parameter in plan.parameters}
-    for step in plan.steps:
-        needed = set(step.inputs)
-        if isinstance(step.op, Call):
-            needed |= set(ir.refs((step.op.args, step.op.kwargs)))
-        if not needed <= known or step.name in known:
-            raise CheckpointError(f"step {step.name!r} does not fit the steps before it")
-        known.add(step.name)
-    if not set(ir.refs(plan.output)) <= known:
+def _check_names(graph: Graph) -> None:
+    """Each step reads as many values as its operation takes, all of which exist before it."""
+    known: set[str] = set()
+    for node in graph.nodes:
+        op, count = node.op, len(node.inputs)
+        if isinstance(op, Call):
+            fits = set(node.inputs) == set(ir.refs((op.args, op.kwargs)))
+        elif isinstance(op, Conv2d):
+            fits = count == 1 + op.residual
+        else:
+            fits = count == (not isinstance(op, Input)) or (isinstance(op, ir.Add) and count == 2)
+        if not fits or not set(node.inputs) <= known or node.name in known:
+            raise CheckpointError(f"step {brief(node.name)} does not fit the steps before it")
+        known.add(node.name)
+    if not set(ir.refs(graph.output)) <= known:
         raise CheckpointError("the output names a step that does not exist")
 
 
@@ -328,13 +456,33 @@ def _numbers(module: Normalize | Centered) -> dict[str, Any]:
     return {"mean": mean, "std": std, "layout": module.layout}
 
 
-def decode_module(spec: Mapping[str, Any]) -> nn.Module:
-    """The layer of :func:`encode_module`, in eval mode, its tensors still to be filled."""
-    own = {"Normalize": Normalize, "Centered": Centered}
-    if spec["type"] in own:
-        return own[spec["type"]](**{k: decode(v) for k, v in spec["arguments"].items()}).eval()
-    if spec["type"] not in MODULES:
-        raise CheckpointError(f"a file must not name the module {spec['type']!r}")
-    arguments = {name: decode(value) for name, value in spec["arguments"].items()}
-    module: nn.Module = getattr(nn, spec["type"])(**arguments)
+def _is_setting(value: Any) -> bool:
+    """Whether a layer of torch.nn may have this argument: a number, some, or one of its words."""
+    if type(value) in (tuple, list):
+        return all(v is None or _is_number(v) for v in value)
+    return value is None or type(value) is bool or _is_number(value) or value in _WORDS
+
+
+def decode_module(spec: Any) -> nn.Module:
+    """The layer of :func:`encode_module`, in eval mode, its tensors without memory: to be assigned.
+
+    Raises:
+        CheckpointError: it is none of those that a file may name, or has other arguments.
+    """
+    members(spec, "a module", ("type", "arguments"))
+    name = brief(spec["type"])
+    own: dict[Any, Any] = {"Normalize": Normalize, "Centered": Centered}
+    if not isinstance(spec["type"], str) or spec["type"] not in {*own, *MODULES}:
+        raise CheckpointError(f"a file must not name the module {name}")
+    kind = own.get(spec["type"]) or getattr(nn, spec["type"])
+    taken = set(inspect.signature(kind.__init__).parameters) - {"self", "device", "dtype"}
+    given = members(spec["arguments"], f"the module {name}", (), taken)
+    arguments = {key: decode(value) for key, value in given.items()}
+    if not all(map(_is_setting, arguments.values())):
+        raise CheckpointError(f"the module {name} has the arguments {brief(arguments)}")
+    try:
+        with nullcontext() if spec["type"] in own else torch.device("meta"):
+            module: nn.Module = kind(**arguments)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise CheckpointError(f"the module {name} cannot be built: {e}") from e
     return module.eval().requires_grad_(False)

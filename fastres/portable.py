@@ -31,7 +31,7 @@ from .ir import (
     substitute,
 )
 from .memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
-from .plan import Plan, Step
+from .plan import Plan, Step, kept_names
 
 Program: TypeAlias = Callable[..., Any]
 
@@ -215,7 +215,11 @@ def lower(plan: Plan) -> Program:
     """The plan as a function of ``(model, ops, *arguments)``.
 
     ``model`` is what has ``folded.weight{i}`` and ``folded.bias{i}`` for step i and under ``kept``
-    what the steps left to PyTorch need; ``ops`` is an :class:`Aten`.
+    what the steps left to PyTorch need; ``ops`` is an :class:`Aten`. Arguments that are given by
+    keyword go by :func:`argument_names`.
+
+    All names in the source that is generated here are our own: a plan's may come from a file, or be
+    words of Python. What else a plan says is rendered by ``repr`` as a constant.
     """
     code = _Lowering(plan).run().python_code("self")
     namespace = dict(code.globals)
@@ -224,19 +228,42 @@ def lower(plan: Plan) -> Program:
     return program
 
 
+def argument_names(plan: Plan) -> dict[str, str]:
+    """What the program of :func:`lower` calls the plan's parameters."""
+    return {parameter.name: f"a{index}" for index, parameter in enumerate(plan.parameters)}
+
+
+def _by_position(op: Call) -> Program:
+    """What a step calls, with its keywords' values behind the others: a keyword is a name, too."""
+    target, is_method, names = op.target, op.kind == "call_method", tuple(op.kwargs)
+    has_function = op.kind == "call_function"
+
+    def call(*values: Any) -> Any:
+        first = len(values) - len(names)
+        named = dict(zip(names, values[first:], strict=True))
+        if has_function:
+            return target(*values[:first], **named)  # type: ignore[operator]
+        called = getattr(values[0], target) if is_method else values[0]  # type: ignore[arg-type]
+        return called(*values[1:first], **named)
+
+    return call
+
+
 class _Lowering:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.kept = {path: f"kept.{name}" for path, name in kept_names(plan).items()}
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
 
     def run(self) -> fx.Graph:
         graph = self.graph
         self.ops = graph.placeholder("ops")
+        names = argument_names(self.plan)
         inputs = []
         for parameter in self.plan.parameters:
             default = () if parameter.required else (parameter.default,)
-            inputs.append(graph.create_node("placeholder", parameter.name, default))
+            inputs.append(graph.create_node("placeholder", names[parameter.name], default))
         self.nchw = self._ops("wants_nchw", *inputs)
         keep = self.plan.source_layout
         for parameter, node in zip(self.plan.parameters, inputs, strict=True):
@@ -288,16 +315,21 @@ class _Lowering:
 
     def _batch_norm(self, op: BatchNorm2d, x: fx.Node) -> fx.Node:
         paths = (op.mean, op.var, op.weight, op.bias)
-        tensors = [p and self.graph.get_attr(f"kept.{p}") for p in paths]
+        tensors = [None if p is None else self.graph.get_attr(self.kept[p]) for p in paths]
         return self.graph.call_function(F.batch_norm, (x, *tensors, False, 0.0, op.eps))
 
     def _call(self, op: Call) -> fx.Node:
+        target: Any = self.kept.get(str(op.target), op.target)
         if op.kind == "get_attr":
-            return self.graph.get_attr(f"kept.{op.target}")
+            return self.graph.get_attr(target)
         fetch = self.values.__getitem__ if op.any_layout else self._restored
-        args, kwargs = self._arguments(op.args, fetch), self._arguments(op.kwargs, fetch)
-        target = f"kept.{op.target}" if op.kind == "call_module" else op.target
-        return self.graph.create_node(op.kind, target, args, kwargs)
+        args = self._arguments(op.args, fetch)
+        if not op.kwargs:
+            return self.graph.create_node(op.kind, target, args)
+        if op.kind == "call_module":
+            args = (self.graph.get_attr(target), *args)
+        values = self._arguments(tuple(op.kwargs.values()), fetch)
+        return self.graph.call_function(_by_position(op), (*args, *values))
 
     def _restored(self, name: str) -> fx.Node:
         return self._ops("restored", self.values[name], self.nchw)

@@ -1,7 +1,7 @@
 """Fused models in one safetensors file: :func:`save` and :func:`load`.
 
 The tensors are the folded weights; the plan is JSON in the file's metadata. There is no pickle, and
-reading a file runs nothing that it could name (see :mod:`fastres.plan_json`).
+reading a file runs nothing that it could name (see :mod:`fastres.plan_json` and docs/security.md).
 """
 
 from __future__ import annotations
@@ -10,23 +10,27 @@ import inspect
 import json
 import os
 from pathlib import Path
-from typing import Any
+from reprlib import repr as brief
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import plan_json
+from .backends import check_backend
 from .checkpoint import check_target, read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .fast_model import FastModel, with_signature
-from .ir import BatchNorm2d, Call, Conv2d, Linear, attribute
-from .plan import Plan, parameter_paths
+from .ir import Call, Conv2d, Linear, Parameter
+from .plan import Plan, kept_names
 from .shell import FastShell
 from .verify import Verification
 
 FORMAT = 1
 SUFFIXES = (".safetensors",)
 KEY = "fastres"
+LONGEST = 2**24  # characters of the JSON, which takes some twenty times as many bytes once read
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 PathLike = str | os.PathLike[str]
 
@@ -50,8 +54,17 @@ def save(model: FastModel, path: PathLike) -> None:
             f"model must be a FastModel, as fastres.optimize makes it; got {kind.__name__}"
         )
     check_target(path, SUFFIXES)
-    metadata = {KEY: json.dumps(_describe(model), allow_nan=False)}
-    save_checkpoint(model, path, metadata=metadata)
+    text = json.dumps(_describe(model), allow_nan=False)
+    try:
+        _parse(text)
+    except CheckpointError as error:
+        raise ValueError(f"model cannot be stored: {error}") from error
+    stored = {f"kept.{name}": f"kept.{path}" for path, name in kept_names(model.traced).items()}
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        own = next((n for n in stored if name == n or name.startswith(f"{n}.")), name)
+        tensors[stored.get(own, own) + name[len(own) :]] = tensor
+    save_checkpoint(tensors, path, metadata={KEY: text})
 
 
 def load(path: PathLike, *, device: torch.device | str = "cpu") -> FastModel:
@@ -63,16 +76,30 @@ def load(path: PathLike, *, device: torch.device | str = "cpu") -> FastModel:
             not, or its tensors do not fit its plan.
     """
     path = Path(path)
-    description = _description(path)
-    tensors = state_dict_from_file(path)
+    text = read_metadata(path).get(KEY)
+    if text is None:
+        raise CheckpointError(
+            f"{path} holds weights but no fused model; load it by fastres.load_checkpoint"
+        )
     try:
-        model = _assemble(description, tensors)
+        described = _parse(text)  # before memory is taken for tensors
+        model = _assemble(described, state_dict_from_file(path))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{path} does not describe a fused model: {reason}") from error
     return model.to(device)
+
+
+class _Description(NamedTuple):
+    """What the JSON says, checked."""
+
+    plan: Plan
+    dtype: torch.dtype
+    source_dtype: torch.dtype
+    signature: inspect.Signature
+    modules: dict[str, nn.Module]
+    described: dict[str, Any]
+    backend: str
+    verification: Verification | None
 
 
 def _describe(model: FastModel) -> dict[str, Any]:
@@ -90,25 +117,71 @@ def _describe(model: FastModel) -> dict[str, Any]:
     }
 
 
-def _description(path: Path) -> dict[str, Any]:
-    text = read_metadata(path).get(KEY)
-    if text is None:
-        raise CheckpointError(
-            f"{path} holds weights but no fused model; load it by fastres.load_checkpoint"
-        )
+def _parse(text: str) -> _Description:
+    """Raises CheckpointError for anything that :func:`_describe` would not have said."""
+    if len(text) > LONGEST:
+        raise CheckpointError(f"its description has {len(text)} characters; at most {LONGEST}")
     try:
-        description: dict[str, Any] = json.loads(text)
-        version = description["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} does not describe a fused model: {error}") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{path} is of format {version}; this fastres reads format {FORMAT}")
-    return description
+        data = json.loads(text)
+        version = data["format"]
+        if version == FORMAT:
+            return _decode(data)
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"it does not describe a fused model: {reason}") from error
+    raise CheckpointError(f"it is of format {brief(version)}; this fastres reads format {FORMAT}")
 
 
-def _assemble(description: dict[str, Any], tensors: dict[str, Tensor]) -> FastModel:
-    plan = plan_json.decode_plan(description["plan"])
-    dtype = plan_json.decode(description["dtype"])
+def _decode(data: Any) -> _Description:
+    names = ("backend", "dtype", "source_dtype", "signature", "plan", "modules", "described")
+    plan_json.members(data, "a fused model", ("format", *names, "verification"))
+    plan = plan_json.decode_plan(data["plan"])
+    signature = _decode_signature(data["signature"])
+    if str(_parameters(signature)) != str(plan.parameters):
+        raise CheckpointError("its signature and its plan have other parameters")
+    dtype, source_dtype = (plan_json.decode(data[name]) for name in ("dtype", "source_dtype"))
+    for found in (dtype, source_dtype):
+        if not any(found is known for known in DTYPES):
+            raise CheckpointError(f"a dtype must be floating point; got {brief(found)}")
+    calls = [s.op for s in plan.steps if isinstance(s.op, Call) and s.op.kind == "call_module"]
+    modules = plan_json.members(data["modules"], "modules", {str(op.target) for op in calls})
+    described = plan_json.decode(data["described"])
+    if type(described) is not dict or not all(map(_is_public, described)):
+        raise CheckpointError(f"described must have public names; got {brief(described)}")
+    verification = data["verification"]
+    if verification is not None:
+        shape = {"shape": tuple(verification["shape"])}
+        verification = plan_json.typed(Verification, {**verification, **shape})
+    return _Description(
+        plan,
+        dtype,
+        source_dtype,
+        signature,
+        {path: plan_json.decode_module(spec) for path, spec in modules.items()},
+        described,
+        check_backend(data["backend"]),
+        verification,
+    )
+
+
+def _is_public(name: Any) -> bool:
+    return plan_json.is_text(name) and not name.startswith("_")
+
+
+def _parameters(signature: inspect.Signature) -> tuple[Parameter, ...]:
+    """A plan's parameters by the signature, which must be one list."""
+    parameters = signature.parameters.values()
+    required = [p.default is p.empty for p in parameters]
+    return tuple(
+        Parameter(p.name, r, None if r else p.default)
+        for p, r in zip(parameters, required, strict=True)
+    )
+
+
+def _assemble(described: _Description, tensors: dict[str, Tensor]) -> FastModel:
+    plan, dtype = described.plan, described.dtype
     _check_tensors(plan, tensors, dtype)
     folded = {}
     for index, step in enumerate(plan.steps):
@@ -117,73 +190,49 @@ def _assemble(description: dict[str, Any], tensors: dict[str, Tensor]) -> FastMo
             if weight.dim() == 4:
                 weight = weight.contiguous(memory_format=torch.channels_last)
             folded[index] = (weight, tensors.get(f"folded.bias{index}"))
-    model = with_signature(_decode_signature(description["signature"]))(
+    model = with_signature(described.signature)(
         plan,
         folded,
-        _kept(plan, description["modules"], tensors, dtype),
+        _kept(plan, described.modules, tensors),
         dtype=dtype,
-        source_dtype=plan_json.decode(description["source_dtype"]),
-        backend=description["backend"],
-        described=plan_json.decode(description["described"]),
+        source_dtype=described.source_dtype,
+        backend=described.backend,
+        described=described.described,
     )
-    if description["verification"] is not None:
-        found = {**description["verification"]}
-        model.verification = Verification(**{**found, "shape": tuple(found["shape"])})
+    model.verification = described.verification
     return model
 
 
 def _encode_modules(model: FastModel) -> dict[str, Any]:
     """The modules that steps left to PyTorch call, by path."""
     found = {}
-    for step in model.traced.steps:
-        path = str(step.op.target) if isinstance(step.op, Call) else ""
-        if isinstance(step.op, Call) and step.op.kind == "call_module":
-            try:
-                found[path] = plan_json.encode_module(attribute(model.kept, path))
-            except ValueError as error:
-                raise ValueError(f"{path} cannot be stored without pickle: {error}") from error
-        elif path in found or not isinstance(step.op, Call) or step.op.kind != "get_attr":
-            continue
-        elif not isinstance(attribute(model.kept, path), Tensor):
-            raise ValueError(f"{path} cannot be stored without pickle: it is no tensor")
+    for path, name in kept_names(model.traced).items():
+        value = getattr(model.kept, name)
+        try:
+            if isinstance(value, nn.Module):
+                found[path] = plan_json.encode_module(value)
+            elif not isinstance(value, Tensor):
+                raise ValueError("it is no tensor")
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be stored without pickle: {error}") from error
     return found
 
 
-def _kept(
-    plan: Plan, modules: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype
-) -> nn.Module:
-    """What the steps left to PyTorch need: modules, parameters and buffers, under their paths."""
+def _kept(plan: Plan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
+    """What the steps left to PyTorch need: modules, parameters and buffers."""
     kept = nn.Module()
-    for step in plan.steps:
-        if isinstance(step.op, Call) and step.op.kind == "call_module":
-            path = str(step.op.target)
-            module = plan_json.decode_module(modules[path])
-            prefix = f"kept.{path}."
-            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            module.load_state_dict(own, assign=True)
-            module.to(dtype)
-            _holder(kept, path).add_module(path.rpartition(".")[2], module)
-        else:
-            for path in _paths(step.op):
-                holder, name = _holder(kept, path), path.rpartition(".")[2]
-                if name not in holder._buffers:
-                    holder.register_buffer(name, tensors[f"kept.{path}"])
+    for path, name in kept_names(plan).items():
+        module = modules.get(path)
+        if module is None:
+            kept.register_buffer(name, _checked(tensors, f"kept.{path}"))
+            continue
+        own = {}
+        for key, value in module.state_dict().items():
+            dtype = None if value.is_floating_point() else value.dtype
+            own[key] = _checked(tensors, f"kept.{path}.{key}", tuple(value.shape), dtype)
+        module.load_state_dict(own, assign=True)
+        kept.add_module(name, module)
     return kept.eval()
-
-
-def _paths(op: Any) -> list[str]:
-    """The tensors that a step reads from what was kept."""
-    if isinstance(op, Call):
-        return [str(op.target)] if op.kind == "get_attr" else []
-    return list(parameter_paths(op)) if isinstance(op, BatchNorm2d) else []
-
-
-def _holder(root: nn.Module, path: str) -> nn.Module:
-    for name in path.split(".")[:-1]:
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
 
 
 def _check_tensors(plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -197,19 +246,27 @@ def _check_tensors(plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype) -
             shape, biased = (op.out_features, op.in_features), op.bias is not None
         else:
             continue
-        _check_tensor(tensors, f"folded.weight{index}", shape, dtype)
+        _checked(tensors, f"folded.weight{index}", shape, dtype)
         if biased:
             wide = torch.promote_types(dtype, torch.float32)
-            _check_tensor(tensors, f"folded.bias{index}", shape[:1], wide)
+            _checked(tensors, f"folded.bias{index}", shape[:1], wide)
 
 
-def _check_tensor(
-    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
+def _checked(
+    tensors: dict[str, Tensor],
+    name: str,
+    shape: tuple[int, ...] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The tensor of this name, which must be of this shape; without a dtype, of any for floats."""
     found = tensors.get(name)
-    if found is None or tuple(found.shape) != shape or found.dtype is not dtype:
+    fits = found is not None and shape in (None, tuple(found.shape))
+    floats = found is not None and (shape is None or found.is_floating_point())
+    if found is None or not fits or not (found.dtype is dtype if dtype else floats):
         got = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-        raise CheckpointError(f"{name} must be {dtype} {shape}; got {got}")
+        wanted = f"{dtype or 'floating point'} {'' if shape is None else shape}".strip()
+        raise CheckpointError(f"{brief(name)} must be {wanted}; got {got}")
+    return found
 
 
 def _encode_signature(signature: inspect.Signature) -> list[dict[str, Any]]:
@@ -223,19 +280,28 @@ def _encode_signature(signature: inspect.Signature) -> list[dict[str, Any]]:
     ]
 
 
-def _decode_signature(data: list[dict[str, Any]]) -> inspect.Signature:
-    empty = inspect.Parameter.empty
-    kinds = {int(kind): kind for kind in inspect._ParameterKind}
-    return inspect.Signature(
-        [
-            inspect.Parameter(
-                entry["name"],
-                kinds[entry["kind"]],
-                default=plan_json.decode(entry["default"][0]) if entry["default"] else empty,
-            )
-            for entry in data
-        ]
+def _decode_signature(data: Any) -> inspect.Signature:
+    found = []
+    for entry in data if type(data) is list else [data]:
+        plan_json.members(entry, "a parameter", ("name", "kind", "default"))
+        plan_json.check_identifier(entry["name"])
+        kind, default = entry["kind"], entry["default"]
+        stored = default is None or (type(default) is list and len(default) == 1)
+        if type(kind) is not int or kind not in _KINDS or not stored:
+            raise CheckpointError(f"{brief(entry)} is no parameter")
+        value = inspect.Parameter.empty if default is None else plan_json.decode(default[0])
+        found.append(inspect.Parameter(entry["name"], _KINDS[kind], default=value))
+    return inspect.Signature(found)
+
+
+_KINDS = {
+    int(kind): kind
+    for kind in (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
     )
+}
 
 
 def _storable(described: dict[str, Any]) -> Any:

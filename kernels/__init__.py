@@ -1,19 +1,27 @@
-"""Triton kernels of fastres, imported as ``fastres.kernels``."""
+"""Triton kernels of fastres, imported as ``fastres.kernels``.
 
-if __name__ != "fastres.kernels":
+At the root of a checkout this folder hides Hugging Face's package ``kernels``, which transformers
+looks for. Imported by that name it gives way: to the installed package, else to an empty one.
+"""
+
+if __name__ == "kernels":
+    from ._hidden import step_aside
+
+    step_aside(globals())
+elif __name__ != "fastres.kernels":
     raise ImportError(
         f"this folder was imported as {__name__!r}; import it as 'fastres.kernels' "
         "(a second copy would register the same custom operators twice)"
     )
-
-from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
-from ._common import INTERPRETED, LAUNCHES
-from ._config import TileConfig, machine_of
-from ._tma import has_copy_engine
-from .conv import conv2d, conv2d_ref, new_scratch
-from .elementwise import add_relu, add_relu_ref, relu, relu_ref
-from .global_pool import global_avg_pool, global_avg_pool_ref
-from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
+else:
+    from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
+    from ._common import INTERPRETED, LAUNCHES
+    from ._config import TileConfig, machine_of
+    from ._tma import has_copy_engine
+    from .conv import conv2d, conv2d_ref, new_scratch
+    from .elementwise import add_relu, add_relu_ref, relu, relu_ref
+    from .global_pool import global_avg_pool, global_avg_pool_ref
+    from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
 
 __all__ = [
     "INTERPRETED",

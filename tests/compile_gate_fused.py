@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, astuple
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -152,6 +153,17 @@ def gemm_cases(full: bool) -> Iterator[Case]:
                 yield tile_case("gemm", what, row, target, kind, run)
 
 
+Width = TypeVar("Width")
+
+
+def shown(fitting: Sequence[Width], index: int, full: bool) -> Sequence[Width]:
+    """The widths at which the row of this index is compiled: every one, or two of them.
+
+    At its widest, where a row spills first, and at one more, another for each row.
+    """
+    return fitting if full else sorted({fitting[-1], fitting[index % len(fitting)]})
+
+
 SEAMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
 """Widths of the 3x3s on both sides of a seam, stages 1 to 3."""
 
@@ -170,10 +182,12 @@ def rot2_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> No
 
 
 def rot2_cases(full: bool) -> Iterator[Case]:
-    for row, (channels, reduced), target in product(rot2.CONFIGS, SEAMS, COPY_ENGINES):
-        if not rot2.fits(row, channels, reduced, HOPPER) or (target != "sm_90" and not full):
+    for (index, row), target in product(enumerate(rot2.CONFIGS), COPY_ENGINES):
+        fitting = [seam for seam in SEAMS if rot2.fits(row, *seam, HOPPER)]
+        if not fitting or (target != "sm_90" and not full):
             continue
-        for dtype in HALVES if full else HALVES[:1]:
+        widths = shown(fitting, index, full)
+        for (channels, reduced), dtype in product(widths, HALVES if full else HALVES[:1]):
             yield Case(
                 "rot2",
                 f"{channels}>{reduced} {short(dtype)}",
@@ -226,8 +240,10 @@ def hwnc_run(row: TileConfig, batch: int, stride: int, dtype: torch.dtype, preci
 def hwnc_cases(full: bool) -> Iterator[Case]:
     for kind, rows in hwnc.CONFIGS.items():
         first = PRECISIONS[kind][0]
-        for row, target, (path, sizes) in product(rows, COPY_ENGINES, HWNC_PATHS.items()):
-            if not full and target != "sm_90" and path != "pixel":
+        paths = HWNC_PATHS.items()
+        for (index, row), target, (path, sizes) in product(enumerate(rows), COPY_ENGINES, paths):
+            due = list(HWNC_PATHS)[index % 3] if target == "sm_90" else "pixel"
+            if not full and path != due:
                 continue
             for dtype, precision in PRECISIONS[kind] if full else (first,):
                 what = f"{path} {short(dtype)} {precision}"

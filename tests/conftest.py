@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
-from collections.abc import Callable
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +30,15 @@ try:
 except ImportError:  # the property tests skip themselves
     pass
 
+with contextlib.suppress(FileExistsError):  # an unpacked source distribution has no links
+    Path(__file__).parents[1].joinpath("fastres", "kernels").symlink_to("../kernels")
+
 torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = False  # references are full float32
 torch.backends.cudnn.allow_tf32 = False
 
+SECONDS = 10.0  # of CPU time that a test without the mark slow may take
+GIGABYTES = 2.0  # that a test process may take; make test starts no more than memory holds
 GUARD = 64  # elements on each side of a guarded tensor
 
 
@@ -35,6 +47,111 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     on_cpu = "device" not in getattr(item, "fixturenames", ())
     if torch.cuda.is_available() and on_cpu and item.get_closest_marker("interpreter"):
         pytest.skip("runs kernels on CPU tensors, which takes a machine without a GPU")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For ``-n auto``: a process per core, as many as the free memory holds, eight at most."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, min(cores, int(free_gigabytes() // GIGABYTES), 8))
+
+
+def free_gigabytes() -> float:
+    """Memory that new processes may take; no limit where the system does not tell."""
+    free = float("inf")
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) / 2**20
+        group = Path("/sys/fs/cgroup")
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, (int(limit) - int(used)) / 2**30)
+    except (OSError, KeyError, ValueError):  # not Linux, no limit ("max"), or no such controller
+        return free
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the children that it has waited for."""
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN
+    return sum(use.ru_utime + use.ru_stime for use in map(resource.getrusage, who))
+
+
+def peak_gigabytes() -> float:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def slowness() -> float:
+    """How much slower this machine is now than an idle one of 2020; never below 1."""
+    started = time.process_time()
+    for _ in range(10_000_000):
+        pass
+    return max(1.0, (time.process_time() - started) / 0.25)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    """A test without the mark ``slow`` fails where it takes too much CPU time, on any machine."""
+    report: pytest.TestReport = yield
+    if call.when == "setup":
+        item.stash[STARTED] = cpu_seconds()
+    elif call.when == "call" and report.passed and not item.get_closest_marker("slow"):
+        taken = cpu_seconds() - item.stash[STARTED]
+        if taken > SECONDS and taken > SECONDS * (slower := slowness()):
+            report.outcome = "failed"
+            report.longrepr = (
+                f"{item.nodeid} took {taken:.1f} s of CPU time, {SECONDS * slower:.0f} s are "
+                "allowed here: make it lighter, or mark it slow"
+            )
+    return report
+
+
+STARTED = pytest.StashKey[float]()
+
+
+@pytest.fixture(autouse=True)
+def _frees_memory() -> Iterator[None]:
+    """What a test leaves goes at once where it is much: torch.fx's graphs refer to themselves."""
+    yield
+    global _kept
+    held = held_gigabytes()
+    if held > _kept + 0.2:
+        gc.collect()
+        if hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        _kept = held_gigabytes()
+
+
+def held_gigabytes() -> float:
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux
+        return peak_gigabytes()
+    return pages * resource.getpagesize() / 2**30
+
+
+_kept = held_gigabytes()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if output := getattr(session.config, "workeroutput", None):
+        output["used"] = peak_gigabytes(), cpu_seconds()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    USED[node.gateway.id] = getattr(node, "workeroutput", {}).get("used", (0.0, 0.0))
+
+
+USED: dict[str, tuple[float, float]] = {}
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    used = USED or {"tests": (peak_gigabytes(), cpu_seconds())}
+    each = ", ".join(
+        f"{name} {peak:.1f} GB {seconds:.0f} s" for name, (peak, seconds) in used.items()
+    )
+    terminalreporter.write_line(f"peak memory and CPU time: {each}")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,23 @@ from fastres.kernels import elementwise, global_pool, pool
 from fastres.kernels.conv import CONFIGS
 
 GATE = Path(__file__).with_name("compile_gate.py")
-TARGETS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+FUSED = GATE.with_name("compile_gate_fused.py")
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+IMAGE_KERNELS = {
+    "add_relu": elementwise.CONFIGS,
+    "relu": elementwise.CONFIGS,
+    "max_pool2d": pool.CONFIGS,
+    "avg_pool2d": pool.CONFIGS,
+    "global_avg_pool": global_pool.CONFIGS,
+}
+FUSED_KERNELS = ("gemm", "head", "rot2", "stem")
+EXPERIMENTAL = ("bottleneck_hwnc", "conv2d_hwnc", "conv3x3_hwnc")
 
 
 def gate(*arguments: str, script: Path = GATE) -> tuple[int, list[dict]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), "--json", *arguments],
+        [sys.executable, str(script), "--json", "--jobs", "1", *arguments],
         env=environment,
         capture_output=True,
         text=True,
@@ -35,56 +46,70 @@ def gate(*arguments: str, script: Path = GATE) -> tuple[int, list[dict]]:
     return done.returncode, json.loads(done.stdout)
 
 
-@pytest.mark.slow
-def test_row19_every_shipped_config_compiles():
-    status, verdicts = gate()
+def passed(*arguments: str, script: Path = GATE) -> list[dict]:
+    """The verdicts on these cases, none of which has a problem."""
+    status, verdicts = gate(*arguments, script=script)
     failed = [v for v in verdicts if v["problems"]]
     assert not failed, json.dumps(failed, indent=1)
     assert status == 0
-    assert {v["target"] for v in verdicts} == TARGETS
-    matrix = {v["config"] for v in verdicts if v["kernel"] == "conv2d" and v["target"] == "sm_90"}
-    for row in (row for rows in CONFIGS.values() for row in rows):
-        tile = f"{row.block_m}x{row.block_n}x{row.block_k} w{row.num_warps} s{row.num_stages}"
-        assert tile in matrix
-    for kernel, rows in {
-        "add_relu": elementwise.CONFIGS,
-        "relu": elementwise.CONFIGS,
-        "max_pool2d": pool.CONFIGS,
-        "avg_pool2d": pool.CONFIGS,
-        "global_avg_pool": global_pool.CONFIGS,
-    }.items():
-        plain = [v for v in verdicts if v["kernel"] == kernel and "pdl" not in v["what"]]
-        assert len(plain) == len(rows) * len(TARGETS)
+    return verdicts
 
 
 @pytest.mark.slow
-def test_row19_every_fused_kernel_compiles_for_hopper():
-    fused = GATE.with_name("compile_gate_fused.py")
-    status, verdicts = gate("--target", "sm_90", script=fused)
-    failed = [v for v in verdicts if v["problems"]]
-    assert not failed, json.dumps(failed, indent=1)
-    assert status == 0
-    kernels = {v["kernel"] for v in verdicts}
-    assert kernels == {"conv2d_hwnc", "gemm", "head", "rot2", "conv3x3_hwnc", "bottleneck_hwnc"} | {
-        "stem",
-    }
-    assert {v["kernel"] for v in verdicts if "pdl" in v["what"]} == kernels
+@pytest.mark.parametrize("target", TARGETS)
+def test_row19_every_convolution_compiles(target):
+    verdicts = passed("--target", target, "--kernel", "conv2d")
+    assert {v["target"] for v in verdicts} == {target}
+    compiled = {v["config"] for v in verdicts}
+    rows = [row for rows in CONFIGS.values() for row in rows]
+    if target == "sm_90":  # elsewhere the launcher makes a row fit, or passes it by
+        assert {
+            f"{row.block_m}x{row.block_n}x{row.block_k} w{row.num_warps} s{row.num_stages}"
+            for row in rows
+        } <= compiled
+    assert len([v for v in verdicts if "pdl" not in v["what"]]) >= 0.8 * len(rows)
 
 
-def test_the_gate_sees_no_gpu_even_where_there_is_one():
-    """PyTorch would start a context on it for the fake tensors of each of hundreds of processes."""
-    script = "import compile_gate, os; print(repr(os.environ['CUDA_VISIBLE_DEVICES']))"
+@pytest.mark.slow
+def test_row19_every_kernel_of_images_compiles():
+    verdicts = passed(*(word for kernel in IMAGE_KERNELS for word in ("--kernel", kernel)))
+    assert {v["target"] for v in verdicts} == set(TARGETS)
+    plain = Counter(v["kernel"] for v in verdicts if "pdl" not in v["what"])
+    assert plain == {name: len(rows) * len(TARGETS) for name, rows in IMAGE_KERNELS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", FUSED_KERNELS + EXPERIMENTAL)
+def test_row19_every_fused_kernel_compiles_for_hopper(kernel):
+    verdicts = passed("--target", "sm_90", "--kernel", kernel, script=FUSED)
+    assert {v["kernel"] for v in verdicts} == {kernel}
+    assert any("pdl" in v["what"] for v in verdicts)
+    assert any("pdl" not in v["what"] for v in verdicts)
+
+
+def test_row19_no_fused_kernel_is_left_out():
+    found = import_gate("sorted({c.kernel for c in compile_gate_fused.all_cases(False)})")
+    assert found == repr(sorted(FUSED_KERNELS + EXPERIMENTAL))
+
+
+def import_gate(expression: str) -> str:
+    """The value of an expression where the gate was imported, as a string."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = "0"
     done = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", f"import compile_gate_fused, os; print({expression})"],
         cwd=GATE.parent,
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    assert done.stdout == "''\n"
+    return done.stdout.strip()
+
+
+def test_the_gate_sees_no_gpu_even_where_there_is_one():
+    """PyTorch would start a context on it for the fake tensors of each of hundreds of processes."""
+    assert import_gate("repr(os.environ['CUDA_VISIBLE_DEVICES'])") == "''"
 
 
 @pytest.mark.parametrize(

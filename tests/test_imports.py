@@ -150,5 +150,62 @@ def test_importing_fastres_loads_neither_triton_nor_the_command_line():
 
 
 def test_the_kernels_refuse_a_second_name():
-    done = run("import kernels")
+    done = run(
+        "from importlib.util import module_from_spec, spec_from_file_location as named;"
+        "spec = named('mine.kernels', 'kernels/__init__.py');"
+        "spec.loader.exec_module(module_from_spec(spec))"
+    )
     assert "import it as 'fastres.kernels'" in done.stderr
+
+
+def test_row77_the_kernels_folder_is_not_hugging_faces_package():
+    """At the root of a checkout, where transformers asks for a package of the folder's name."""
+    pytest.importorskip("transformers")
+    done = run(
+        "from transformers import ResNetForImageClassification;"
+        "from transformers.utils.import_utils import is_kernels_available;"
+        "import importlib.metadata as m, importlib.util, kernels;"
+        "installed = any(d.name == 'kernels' for d in m.distributions());"
+        "assert installed or not is_kernels_available();"
+        "assert installed or kernels.__file__ is None;"
+        "import fastres.kernels; fastres.kernels.conv2d"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+INSTALLED = """
+from .layers import Layer
+__version__ = "99.1"
+def get_kernel(name): return name
+"""
+
+
+@pytest.mark.parametrize(
+    ("root", "first"),
+    [(ROOT, "import fastres.kernels"), (ROOT, "pass"), (ROOT / "fastres", "pass")],
+    ids=["ours first", "theirs first", "from the package's folder"],
+)
+def test_row77_an_installed_package_of_that_name_is_found(first, root, tmp_path):
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text(INSTALLED)
+    (package / "layers.py").write_text("class Layer: pass")
+    (package / "conv.py").write_text("answer = 42")  # a name that the folder has as well
+    done = run(
+        f"import sys; sys.path[:1] = [{str(root)!r}]; sys.path.append({str(tmp_path)!r});"
+        f"sys.path.append({str(ROOT)!r}); {first}; import kernels;"
+        "from kernels import get_kernel, Layer; from kernels.layers import Layer as same;"
+        "from kernels.conv import answer;"
+        "assert Layer is same and answer == 42 and kernels.__version__ == '99.1';"
+        f"assert kernels.__file__ == {str(package / '__init__.py')!r};"
+        "import fastres.kernels; assert fastres.kernels.conv2d is not None"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_row77_without_one_nothing_of_ours_goes_by_that_name():
+    """A second copy of a kernel would register its custom operator twice."""
+    done = run("import kernels; assert not hasattr(kernels, '__version__'); import kernels.conv")
+    assert "ModuleNotFoundError: No module named 'kernels.conv'" in done.stderr
+    done = run("from kernels import conv2d")
+    assert "ImportError: cannot import name 'conv2d'" in done.stderr

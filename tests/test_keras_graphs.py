@@ -256,6 +256,14 @@ def convolution_on_three_sizes():
     return keras.Model(inputs, [norm(a), norm(conv(conv(a)))])
 
 
+def sum_that_broadcasts():
+    """The sum is as large as the larger, whichever comes first."""
+    inputs = image(20, 21, 3)
+    mean = layers.GlobalAveragePooling2D(keepdims=True)(inputs)
+    sums = [layers.Add()([mean, inputs]), layers.Add()([inputs, mean])]
+    return keras.Model(inputs, [layers.Conv2D(2, 3, strides=2, padding="same")(s) for s in sums])
+
+
 NAMES = (
     *("conv-1", "conv_1", "conv 1", "conv_1_1", "conv_1_activation", "conv_1_activation_1"),
     *("type", "half", "train", "forward", "training", "float", "parameters", "_modules", "add"),
@@ -300,6 +308,7 @@ def models_named_as_layers():
 SHARED = {
     pool_on_three_sizes: (20, 20),
     convolution_on_three_sizes: (20, 21),
+    sum_that_broadcasts: (20, 21),
     names_that_collide: (20, 21),
     suffixes_that_collide: (20, 21),
     models_named_as_layers: (12, 12),
@@ -310,6 +319,47 @@ SHARED = {
 @pytest.mark.parametrize("form", FORMS)
 def test_row44_each_call_and_each_name_is_its_own(build, form, tmp_path):
     same(build, form, tmp_path, SHARED[build])
+
+
+def test_row43_other_notations(tmp_path):
+    """Lists of names too long for one attribute, and groups as tf.keras called them until 2.13."""
+
+    def in_pieces(weights):
+        for group in weights.values():
+            names = list(group.attrs["weight_names"])
+            del group.attrs["weight_names"]
+            for i, name in enumerate(names):
+                group.attrs[f"weight_names{i}"] = [name]
+
+    def early(weights):
+        for group in (weights, weights["layers/functional"]):
+            group.move("layers", "_layer_checkpoint_dependencies")
+
+    images = real_images(2, 20)
+    for form, change in (("tf.keras 2 .h5", in_pieces), ("tf.keras 2 .keras", early)):
+        model = zoo.hostile_(transfer())
+        path = written(model, form, tmp_path)
+        zoo.rewrite(path, weights=change)
+        with torch.no_grad():
+            found = from_keras(path)(images)
+        torch.testing.assert_close([found], zoo.answers(model, images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (0, 2, 3), (0, 1, 2, 3)])
+@pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
+def test_row44_layers_that_were_renamed(form, frozen, tmp_path):
+    """As before two models of one kind are joined: in .h5 the variables keep the old names."""
+    inputs = image()
+    x = layers.Conv2D(3, 3, padding="same", name="a")(inputs)
+    x = layers.BatchNormalization(name="b")(x)
+    x = layers.Conv2D(3, 3, padding="same", name="c")(x)
+    base = keras.Model(inputs, layers.BatchNormalization(name="d")(x))
+    for index in frozen:
+        base.layers[1 + index].trainable = False
+    for layer in base.layers[1:]:
+        layer.name = f"old_{layer.name}"
+    outer = image()
+    same(lambda: keras.Model(outer, base(outer)), form, tmp_path, (12, 12))
 
 
 @pytest.mark.parametrize("form", FORMS[:2])

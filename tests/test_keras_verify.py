@@ -131,6 +131,21 @@ def test_row42_verify_on_photographs(channels, tmp_path, run, monkeypatch):
     assert "there is no such file" in err
 
 
+def test_row42_verify_of_mixed_precision(run, file):
+    """Keras' own rounding to bfloat16, 1e-3 here, would hide what is wrong with an import."""
+
+    def mixed():
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        try:
+            return flat_head()
+        finally:
+            keras.config.set_dtype_policy("float32")
+
+    code, out, _ = run("verify", file(mixed), "--json")
+    assert code == 0
+    assert all(0 <= run["max_abs"] <= 1e-5 for run in json.loads(out)["runs"])
+
+
 def test_row42_verify_loads_safely(run, file, monkeypatch):
     """Keras is asked for its safe mode, and not at all where a file names other modules."""
     path, asked = file(open_size), []

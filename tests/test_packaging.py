@@ -1,5 +1,6 @@
 """The package as it is installed: names in pyproject.toml, and what wheel and sdist contain."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -18,8 +19,13 @@ except ImportError:  # Python 3.10
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-SOURCES = ("fastres", "kernels", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("fastres", "kernels", "tests", "benchmarks", "docs", "examples", ".ci") + (
+    *("pyproject.toml", "MANIFEST.in", "Makefile"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
+)
 CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info")
+LIGHT = ("numpy", "safetensors", "typer", "rich")
+"""What is installed quickly enough to be tried at its lowest version as well."""
 
 
 def modules_in(root: Path) -> set[str]:
@@ -60,6 +66,53 @@ def test_the_extras_that_messages_advise_exist():
     assert advised <= set(PROJECT["project"]["optional-dependencies"])
 
 
+def floors(requirements: list[str]) -> dict[str, str]:
+    """The lowest version that each requirement allows; the first where a name comes twice."""
+    found = [re.match(r"([\w-]+)(?:[>=]=([\d.]+))?", line) for line in requirements]
+    return {match[1]: match[2] for match in reversed(found)}
+
+
+def test_row76_row78_what_every_user_installs_is_torch_and_little_else():
+    """Triton, 0.7 GB, is torch's own requirement where torch is for CUDA."""
+    lowest = floors(PROJECT["project"]["dependencies"])
+    assert set(lowest) == {"torch", *LIGHT}
+    assert all(lowest.values())
+    assert floors(PROJECT["project"]["optional-dependencies"]["triton"]).keys() == {"triton"}
+
+
+def test_row76_continuous_integration_tries_the_lowest_versions():
+    lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
+    tried = floors([line for line in lines if not line.startswith("#")])
+    allowed = floors(PROJECT["project"]["dependencies"])
+    for name in LIGHT:  # 13 and 13.0.0 are the same version
+        assert re.sub(r"(\.0)+$", "", tried[name]) == re.sub(r"(\.0)+$", "", allowed[name])
+    assert "click" in tried
+    assert ".ci/lowest.txt" in (ROOT / ".ci" / "run").read_text()
+
+
+def commands() -> list[tuple[str, ...]]:
+    """The words of each command of the command line, of groups too."""
+    from typer.main import get_command
+
+    from fastres.cli import app
+
+    def below(command, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        inner = getattr(command, "commands", {}).items()
+        return [words, *(path for name, c in inner for path in below(c, (*words, name)))]
+
+    return below(get_command(app), ())
+
+
+def test_row76_every_command_prints_its_help(capsys):
+    """With the installed typer and click, whichever they are."""
+    from fastres.cli import run
+
+    assert {("bench",), ("report", "compare")} <= set(commands())
+    for words in commands():
+        assert run([*words, "--help"]) == 0, words
+        assert "Usage: " + " ".join(("fastres", *words)) in capsys.readouterr().out
+
+
 def test_the_link_to_the_kernels_is_relative():
     assert (ROOT / "fastres" / "kernels").readlink() == Path("../kernels")
 
@@ -85,6 +138,33 @@ def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
     assert {"LICENSE", "README.md", "fastres/py.typed"} <= set(names)
 
 
+@pytest.mark.slow
+def test_row78_the_tests_of_the_sdist_run(built, tmp_path):
+    """All are collected; those of a few files, which need conftest and helpers, run."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTEST_ADDOPTS")}
+
+    def tests(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+            cwd=root,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    here = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    collected = tests("--collect-only")
+    assert {name for name in here if f"tests/{name}" not in collected} == set()
+    assert "failed" not in tests("tests/test_tiny.py", "tests/test_fold.py", "-k", "not keras")
+
+
 def test_the_wheel_names_its_licence_extras_and_command(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -95,6 +175,9 @@ def test_the_wheel_names_its_licence_extras_and_command(built):
     lines = told.splitlines()
     assert {"License-Expression: BSD-3-Clause", "Requires-Python: >=3.10"} <= set(lines)
     assert "Requires-Dist: torch>=2.11" in lines
+    triton = [line for line in lines if line.startswith("Requires-Dist: triton")]
+    assert triton
+    assert all("extra ==" in line for line in triton)
     extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
     assert {"vision", "train", "report", "serve", "dev"} <= extras
     assert "fastres = fastres.cli:main" in commands

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -101,8 +100,6 @@ def _timm(name: str, **options) -> nn.Module:
 
 
 def _huggingface(layer_type: str, **options) -> nn.Module:
-    # In a checkout, transformers takes the folder kernels/ for Hugging Face's package.
-    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     from transformers import ResNetConfig, ResNetForImageClassification
 
     return ResNetForImageClassification(ResNetConfig(layer_type=layer_type, **options))

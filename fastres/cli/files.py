@@ -24,6 +24,7 @@ Source = Annotated[
 Target = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
 KERAS = (".h5", ".hdf5", ".keras")
 FUSED = ".safetensors"
+LARGEST = 2**26  # numbers in one image that is made up for a check
 
 
 def convert(
@@ -115,10 +116,20 @@ def read_network(
 
 
 def image_shape(network: nn.Module, size: int | None) -> tuple[int, int, int]:
-    """(C, H, W) of its images: what a Keras file says, else by its first convolution."""
+    """(C, H, W) of its images: what a Keras file says, else by its first convolution.
+
+    Raises:
+        ValueError: a file says of them what no image can be, or there is no convolution.
+    """
     own = getattr(network, "input_size", (None, None)) if size is None else (size, size)
-    height, width = (side or 224 for side in own)
-    return _channels(network), height, width
+    channels = _channels(network)
+    sides = tuple(side or 224 for side in own) if isinstance(own, (tuple, list)) else ()
+    if len(sides) != 2 or not all(type(v) is int and v > 0 for v in (channels, *sides)):
+        raise ValueError(f"the file speaks of {channels} channels and images of size {own!r}")
+    if channels * max(sides) ** 2 > LARGEST:
+        shape = (channels, *sides)
+        raise ValueError(f"images of {shape} are too large to be made up; give a smaller --size")
+    return channels, *sides
 
 
 def _images(count: int, network: nn.Module, size: int | None) -> Tensor:
@@ -163,8 +174,9 @@ def _channels(network: nn.Module) -> int:
         return stated
     traced = getattr(network, "traced", None)
     if isinstance(traced, Plan):
-        return next(s.op.in_channels for s in traced.steps if isinstance(s.op, Conv2d))
-    return next(m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d))
+        steps = (step.op for step in traced.steps)
+        return next((op.in_channels for op in steps if isinstance(op, Conv2d)), 0)
+    return next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 0)
 
 
 def _say(found: dict[str, object], text: str, as_json: bool) -> None:

@@ -114,7 +114,7 @@ def _verify_keras(
     if as_json:
         rows = [asdict(one) for one in found]
         print_json({"model": path, "device": str(where), "keras": version, "ok": ok, "runs": rows})
-        return 0 if ok else 1
+        return int(not ok)
     OUT.print("[green]right[/]" if ok else "[red]WRONG[/]", f"against Keras {version}")
     numbers = [(one.max_abs, one.allowed, one.scale) for one in found]
     lines = [
@@ -122,7 +122,7 @@ def _verify_keras(
         for one, three in zip(found, numbers, strict=True)
     ]
     OUT.print(table(("run", "images", "largest error", "allowed", "largest output", ""), lines))
-    return 0 if ok else 1
+    return int(not ok)
 
 
 def _pixels(paths: list[Path], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 import fastres
 from fastres import classify, diagram, digits, plan_json, weights
 from fastres.checkpoint import load_state_dict, read_metadata, state_dict_from_file
+from fastres.cli.files import image_shape
 from fastres.export import export as write_export
 from messages.models import fast
 from messages.provoke import add, case, without
@@ -401,3 +402,52 @@ def _() -> None:
 
 
 add("plan_json: a step before its time", lambda: plan_json.decode_plan({}))
+add("image_shape: no convolution", lambda: image_shape(nn.Identity(), 8))
+add("image_shape: too large", lambda: image_shape(nn.Conv2d(3, 4, 3), 10**5))
+
+
+def argument(**fields: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda d: d["plan"]["steps"][0]["fields"].update(fields)
+
+
+def nested(depth: int) -> Any:
+    return [nested(depth - 1)] if depth else 1
+
+
+forged("a description that is too long", lambda d: " " * 2**24 + "{}")
+forged("JSON that is too deep", lambda d: "[" * 10**5)
+forged("a member that is unknown", lambda d: d.update(extra=1))
+forged("a plan that is a list", lambda d: d.update(plan=[]))
+forged("steps that are text", lambda d: d["plan"].update(steps="abc"))
+forged("a plan without steps", lambda d: d["plan"].update(steps=[]))
+forged("a parameter that is code", lambda d: d["plan"]["parameters"][0]["dict"][0].reverse())
+forged("a signature that is code", lambda d: d["signature"][0].update(name="x=print(1)"))
+forged("a signature of stars", lambda d: d["signature"][0].update(kind=2))
+forged("a signature of its own", lambda d: d["signature"][0].update(default=[1]))
+forged("fields that are a list", lambda d: d["plan"]["steps"][0].update(fields=[]))
+forged("a field of another type", argument(groups="1"))
+forged("groups that do not divide", argument(groups=2))
+forged("values that are too deep", lambda d: d["plan"].update(output=nested(50)))
+forged("a number that is too large", lambda d: d["plan"].update(output=2**64))
+forged("a slice of two", lambda d: d["plan"].update(output={"slice": [1, 2]}))
+forged("a method of a text", lambda d: call("call_method")(d).update(args={"tuple": ["a"]}), calls)
+forged("a dtype of whole numbers", lambda d: d.update(dtype={"torch": ["dtype", "int8"]}))
+forged("a private attribute", lambda d: d["described"]["dict"].append(["__deepcopy__", 1]))
+forged("a backend of its own", lambda d: d.update(backend="rocket"))
+forged(
+    "a layer with a text",
+    lambda d: d["modules"]["inner"]["arguments"].update(num_groups="2"),
+    lambda: Calls(nn.GroupNorm(2, 4)).eval(),
+)
+forged(
+    "a layer of no size",
+    lambda d: d["modules"]["inner"]["arguments"].update(num_groups=3),
+    lambda: Calls(nn.GroupNorm(2, 4)).eval(),
+)
+
+
+@case("save: a module whose name cannot be shown")
+def _() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.add_module("a\nb", nn.Hardswish())
+    fastres.save(fast(model.eval()), "fused.safetensors")

@@ -113,6 +113,7 @@ def measurements(content: str) -> None:
 add("kernels: no such kernel", lambda: choices.only("winograd"))
 add("measurements: no such thing", lambda: measurements("[]"))
 add("measurements: another format", lambda: measurements('{"format": 99}'))
+add("measurements: no batch size", lambda: choices._batch("-1"))
 add(
     "measurements: negative seconds",
     lambda: choices._measurement({"seconds": {"apart": -1}, "excluded": {}}),

@@ -13,7 +13,19 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import bench, cli, compare, demo, describe, forecast, presets, report, roofline, timing
+from fastres import (
+    bench,
+    checkpoint,
+    cli,
+    compare,
+    demo,
+    describe,
+    forecast,
+    presets,
+    report,
+    roofline,
+    timing,
+)
 from fastres.timing import Method, Samples
 from fastres.tuning import singly
 from messages.models import Branching, fast
@@ -71,6 +83,16 @@ add(
 add("compare: no JSON", lambda: compare.load(written("{")))
 add("compare: no report", lambda: compare.load(written({"schema": "other"})))
 add("compare: a later schema", lambda: compare.load(written(reported(schema_version=99))))
+add("compare: half a report", lambda: compare.load(written(half_reported())))
+add("compare: a device", lambda: compare.load("/dev/null"))
+add("read_text: a large file", lambda: checkpoint.read_text(written("{}"), 1))
+
+
+def half_reported() -> dict[str, Any]:
+    """The times of one contender are negative."""
+    times = [{"name": "eager", "seconds": {"median": -1, "p20": 1, "p80": 1}}]
+    case = {"model": "resnet18", "shape": [1, 3, 8, 8], "device": "cpu", "noise": None}
+    return reported(cases=[case | {"timings": times}])
 
 
 @case("compare: another machine")
