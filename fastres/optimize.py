@@ -202,6 +202,13 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     arguments = _few(arguments)
     same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
     found = _check_whole(source, model, same)
+    wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
+    if wrong:
+        worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
+        raise VerificationError(
+            f"step {worst.step} ({worst.what}) is wrong: "
+            f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
+        )
     if model.dtype in (torch.float16, torch.bfloat16):
         wide = [_to(value, model.dtype, torch.float32) for value in same]
         try:
@@ -210,13 +217,6 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
             raise
         except RuntimeError:  # of code between the steps that needs its own dtype
             pass
-    wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
-    if wrong:
-        worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
-        raise VerificationError(
-            f"step {worst.step} ({worst.what}) is wrong: "
-            f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
-        )
     if not found.finite or not _all_finite(model.run(same)):
         warnings.warn(
             f"the outputs are not all finite in {model.dtype}; try torch.bfloat16", stacklevel=5
