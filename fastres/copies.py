@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from threading import Lock, RLock
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 Module = TypeVar("Module", bound=nn.Module)
+_LOCKS = (type(Lock()), type(RLock()))
 
 
 def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Module:
@@ -16,7 +18,7 @@ def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Modu
 
     Results of autograd, which deepcopy refuses, are copied as constants: pruning and the old
     weight_norm keep them on modules, and their hooks compute them anew at each call. Process
-    groups, which it refuses too, are shared.
+    groups and locks, which it refuses too, are shared.
     """
     results = {
         id(value): value.detach().clone()
@@ -26,14 +28,34 @@ def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Modu
     }
     synchronised = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm)]
     groups = {id(norm.process_group): norm.process_group for norm in synchronised}
-    return copy.deepcopy(module, {**results, **groups, **(replaced or {})})
+    values = [value for part in module.modules() for value in vars(part).values()]
+    locks = {id(value): value for value in values if isinstance(value, _LOCKS)}
+    return copy.deepcopy(module, {**results, **groups, **locks, **(replaced or {})})
 
 
 def sketch(module: Module) -> Module:
-    """A copy that shares the weights, for a forward to be recorded on: one that assigns to its
+    """A copy that shares the parameters, for a forward to be recorded on: one that assigns to its
     attributes would leave the recorder's values there. The module itself if it cannot be copied."""
-    weights = {id(t): t for t in (*module.parameters(), *module.buffers())}
     try:
-        return duplicate(module, weights)
+        return duplicate(module, {id(p): p for p in module.parameters()})
     except Exception:
         return module
+
+
+def uncopiable(module: nn.Module, error: Exception) -> str:
+    """What to say of a module that cannot be copied, with the attribute that cannot."""
+    culprit = next(_uncopiable(module), "")
+    return (
+        f"{type(module).__name__} cannot be copied ({culprit}{type(error).__name__}: {error}), so "
+        "a check would have to run, and could change, itself; verify=False takes a copy unchecked"
+    )
+
+
+def _uncopiable(module: nn.Module) -> Iterator[str]:
+    for path, part in module.named_modules():
+        for name in vars(part).keys() - vars(nn.Module()).keys():
+            value = vars(part)[name]
+            try:
+                isinstance(value, (Tensor, *_LOCKS)) or copy.deepcopy(value)
+            except Exception:
+                yield f"attribute {path}.{name}: " if path else f"attribute {name}: "

@@ -24,7 +24,7 @@ from .guards import Change, Watch, heeds_training
 from .ir import Conv2d, Linear, attribute
 from .plan import Plan, parameter_paths
 from .shell import FastShell
-from .verify import Verification, verify, verify_steps
+from .verify import Verification, copied, undisturbed, verify, verify_steps
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -33,6 +33,7 @@ class _Pending:
     """The source, kept until the first call has shown that its copy gives the same answers."""
 
     def __init__(self, source: nn.Module, traced: Plan) -> None:
+        copied(source, {id(p): p for p in source.parameters()})  # or refused at once
         self.source = source
         paths = [path for step in traced.steps for path in parameter_paths(step.op)]
         self.watch = Watch(source, paths)
@@ -60,6 +61,7 @@ class _ByPosition(nn.Module):
         return self.module(*arguments[:first], **named)
 
 
+@undisturbed()
 def optimize(
     model: nn.Module,
     *,
@@ -125,7 +127,7 @@ def _warn_of_nothing(model: nn.Module, fast: FastModel | FastShell) -> None:
     why = f" ({'; '.join(reason for reason, _ in reasons)})" if reasons else ""
     warnings.warn(
         f"{what} of {type(model).__name__} could be fused{why}; plan() shows each step",
-        stacklevel=3,
+        stacklevel=4,  # past the wrapper of optimize
     )
 
 
@@ -154,14 +156,21 @@ def _fuse(
 ) -> FastModel:
     """The fused copy of a module that can be traced whole."""
     traced = plan.of_module(model, most=most)
+    fast = _folded(model, traced, dtype or _weight_dtype(model, traced), backend)
+    if verify:
+        fast._pending = _Pending(model, traced)
+    return fast
+
+
+def _folded(model: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) -> FastModel:
+    """The copy that a plan describes, with the module's weights folded in this dtype."""
     source_dtype = _weight_dtype(model, traced)
-    dtype = dtype or source_dtype
     folded = {
         index: fold_step(step.op, lambda path: attribute(model, path), dtype)
         for index, step in enumerate(traced.steps)
         if isinstance(step.op, (Conv2d, Linear))
     }
-    fast = with_signature(inspect.signature(model.forward))(
+    return with_signature(inspect.signature(model.forward))(
         traced,
         folded,
         _keep(model, traced, None if dtype is source_dtype else dtype),
@@ -170,9 +179,6 @@ def _fuse(
         backend=backend,
         described=_plain_attributes(model),
     )
-    if verify:
-        fast._pending = _Pending(model, traced)
-    return fast
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -183,38 +189,53 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model if inner is None else unwrapped(inner)
 
 
+@undisturbed()
 def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any]) -> Verification:
     """Compare a fused copy with its source on (at most four images of) these arguments.
 
-    In half precision each step is judged on its own inputs too.
+    Each convolution and linear step is judged on its own inputs too. In half precision the whole
+    hides what its rounding is larger than, so the plan is judged in float32 besides.
 
     Raises:
         VerificationError: the copy is wrong; the message gives the measured error.
     """
     arguments = _few(arguments)
+    same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
+    found = _check_whole(source, model, same)
+    wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
+    if wrong:
+        worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
+        raise VerificationError(
+            f"step {worst.step} ({worst.what}) is wrong: "
+            f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
+        )
+    if model.dtype in (torch.float16, torch.bfloat16):
+        wide = [_to(value, model.dtype, torch.float32) for value in same]
+        try:
+            _check_whole(source, _folded(source, model.traced, torch.float32, "torch"), wide)
+        except VerificationError:
+            raise
+        except RuntimeError:  # of code between the steps that needs its own dtype
+            pass
+    if not found.finite or not _all_finite(model.run(same)):
+        warnings.warn(
+            f"the outputs are not all finite in {model.dtype}; try torch.bfloat16", stacklevel=5
+        )
+    return found
+
+
+def _check_whole(source: nn.Module, model: FastModel, arguments: Sequence[Any]) -> Verification:
+    """The outputs of both in the copy's dtype, which the arguments have."""
     reference = source
     if model.dtype is not model.source_dtype:
-        reference = duplicate(source).to(model.dtype)
+        reference = copied(source).to(model.dtype)
     keywords = [p.name for p in model.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if keywords:
         reference = _ByPosition(reference, keywords)
-    same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
-    found = verify(reference, lambda *args: model.run(args), same)
+    found = verify(reference, lambda *args: model.run(args), arguments)
     if not found.ok:
         raise VerificationError(
             f"{type(source).__name__} and its fused copy differ: {found.reason}"
-        )
-    if model.dtype in (torch.float16, torch.bfloat16):
-        wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
-        if wrong:
-            worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
-            raise VerificationError(
-                f"step {worst.step} ({worst.what}) is wrong: "
-                f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
-            )
-    if not found.finite or not _all_finite(model.run(same)):
-        warnings.warn(
-            f"the outputs are not all finite in {model.dtype}; try torch.bfloat16", stacklevel=4
         )
     return found
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copies import sketch
 from .errors import FastresError
@@ -86,6 +87,20 @@ class _Made:
 
     def __call__(self) -> Tensor:
         return self.tensor.clone()
+
+
+class _Draws(TorchDispatchMode):
+    """Notices random numbers that are drawn while a forward is recorded; those that depend on a
+    tensor are not, but become steps of the record."""
+
+    found = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.found = str(func)
+        return func(*args, **(kwargs or {}))
 
 
 class _Proxy(fx.Proxy):
@@ -225,12 +240,19 @@ def _record(module: nn.Module, method: str) -> _Tracer:
     tracer = _Tracer()
     tracer.traced_func_name = method
     _refuse_signature(module, method)
+    draws = _Draws()
     try:
-        tracer.trace(_sketch(module))
+        with draws:
+            tracer.trace(_sketch(module))
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
         ) from error
+    if draws.found:
+        raise TraceError(
+            f"{type(module).__name__} cannot be traced: its {method} draws random numbers "
+            f"({draws.found}), of which a record would keep one draw for ever"
+        )
     return tracer
 
 

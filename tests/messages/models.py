@@ -271,6 +271,29 @@ def _() -> None:
 add("verify: no tensor in the answer", lambda: fastres.verify(len, len, [images()]))
 add("verify: answers of other shapes", lambda: fastres.verify(torch.sin, torch.sum, [images()]))
 
+
+@case("verify: a source of random numbers")
+def _() -> None:
+    fastres.verify(Noisy().eval(), torch.relu, [images()])
+
+
+@case("optimize: random numbers of fixed shape")
+def _() -> None:
+    fastres.optimize(Noisy().eval())
+
+
+@case("optimize: what cannot be copied")
+def _() -> None:
+    source = small()
+    source.names = (name for name in "ab")
+    fastres.optimize(source)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(3, 1, 1)
+
+
 add("features: no model", lambda: features("resnet18", [1]))
 add("features: nothing wanted", lambda: features(small(), []))
 add("features: a name alone", lambda: features(small(), "layer4"))

@@ -1,0 +1,314 @@
+"""Which copies the check admits: right ones of any number of outputs, and no wrong one; it runs a
+copy of the source, whose answers must repeat."""
+
+import random
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fused import images, small
+from helpers import hostile_
+from torch import nn
+
+import fastres
+from fastres.errors import VerificationError
+from fastres.fold import fold_step
+from fastres.ir import Conv2d, attribute
+from fastres.optimize import check_against
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def initial(outputs, seed):
+    """With PyTorch's first weights, as a user's network has them before training."""
+    torch.manual_seed(seed)
+    return fastres.resnet18(num_classes=outputs).eval(), torch.randn(1, 3, 64, 64)
+
+
+@pytest.mark.parametrize("seed", [4, 10, 24])
+def test_row45_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed):
+    """Seeds where PyTorch's single output was close to float64's by chance."""
+    model, x = initial(1, seed)
+    found = fastres.optimize(model, example_input=x).verification
+    assert found.ok
+    assert found.rms <= 1e-4 * found.scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("outputs", "dtype", "seeds"),
+    [
+        (1, torch.float32, 150),
+        (2, torch.float32, 150),
+        (1000, torch.float32, 150),
+        *((outputs, dtype, 30) for outputs in (1, 2, 1000) for dtype in (*HALVES, torch.float64)),
+    ],
+)
+def test_row45_right_copies_are_admitted_at_every_seed(outputs, dtype, seeds):
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        arguments = {"num_classes": outputs, "stem": "cifar", "planes": 16}
+        model = fastres.ResNet(fastres.BasicBlock, [1, 1], **arguments).eval()
+        if seed % 2:
+            hostile_(model, seed)
+        model = model.double() if dtype is torch.float64 else model
+        x = torch.randn(1 + seed % 3, 3, 16, 16, dtype=model.fc.weight.dtype)
+        assert fastres.optimize(model, example_input=x, dtype=dtype).verification.ok
+
+
+CONV = "layer2.0.conv1"
+NORM = "layer2.0.bn1"
+
+
+def step_of(fast, path):
+    return next(i for i, step in enumerate(fast.traced.steps) if step.where == path)
+
+
+def with_step(fast, path, **changes):
+    """The copy with another plan, as a fault in the recognition of modules would leave it."""
+    steps = list(fast.traced.steps)
+    index = step_of(fast, path)
+    steps[index] = replace(steps[index], **changes)
+    fast.traced = replace(fast.traced, steps=tuple(steps))
+
+
+def alive(model):
+    """A channel of the step that is positive somewhere, so that ReLU does not hide it."""
+    seen = []
+    hook = model.get_submodule(NORM).register_forward_hook(lambda m, i, y: seen.append(y))
+    model._forward_impl(images().to(model.fc.weight.dtype))
+    hook.remove()
+    return int(seen[0].mean((0, 2, 3)).argmax())
+
+
+def a_bias(model, fast):
+    fast.folded.get_buffer(f"bias{step_of(fast, CONV)}")[alive(model)] += 0.2
+
+
+def an_element(model, fast):
+    weight = fast.folded.get_buffer(f"weight{step_of(fast, CONV)}")
+    channel = alive(model)
+    largest = weight[channel].abs().amax()
+    weight[channel] *= torch.where(weight[channel].abs() == largest, 2, 1)
+
+
+def another_eps(model, fast):
+    norm = model.get_submodule(NORM)
+    index = step_of(fast, CONV)
+    factor = ((norm.running_var + norm.eps) / (norm.running_var + 0.1)).sqrt()
+    for name in (f"weight{index}", f"bias{index}"):
+        values = fast.folded.get_buffer(name)
+        values *= factor.reshape(-1, *[1] * (values.dim() - 1)).to(values.dtype)
+
+
+def no_mean(model, fast):
+    norm = model.get_submodule(NORM)
+    shift = norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
+    fast.folded.get_buffer(f"bias{step_of(fast, CONV)}").add_(shift.detach())
+
+
+def a_dead_channel(model, fast):
+    fast.folded.get_buffer(f"weight{step_of(fast, CONV)}")[alive(model)] = 0
+
+
+def no_relu(model, fast):
+    op = fast.traced.steps[step_of(fast, CONV)].op
+    with_step(fast, CONV, op=replace(op, relu=False))
+
+
+def no_residual(model, fast):
+    steps = fast.traced.steps
+    step = next(s for s in steps if isinstance(s.op, Conv2d) and len(s.inputs) == 2)
+    with_step(fast, step.where, inputs=step.inputs[:1], op=replace(step.op, residual=False))
+
+
+def an_eps_misread(model, fast):
+    """Read wrong from the source, so that each step seems right."""
+    index = step_of(fast, CONV)
+    op = fast.traced.steps[index].op
+    op = replace(op, norm=replace(op.norm, eps=0.1))
+    weight, bias = fold_step(op, lambda path: attribute(model, path), fast.dtype)
+    fast.folded.get_buffer(f"weight{index}").copy_(weight)
+    fast.folded.get_buffer(f"bias{index}").copy_(bias)
+    with_step(fast, CONV, op=op)
+
+
+def no_classifier_bias(model, fast):
+    fast.folded.get_buffer(f"bias{step_of(fast, 'fc')}").zero_()
+
+
+FAULTS = [
+    *(a_bias, an_element, another_eps, no_mean, a_dead_channel, no_relu, no_residual),
+    *(an_eps_misread, no_classifier_bias),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES])
+@pytest.mark.parametrize("outputs", [1, 2, 1000])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_row45_faults_stay_refused(fault, outputs, dtype):
+    source = torch.float64 if dtype is torch.float64 else torch.float32
+    for seed in range(2):
+        model = small(seed=seed, num_classes=outputs).to(source)
+        x = images(1 + seed % 2).to(source)
+        fast = fastres.optimize(model, verify=False, dtype=dtype)
+        assert check_against(model, fast, [x]).ok
+        fault(model, fast)
+        fast._settle()
+        with pytest.raises(VerificationError, match="differ|wrong"):
+            check_against(model, fast, [x])
+
+
+def source_of(forward):
+    class Source(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+            self.calls, self.seen = 0, []
+            self.register_buffer("count", torch.zeros(()))
+            self.extra = None
+
+        def forward(self, x):
+            return forward(self, self.block(self.conv(x)))
+
+    return hostile_(Source())
+
+
+RANDOM = {
+    "randn": lambda m, y: y + torch.randn(8, 1, 1),
+    "rand of the batch": lambda m, y: y + torch.rand(y.shape[0], 1, 1, 1),
+    "bernoulli": lambda m, y: y * torch.bernoulli(torch.full((8, 1, 1), 0.5)),
+    "randperm": lambda m, y: y[:, torch.randperm(8)],
+    "rand_like": lambda m, y: y + torch.rand_like(y),
+    "little noise": lambda m, y: y + 1e-3 * torch.randn_like(y),
+    "normal_": lambda m, y: y + y.new_empty(8, 1, 1).normal_(),
+    "dropout": lambda m, y: F.dropout(y, 0.5, training=True),
+    "dropout2d": lambda m, y: F.dropout2d(y, 0.5),
+    "numpy": lambda m, y: y + torch.from_numpy(np.random.randn(8, 1, 1)).float(),
+    "Python": lambda m, y: y * random.random(),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("verify_with", [images(), None], ids=["example", "first call"])
+@pytest.mark.parametrize("name", RANDOM)
+def test_row51_random_numbers_are_drawn_anew_or_refused(name, verify_with):
+    source, x = source_of(RANDOM[name]), images()
+    try:
+        fast = fastres.optimize(source, example_input=verify_with)
+        first, second = fast(x), fast(x)
+    except VerificationError as error:
+        assert "draws random numbers" in str(error)  # noqa: PT017
+    else:
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", ["randn", "bernoulli", "randperm"])
+def test_row51_a_draw_of_fixed_shape_is_frozen_in_no_copy(name):
+    """Not even in one that nobody checks."""
+    source = nn.Sequential(source_of(RANDOM[name])).eval()
+    fast = fastres.optimize(source, verify=False)
+    x = images()
+    assert len({float(fast(x).sum()) for _ in range(8)}) > 1
+
+
+def test_row51_dropout_that_is_off_is_not_random():
+    source = source_of(lambda m, y: F.dropout(y, 0.5, training=m.training))
+    assert fastres.optimize(source, example_input=images()).verification.ok
+
+
+def counting(m, y):
+    m.calls += 1
+    m.seen.append(m.calls)
+    m.count += 1
+    m.extra = m.calls
+    return y
+
+
+def caching(m, y):
+    if not m.seen:
+        m.seen.append(torch.ones(8, 1, 1))
+    return y + m.seen[0]
+
+
+def state(source):
+    tensors = {name: value.clone() for name, value in source.state_dict().items()}
+    return tensors, source.calls, list(source.seen), source.extra
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("example", [True, False])
+@pytest.mark.parametrize("forward", [counting, caching], ids=lambda f: f.__name__)
+def test_row53_a_source_with_a_state_is_left_as_it_was(forward, example, dtype):
+    source, x = source_of(forward), images()
+    before, drawn = state(source), (torch.get_rng_state(), random.getstate())
+    fast = fastres.optimize(source, example_input=x if example else None, dtype=dtype)
+    fast(x)
+    assert fast.verification.ok
+    after = state(source)
+    assert after[1:] == before[1:]
+    assert all(torch.equal(after[0][name], value) for name, value in before[0].items())
+    assert torch.equal(torch.get_rng_state(), drawn[0])
+    assert random.getstate() == drawn[1]
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda m, y: y * m.count.add_(1),
+        lambda m, y: setattr(m, "calls", m.calls + 1) or y * m.calls,
+    ],
+)
+def test_row53_an_answer_that_depends_on_the_calls_before_is_refused(forward):
+    source = source_of(forward)
+    with pytest.raises(VerificationError, match="gives two answers to one input"):
+        fastres.optimize(source, example_input=images())
+    assert (source.calls, float(source.count)) == (0, 0.0)
+
+
+def test_row53_what_cannot_be_copied_is_refused_by_name():
+    source = source_of(lambda m, y: y)
+    source.block.stream = (i for i in range(3))
+    with pytest.raises(VerificationError, match=r"attribute block.stream: .*verify=False"):
+        fastres.optimize(source)
+    assert fastres.optimize(source, verify=False)(images()).shape == (2, 8, 12, 12)
+
+
+def test_row53_a_lock_is_shared():
+    source = source_of(lambda m, y: y)
+    source.lock = threading.Lock()
+    assert fastres.optimize(source, example_input=images()).verification.ok
+
+
+def test_row53_verify_itself_runs_a_copy():
+    source = source_of(counting)
+    assert fastres.verify(source, source_of(lambda m, y: y).requires_grad_(False), images()).ok
+    assert source.calls == 0
+
+
+@pytest.mark.parametrize("depth", [2, 40])
+def test_row86_a_float64_network_of_any_depth_is_admitted(depth):
+    """Norms in front of ReLU keep the scale, and each layer's rounding is amplified by the next."""
+    torch.manual_seed(depth)
+    layers = []
+    for _ in range(depth):
+        layers += [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), *layers).double()
+    for layer in model:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(16, 3, 12, 12).double())
+    model.eval()
+    x = images().double()
+    fast = fastres.optimize(model, example_input=x)
+    assert fast.verification.ok
+    fast.folded.bias0[0] += 1e-11
+    fast._settle()
+    with pytest.raises(VerificationError):
+        check_against(model, fast, [x])
