@@ -119,7 +119,7 @@ add(
 @case("forecast: a size that is not known")
 def _() -> None:
     (group, *_) = singly(fast().traced.steps)
-    forecast._cycles(group, dict.fromkeys([*group.inputs, group.steps[0].name]), 2)
+    forecast.predicted_seconds([group], dict.fromkeys([*group.inputs, group.steps[0].name]))
 
 
 @case("summary: without torchinfo")
