@@ -452,6 +452,8 @@ class _Normalizer:
             idle = (base in IDENTITIES or stochastic) and not module.training
             return base is nn.Identity or idle
         dropouts = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+        if str(node.target) == "aten.dropout.default":
+            return node.args[2] is False
         return node.target in dropouts and node.kwargs.get("training") is False
 
     def _may_be_functional(self, index: int, node: fx.Node) -> bool:
