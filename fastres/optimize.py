@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from . import plan, trace
 from .backends import check_backend
 from .copies import duplicate
+from .effects import hooks_into
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
@@ -106,6 +107,13 @@ def optimize(
     except trace.TraceError as error:
         fast = _fuse_parts(model, dtype, backend, verify, error)
     _warn_of_nothing(model, fast)
+    hooked = hooks_into(model)
+    if hooked is not None:
+        warnings.warn(
+            f"a forward hook of {hooked} refers to modules of the source, and goes on to: what it "
+            "stores there is not on the copy",
+            stacklevel=2,
+        )
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
         if not can_show_errors(example):
