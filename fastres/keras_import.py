@@ -47,8 +47,11 @@ def from_keras(path: str | os.PathLike[str], *, input_size: Pair | None = None) 
     """A Keras model from its ``.h5`` or ``.keras`` file, as a PyTorch module in eval mode.
 
     It takes (N, C, H, W) float32 images where Keras takes (N, H, W, C), and returns what Keras
-    returns: probabilities if the model ends in a softmax. Its ``input_size`` is the height and
-    width that the file asks for, None where it leaves them open. Keras is not needed, h5py is.
+    returns: probabilities if the model ends in a softmax, flattened images in the order (H, W, C),
+    a dictionary by its keys; images as (N, C, H, W). Its ``input_size`` is the height and width
+    that the file asks for, None where it leaves them open, ``input_channels`` its C. A layer keeps
+    its name where that is free and an attribute that a module can have. Keras is not needed, h5py
+    is; with Keras, ``fastres verify model.keras`` compares the two.
 
     Args:
         path: the file, as ``model.save`` wrote it.

@@ -1,7 +1,5 @@
 """Fused inference for a module whose weights stay the user's to change at any time."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

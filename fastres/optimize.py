@@ -11,12 +11,13 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import plan, trace
 from .backends import check_backend
 from .copies import duplicate
+from .effects import hooks_into
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fold import fold_step
@@ -106,6 +107,13 @@ def optimize(
     except trace.TraceError as error:
         fast = _fuse_parts(model, dtype, backend, verify, error)
     _warn_of_nothing(model, fast)
+    hooked = hooks_into(model)
+    if hooked is not None:
+        warnings.warn(
+            f"a forward hook of {hooked} refers to modules of the source, and goes on to: what it "
+            "stores there is not on the copy",
+            stacklevel=2,
+        )
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
         if not can_show_errors(example):
@@ -182,11 +190,22 @@ def _folded(model: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) ->
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile's wrapper."""
+    """The module inside DataParallel, DistributedDataParallel and torch.compile's wrapper; and
+    torch.export's module as one of torch.fx, without hooks and with a mode."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return unwrapped(model.module)
+    if any(kind.__name__ == "_StatefulGraphModule" for kind in type(model).__mro__):
+        return _of_export(model)
     inner = model._modules.get("_orig_mod")
     return model if inner is None else unwrapped(inner)
+
+
+def _of_export(model: Any) -> nn.Module:
+    plain = fx.GraphModule(model, copy.deepcopy(model.graph))
+    guards = plain._modules.get("_guards_fn")
+    if guards is not None:  # the shapes that the program was exported for
+        plain._modules["_guards_fn"] = duplicate(guards).eval()
+    return plain
 
 
 @undisturbed()
@@ -235,9 +254,21 @@ def _check_whole(source: nn.Module, model: FastModel, arguments: Sequence[Any]) 
     found = verify(reference, lambda *args: model.run(args), arguments)
     if not found.ok:
         raise VerificationError(
-            f"{type(source).__name__} and its fused copy differ: {found.reason}"
+            f"{type(source).__name__} and its fused copy differ: {found.reason}{_of_int8(source)}"
         )
     return found
+
+
+def _of_int8(source: nn.Module) -> str:
+    """What may be behind a difference where layers round to 8 bits."""
+    kinds = ((name, type(m).__module__) for name, m in source.named_modules())
+    layers = [name for name, kind in kinds if "quantized" in kind.split(".")]
+    if not layers:
+        return ""
+    return (
+        f"; {layers[0]} computes in int8, where the least difference before it may be a whole step "
+        "behind it: optimize the float model, or judge yourself with verify=False"
+    )
 
 
 def _check_source(model: nn.Module, dtype: torch.dtype | None) -> None:

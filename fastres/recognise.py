@@ -243,6 +243,10 @@ def from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | No
     args, kwargs = node.args, dict(node.kwargs)
     kwargs.pop("inplace", None)
     target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):  # as torch.export records them
+        target = _ATEN.get(str(target))
+        if target is F.batch_norm:
+            args = (args[0], *args[3:5], *args[1:3], *args[5:8])
     op: Operation | None = None
     if target in _RELUS and not kwargs and len(args) == 1:
         op = ReLU()
@@ -268,6 +272,21 @@ def from_function(node: fx.Node, constant: FindConstant) -> list[Operation] | No
     return None if op is None else [op]
 
 
+_ATEN: dict[str, Any] = {
+    "aten.conv2d.default": F.conv2d,
+    "aten.batch_norm.default": F.batch_norm,
+    "aten.linear.default": F.linear,
+    "aten.relu.default": F.relu,
+    "aten.relu_.default": F.relu_,
+    "aten.add.Tensor": torch.add,
+    "aten.add_.Tensor": "add_",
+    "aten.max_pool2d.default": F.max_pool2d,
+    "aten.avg_pool2d.default": F.avg_pool2d,
+    "aten.adaptive_avg_pool2d.default": F.adaptive_avg_pool2d,
+    "aten.mean.dim": torch.mean,
+    "aten.flatten.using_ints": torch.flatten,
+    "aten.dropout.default": F.dropout,
+}
 _RELUS = (F.relu, torch.relu, F.relu_, torch.relu_, "relu", "relu_")
 _FLATTENS = (torch.flatten, "flatten")
 _VIEWS = (torch.reshape, "reshape", "view")

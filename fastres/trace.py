@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copies import sketch
+from .effects import hook_owners, may_store, snapshot, stored
 from .errors import FastresError
 from .ir import (
     Add,
@@ -230,6 +231,11 @@ def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Grap
     Raises:
         TraceError: control flow depends on data, or torch.fx fails otherwise.
     """
+    for path, owner in hook_owners(module):
+        raise TraceError(
+            f"{type(module).__name__} is not traced whole: {path or 'it'} has a forward hook of a "
+            f"{type(owner).__name__}, whose copy it would feed"
+        )
     tracer = _record(module, method)
     _refuse_little(module, tracer, most)
     return _Normalizer(module, tracer.graph, tracer.returned, tracer.untraced).run()
@@ -240,10 +246,11 @@ def _record(module: nn.Module, method: str) -> _Tracer:
     tracer = _Tracer()
     tracer.traced_func_name = method
     _refuse_signature(module, method)
-    draws = _Draws()
+    draws, drawn = _Draws(), _sketch(module)
+    before = snapshot(drawn)
     try:
         with draws:
-            tracer.trace(_sketch(module))
+            tracer.trace(drawn)
     except Exception as error:
         raise TraceError(
             f"{type(module).__name__} cannot be traced by torch.fx: {type(error).__name__}: {error}"
@@ -252,6 +259,15 @@ def _record(module: nn.Module, method: str) -> _Tracer:
         raise TraceError(
             f"{type(module).__name__} cannot be traced: its {method} draws random numbers "
             f"({draws.found}), of which a record would keep one draw for ever"
+        )
+    called = {str(node.target) for node in tracer.graph.nodes if node.op == "call_module"}
+    untraced = (path for path in tracer.untraced if path in called)
+    may = (path for path in untraced if may_store(module.get_submodule(path)))
+    name = stored(drawn, before) or next(may, None)
+    if name is not None:
+        raise TraceError(
+            f"{type(module).__name__} is not traced whole: its forward stores {name}, which only "
+            "the source's own Python does"
         )
     return tracer
 
@@ -452,6 +468,8 @@ class _Normalizer:
             idle = (base in IDENTITIES or stochastic) and not module.training
             return base is nn.Identity or idle
         dropouts = (F.dropout, F.dropout2d, F.alpha_dropout, F.feature_alpha_dropout)
+        if str(node.target) == "aten.dropout.default":
+            return node.args[2] is False
         return node.target in dropouts and node.kwargs.get("training") is False
 
     def _may_be_functional(self, index: int, node: fx.Node) -> bool:

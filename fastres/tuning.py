@@ -70,7 +70,7 @@ class Case:
 def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
     """The case that a group is for values of these shapes; None where they are not known."""
     first = group.steps[0]
-    source, result = shapes.get(first.inputs[0]), shapes.get(first.name)
+    source, result = _ends(first, shapes)
     work = [_work(step, shapes) for step in group.steps]
     if not source or not result or not all(work):
         return None
@@ -80,7 +80,7 @@ def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
 
 def _work(step: Step, shapes: Shapes) -> str:
     """``Conv2d 64>256 k1x1 s1x1 ...``, with the sizes of what goes in and comes out."""
-    source, result = shapes.get(step.inputs[0]), shapes.get(step.name)
+    source, result = _ends(step, shapes)
     others = [shapes.get(name) for name in step.inputs[1:]]
     if not source or not result or not all(others):
         return ""

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+START = time.monotonic()  # imports count
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
@@ -22,7 +23,7 @@ import conftest  # noqa: E402, F401  switches Triton's interpreter on before tri
 import fuzz_graphs  # noqa: E402
 import test_files_fuzz  # noqa: E402
 from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
-from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
+from hypothesis.stateful import invariant, run_state_machine_as_test  # noqa: E402
 from stateful import Pair  # noqa: E402
 
 from fastres.checkpoint import atomic_write  # noqa: E402
@@ -58,31 +59,53 @@ def options(name: str) -> settings:
     )
 
 
-def run_round(name: str, found: Property, number: int) -> Any:
-    """Draw and check cases from seed ``number``; the failing case, shrunk, or None."""
+class TimeIsUp(BaseException):
+    """Passes through Hypothesis, which takes an Exception for a finding."""
+
+
+def stop_after(end: float) -> None:
+    if time.monotonic() >= end:
+        raise TimeIsUp
+
+
+def run_round(name: str, found: Property, number: int, end: float) -> Any:
+    """Draw and check cases from seed ``number`` until ``end``; None, or a failing case, as far
+    shrunk as there was time for."""
     cases, check = found
     last: list[Any] = []
+    failing: list[Any] = []
 
     @seed(number)
     @options(name)
     @given(cases)
     def fuzz(case: Any) -> None:
+        stop_after(end)
         last[:] = [case]
-        check(case)
+        try:
+            check(case)
+        except Exception:
+            failing[:] = [case]
+            raise
 
     try:
         fuzz()
+    except TimeIsUp:
+        if failing:
+            print(f"{name}, seed {number}: a case that failed, not shrunk to the end")
     except Exception as error:  # whatever went wrong is the finding
         print(f"{name}, seed {number}: {type(error).__name__}: {error}")
-        return last[0]
-    return None
+        return (failing or last)[0]
+    return failing[0] if failing else None
 
 
-def run_life(number: int) -> bool:
-    """Random lives of a network and its twin; whether all were the same."""
-    machine = seed(number)(type("Pair", (Pair,), {}))
+def run_life(number: int, end: float) -> bool:
+    """Random lives of a network and its twin until ``end``; whether all were the same."""
+    in_time = invariant(check_during_init=True)(lambda _: stop_after(end))
+    machine = seed(number)(type("Pair", (Pair,), {"in_time": in_time}))
     try:
         run_state_machine_as_test(machine, settings=options("life"))
+    except TimeIsUp:
+        return True
     except Exception as error:  # the steps are in the notes of the error
         print(f"life, seed {number}: {type(error).__name__}: {error}", *error.__notes__, sep="\n")
         return False
@@ -108,7 +131,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     chosen = properties()
     names = arguments.only.split(",") if arguments.only else [*chosen, "life"]
-    end = time.monotonic() + 60 * arguments.minutes
+    end = START + 60 * arguments.minutes
     failures = rounds = cases = 0
     number = arguments.seed
     while time.monotonic() < end:
@@ -116,8 +139,8 @@ def main() -> int:
             if time.monotonic() >= end:
                 break
             if name == "life":
-                failures += not run_life(number)
-            elif (case := run_round(name, chosen[name], number)) is not None:
+                failures += not run_life(number, end)
+            elif (case := run_round(name, chosen[name], number, end)) is not None:
                 failures += 1
                 print(f"kept in {keep(name, case)}")
             rounds += 1

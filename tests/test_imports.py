@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 # Each module may import those before it and none behind it: data only ever moves to the right.
 ORDER = (
-    *("errors", "copies", "preprocess"),
+    *("errors", "copies", "effects", "preprocess"),
     *("ir", "layouts", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
     *("checkpoint", "memory_format", "aten_ops", "group_kernels", "tables", "choices"),
     *("triton_ops", "fused_experimental", "backends"),

@@ -1,6 +1,7 @@
 """What cannot be traced, cast, fused or looked into stays a call by name; the rest is fused."""
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -456,3 +457,49 @@ def test_row55_what_torchs_own_tools_have_made_is_taken(how):
     assert (fast(X) - want).norm() <= (2**-6 if how == "dynamic" else 1e-5) * want.norm()
     assert all(op.relu for op in convolutions(fast))
     assert len(convolutions(fast)) == 3
+
+
+class Dressed(nn.Module):
+    """Keeps a network, and gives a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(middle=nn.Dropout)
+
+    def forward(self, x):
+        return {"logits": self.net(x), "mean": x.mean()}
+
+
+def fastres_copy_of_export(dynamic):
+    batch = {"x": {0: torch.export.Dim("batch", min=1, max=8)}} if dynamic else None
+    model = hostile(Dressed())
+    program = torch.export.export(model, (X,), dynamic_shapes=batch).module()
+    with pytest.raises(NotImplementedError):
+        program.eval()
+    return model, fastres.optimize(program, example_input=X)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_row55_an_exported_program_is_taken_though_it_has_no_eval(dynamic):
+    model, fast = fastres_copy_of_export(dynamic)
+    got, want = fast(X), exact(model, X)
+    assert list(got) == list(want)
+    assert (got["logits"].double() - want["logits"]).norm() <= 1e-5 * want["logits"].norm()
+    assert all(op.norm for op in convolutions(fast))
+    assert all(op.relu for op in convolutions(fast))
+    other = torch.cat([X, X[:1]])
+    if dynamic:
+        assert fast(other)["logits"].shape == (3, 5)
+    else:
+        with pytest.raises(AssertionError, match="Guard failed"):
+            fast(other)
+
+
+def test_row55_the_reason_where_int8_layers_differ():
+    from torch.ao.nn.quantized.dynamic import Linear as Int8
+
+    of_int8 = importlib.import_module("fastres.optimize")._of_int8
+    source = nn.Sequential(Net(), Int8(5, 4)).eval()
+    assert "1 computes in int8" in of_int8(source)
+    assert of_int8(source[0]) == ""

@@ -5,12 +5,14 @@ import copy
 import pytest
 import torch
 from fused import assert_close, assert_fused, executions, images, plain, rms, small
+from helpers import hostile_
 from torch import fx, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from fastres import BasicBlock, ResNet
+import fastres
+from fastres import BasicBlock, Bottleneck, ResNet
 
 
 def used(**kwargs) -> ResNet:
@@ -51,6 +53,60 @@ def test_symbolic_trace(start):
     assert not ran
     assert "layer1.0.conv1" in {node.target for node in traced.graph.nodes}
     assert_fused(model, x)
+
+
+def by_extractor(nodes):
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    return lambda model: create_feature_extractor(model, nodes)
+
+
+RECORDERS = {
+    "fx": fx.symbolic_trace,
+    "features": by_extractor(["layer1", "flatten"]),
+    "named features": by_extractor({"layer2.0.relu": "a", "avgpool": "b"}),
+}
+NETWORKS = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"),
+    *("resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d"),
+    *("wide_resnet50_2", "wide_resnet101_2"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS.keys())
+def test_row85_what_was_recorded_scripts_as_torchvisions(record, tmp_path):
+    models = pytest.importorskip("torchvision.models")
+    theirs = hostile_(models.resnet18(num_classes=5))
+    ours = fastres.resnet18(num_classes=5).eval()
+    ours.load_state_dict(theirs.state_dict())
+    for mine, other in zip(ours.modules(), theirs.modules(), strict=True):
+        mine.__dict__.update({k: v for k, v in vars(other).items() if k == "eps"})
+    x = images(2, 48)
+    with torch.no_grad():
+        ours(x)  # the engine leaves nothing behind that scripting could stumble over
+        torch.jit.save(torch.jit.script(record(ours)), tmp_path / "ours.pt")
+        out = torch.jit.load(tmp_path / "ours.pt")(x)
+        torch.testing.assert_close(out, record(theirs)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_row85_every_network_is_recorded_as_what_can_be_scripted(name):
+    """torch.jit.script takes names of types in a program for classes that it does not know."""
+    with torch.device("meta"):
+        model = fastres.create_model(name, num_classes=3).eval()
+    recorded = fx.symbolic_trace(model)
+    assert not [node for node in recorded.graph.nodes if isinstance(node.type, str)]
+    assert "x : torch.Tensor) -> torch.Tensor" in recorded.code
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("make", [small, lambda: BasicBlock(8, 8), lambda: Bottleneck(32, 8)])
+def test_row85_small_networks_and_blocks_script_once_recorded(make):
+    module = hostile_(make())
+    x = images() if isinstance(module, ResNet) else torch.randn(2, module.conv1.in_channels, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(torch.jit.script(fx.symbolic_trace(module))(x), plain(module, x))
 
 
 @START

@@ -11,10 +11,10 @@ import fastres
 from fastres import fold
 from fastres.verify import verify_steps
 
-SLOW = {"resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
+SLOW = {"resnet152", "wide_resnet50_2", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
 # Seeds: many where a network is small. Steps: convolutions and the classifier.
 CASES = {
-    "resnet18": (10, 21),
+    "resnet18": (5, 21),
     "resnet34": (3, 37),
     "resnet50": (2, 54),
     "resnet101": (1, 105),
@@ -23,12 +23,30 @@ CASES = {
     "resnext101_32x8d": (1, 105),
     "resnext101_64x4d": (1, 105),
     "wide_resnet50_2": (1, 54),
-    "wide_resnet101_2": (1, 105),
+    "wide_resnet101_2": (1, 60),  # with 8 blocks of the third stage: 23 would take 2.5 GB
 }
 PARAMETERS = [
     pytest.param(name, *CASES[name], marks=pytest.mark.slow if name in SLOW else ())
     for name in CASES
 ]
+
+
+def in_float64(model, x):
+    """The plain model's answer; weights are widened layer by layer, since all take gigabytes."""
+
+    def widen(layer, inputs):
+        layer.double()
+
+    def narrow(layer, inputs, output):
+        layer.float()
+
+    wide = copy.deepcopy(model)
+    for layer in wide.modules():
+        if not list(layer.children()):
+            layer.register_forward_pre_hook(widen)
+            layer.register_forward_hook(narrow)
+    with torch.no_grad():
+        return plain(wide, x.double())
 
 
 def judge_float32(model, x):
@@ -38,7 +56,7 @@ def judge_float32(model, x):
     others. One unit in the last place on top is a third of those errors; a wrong eps or a
     forgotten mean misses by hundreds of times.
     """
-    exact = plain(copy.deepcopy(model).double(), x.double())
+    exact = in_float64(model, x)
     layouts = (torch.contiguous_format, torch.channels_last)
     errors = [rms(plain(model, x.contiguous(memory_format=f)) - exact) for f in layouts]
     with executions() as ran, torch.inference_mode():
@@ -64,6 +82,8 @@ def judge_bfloat16(model, x, steps):
 def test_row41_hostile_weights_and_real_images(name, seeds, steps):
     for seed in range(seeds):
         model = hostile_(getattr(fastres, name)(), seed)
+        if name == "wide_resnet101_2":
+            model.layer3 = model.layer3[:8]
         x = real_images(2 if seeds > 1 else 1, 64)
         judge_float32(model, x)
     judge_bfloat16(model, x, steps)

@@ -179,6 +179,26 @@ add(
 )
 
 
+@case("optimize: a forward that stores what it computes")
+def _() -> None:
+    class Storing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.last = x
+            return x
+
+    fast(Storing().eval())
+
+
+@case("optimize: a hook of an object's, on all that there is to fuse")
+def _() -> None:
+    class Owner:
+        def hook(self, *_: Any) -> None: ...
+
+    model = nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 1))).eval()
+    model[0].register_forward_hook(Owner().hook)
+    fast(model)
+
+
 @case("optimize: hooks on the model")
 def _() -> None:
     model = small()
