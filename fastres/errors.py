@@ -25,6 +25,10 @@ class VerificationError(FastresError, RuntimeError):
     """An optimised model whose answers differ too much from its source's."""
 
 
+class FrozenError(FastresError, AttributeError):
+    """An attribute that cannot be set on a fused copy, because its plan is made."""
+
+
 class BackendError(FastresError, RuntimeError):
     """A backend that this machine cannot run, e.g. Triton without a GPU."""
 

@@ -78,7 +78,7 @@ def export(model: FastModel, path: str | os.PathLike[str], images: Inputs) -> Ex
         raise ValueError(
             f"a .onnx file must hold a model of torch.float32 or torch.float16; got {model.dtype}"
         )
-    if any(buffer.device.type != "cpu" for buffer in model.buffers()):
+    if any(t.device.type != "cpu" for t in model.state_dict().values()):
         raise ValueError("model must be on the CPU to be exported; call model.cpu()")
     call = _arguments(model, images)
     _refuse_odd_output(model, path.suffix, call)
@@ -196,7 +196,7 @@ def _program(model: FastModel, call: Given) -> bytes:
 
 def _onnx(model: FastModel, call: Given) -> Any:
     """The file's content, or above the limit the program that writes it in two files."""
-    size = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     shapes = _dynamic_batch(model, call)
     program: Any = torch.onnx.export(
         model, call[0], kwargs=call[1], dynamo=True, dynamic_shapes=shapes, verbose=False

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from operator import is_
+from threading import RLock
 from typing import Any, ClassVar
 
 import torch
@@ -15,21 +17,22 @@ from . import portable
 from .backends import select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
-from .errors import BackendError, InputError, InputTypeError
+from .errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
 from .fold import Weights
 from .guards import GRADIENT, ambient_reason, in_functorch
-from .ir import Conv2d
-from .plan import Plan, Step, kept_names
+from .ir import Call, Conv2d
+from .plan import Plan, Step, kept_names, parameter_paths
 from .verify import Verification
 
 
 class FastModel(nn.Module):
     """A fused copy of a module, for inference only; made by :func:`optimize`.
 
-    The folded weights are buffers, so ``.to(device)``, ``state_dict``, ``functional_call`` and
-    ``deepcopy`` work. The dtype is fixed, under autocast too: folding again from the source is more
-    exact than casting what was folded. The source's plain attributes (such as timm's
-    ``feature_info``) can be read from the copy.
+    The folded weights are parameters without gradients, so ``.to(device)``, ``state_dict``,
+    ``functional_call``, ``deepcopy`` and ``next(model.parameters()).device`` work. The dtype is
+    fixed, under autocast too: folding again from the source is more exact than casting what was
+    folded. The source's plain attributes (such as timm's ``feature_info``) can be read from the
+    copy; setting one of the source's attributes or modules is an error, for the plan is made.
 
     Args:
         traced: the plan.
@@ -39,6 +42,7 @@ class FastModel(nn.Module):
         source_dtype: the source's; tensors of it are taken and cast.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         described: the source's plain attributes.
+        names: the source's other attributes and modules.
 
     Attributes:
         signature: that of the source's forward.
@@ -59,6 +63,7 @@ class FastModel(nn.Module):
         source_dtype: torch.dtype,
         backend: str,
         described: Mapping[str, Any],
+        names: Iterable[str] = (),
     ) -> None:
         super().__init__()
         self.backend = backend
@@ -68,10 +73,12 @@ class FastModel(nn.Module):
         self.described = dict(described)
         self.traced = traced
         self._pending: Callable[[FastModel, Sequence[Any]], None] | None = None
+        self._refused: str | None = None
+        self._lock = RLock()
         self.folded = nn.Module()
         for index, (weight, bias) in folded.items():
-            self.folded.register_buffer(f"weight{index}", weight)
-            self.folded.register_buffer(f"bias{index}", bias)
+            self.folded.register_parameter(f"weight{index}", _constant(weight))
+            self.folded.register_parameter(f"bias{index}", _constant(bias))
         self.kept = kept
         self._index = {step.name: index for index, step in enumerate(traced.steps)}
         self._argument_names = portable.argument_names(traced)
@@ -81,13 +88,16 @@ class FastModel(nn.Module):
         self._settle()
         self.register_load_state_dict_post_hook(_settle)
         self.eval()
+        own = {name for name in vars(self) if name.startswith("_")} | {"training", "verification"}
+        public = {*vars(self), *self._modules, "signature", "positional", "device"}
+        self._fixed = (public | {*described, *names, *_tops(traced)}) - own
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's forward, without gradients.
 
         Raises:
             InputError, InputTypeError: an argument does not fit the model.
-            VerificationError: this is the first call and the outputs differ from the source's.
+            VerificationError: at the first call the outputs differed from the source's.
         """
         if torch.compiler.is_compiling() or _transformed((*args, *kwargs.values())):
             return self._run_portable(args, kwargs)
@@ -95,12 +105,32 @@ class FastModel(nn.Module):
             return self._run_portable(args, kwargs)
         arguments = self._bind(args, kwargs)
         if self._pending is not None and can_show_errors(arguments):
-            self._pending(self, arguments)
-            self._pending = None
+            self._verify(arguments)
         return self.run(arguments)
+
+    def _verify(self, arguments: Sequence[Any]) -> None:
+        """One thread compares with the source, and the others wait for its verdict, which stays."""
+        with self._lock:
+            if self._pending is not None and self._refused is None:
+                try:
+                    self._pending(self, arguments)
+                except VerificationError as error:
+                    self._refused = str(error)
+                    raise
+                self._pending = None
+
+    def _raise_refusal(self) -> None:
+        if self._refused is not None:
+            raise VerificationError(self._refused)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._home()
 
     def run(self, arguments: Sequence[Any]) -> Any:
         """Run the plan on positional arguments, one per parameter of the source's forward."""
+        self._raise_refusal()
         home = self._device(arguments)
         runner = self._runner(home)
         with torch.no_grad(), _without_autocast(home):
@@ -110,6 +140,7 @@ class FastModel(nn.Module):
 
     def _run_portable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As the engine, by operators that compilers, exporters and transforms can see."""
+        self._raise_refusal()
         args = tuple([self._cast(value) for value in args])
         names = self._argument_names
         kwargs = {names.get(name, name): self._cast(value) for name, value in kwargs.items()}
@@ -149,18 +180,21 @@ class FastModel(nn.Module):
         return getattr(self.folded, f"weight{index}"), getattr(self.folded, f"bias{index}")
 
     def _runner(self, device: torch.device) -> GraphRunner:
-        if device not in self._runners:
-            ops = select_ops(self.backend, device, self.dtype)
-            names = kept_names(self.traced)
-            executor = Executor(self.traced, self.kept, ops, self.dtype, self._step_weights, names)
-            self._runners[device] = GraphRunner(executor, casts=self.source_dtype)
-        return self._runners[device]
+        found = self._runners.get(device)
+        if found is not None:
+            return found
+        with self._lock:
+            if device not in self._runners:
+                ops, names = select_ops(self.backend, device, self.dtype), kept_names(self.traced)
+                weights = self._step_weights
+                executor = Executor(self.traced, self.kept, ops, self.dtype, weights, names)
+                self._runners[device] = GraphRunner(executor, casts=self.source_dtype)
+            return self._runners[device]
 
     def _home(self) -> torch.device:
-        folded = self.folded._buffers.values()  # at each call: buffers() walks all modules
-        found = next((t for t in folded if t is not None), None)
-        if found is None:
-            found = next(self.buffers(), None)
+        folded = self.folded._parameters.values()  # at each call: parameters() walks all modules
+        tensors = chain(folded, self.parameters(), self.buffers())
+        found = next((t for t in tensors if t is not None), None)
         return torch.device("cpu") if found is None else found.device
 
     def _device(self, arguments: Sequence[Any]) -> torch.device:
@@ -227,6 +261,14 @@ class FastModel(nn.Module):
         """Whether other tensors are in their places, as torch.func.functional_call puts them."""
         return any(not all(map(is_, _tensors(module), own)) for module, own in self._own)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_fixed", ()):
+            raise FrozenError(
+                f"{name} cannot be set on a FastModel, whose plan is made; "
+                "set it on the source and optimize that again"
+            )
+        super().__setattr__(name, value)
+
     def __getattr__(self, name: str) -> Any:
         described = self.__dict__.get("described", {})
         return described[name] if name in described else super().__getattr__(name)
@@ -237,14 +279,15 @@ class FastModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         dropped: dict[str, Any] = {
             "_runners": {},
-            "_pending": None,
             "_program": None,
             "_own": [],
+            "_lock": None,
         }
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._lock = RLock()
         self._program = portable.lower(self.traced)
         self._settle()
 
@@ -282,6 +325,19 @@ def forward_showing(signature: inspect.Signature, kind: type[nn.Module]) -> Call
 def new(signature: inspect.Signature) -> FastModel:
     kind = with_signature(signature)
     return kind.__new__(kind)
+
+
+def _constant(tensor: Tensor | None) -> nn.Parameter | None:
+    return None if tensor is None else nn.Parameter(tensor, requires_grad=False)
+
+
+def _tops(plan: Plan) -> Iterator[str]:
+    """The source's attributes that the steps were made of."""
+    for step in plan.steps:
+        paths = [step.where, *parameter_paths(step.op)]
+        if isinstance(step.op, Call) and step.op.kind in ("call_module", "get_attr"):
+            paths.append(str(step.op.target))
+        yield from (path.partition(".")[0] for path in paths)
 
 
 _ATEN = portable.Aten()

@@ -31,21 +31,33 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Pending:
-    """The source, kept until the first call has shown that its copy gives the same answers."""
+    """The source, kept until the first call has shown that its copy gives the same answers.
 
-    def __init__(self, source: nn.Module, traced: Plan) -> None:
+    Deep copies of the model wait for the same source; a pickle does not carry it.
+    """
+
+    def __init__(self, source: nn.Module, traced: Plan, watch: bool) -> None:
         copied(source, {id(p): p for p in source.parameters()})  # or refused at once
         self.source = source
         paths = [path for step in traced.steps for path in parameter_paths(step.op)]
-        self.watch = Watch(source, paths)
+        self.watch = Watch(source, paths) if watch else None
 
     def __call__(self, model: FastModel, arguments: Sequence[Any]) -> None:
-        if self.watch.change() is not Change.NONE:
+        if self.watch is not None and self.watch.change() is not Change.NONE:
             raise VerificationError(
                 "the source changed before the first call could be checked against it; "
                 "optimize it again, or give example_input"
             )
-        model.verification = check_against(self.source, model, arguments)
+        source = self.source
+        if any(t.device != model.device for t in (*source.parameters(), *source.buffers())):
+            source = copied(source).to(model.device)
+        model.verification = check_against(source, model, arguments)
+
+    def __deepcopy__(self, memo: Any) -> _Pending:
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
 
 class _ByPosition(nn.Module):
@@ -147,26 +159,32 @@ def _fuse_parts(
     error: trace.TraceError,
 ) -> FastModel | FastShell:
     """The parts of a module that cannot be traced whole; else whatever is around them."""
+
+    def part(copied: nn.Module) -> FastModel:
+        return _fuse(copied, dtype, backend, verify, watch=False)
+
     try:
-        fast = FastShell(model, lambda part: _fuse(part, dtype, backend, verify), dtype, str(error))
+        return FastShell(model, part, dtype, str(error))
     except trace.TraceError as none:
         try:
             return _fuse(model, dtype, backend, verify, most=False)
         except trace.TraceError:
             raise none from error
-    if verify:
-        fast.verify_with(model)
-    return fast
 
 
 def _fuse(
-    model: nn.Module, dtype: torch.dtype | None, backend: str, verify: bool, most: bool = True
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    backend: str,
+    verify: bool,
+    most: bool = True,
+    watch: bool = True,
 ) -> FastModel:
-    """The fused copy of a module that can be traced whole."""
+    """The fused copy of a module that can be traced whole; ``watch`` if others may change it."""
     traced = plan.of_module(model, most=most)
     fast = _folded(model, traced, dtype or _weight_dtype(model, traced), backend)
     if verify:
-        fast._pending = _Pending(model, traced)
+        fast._pending = _Pending(model, traced, watch)
     return fast
 
 
@@ -186,6 +204,7 @@ def _folded(model: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) ->
         source_dtype=source_dtype,
         backend=backend,
         described=_plain_attributes(model),
+        names=_names(model),
     )
 
 
@@ -251,7 +270,7 @@ def _check_whole(source: nn.Module, model: FastModel, arguments: Sequence[Any]) 
     keywords = [p.name for p in model.signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
     if keywords:
         reference = _ByPosition(reference, keywords)
-    found = verify(reference, lambda *args: model.run(args), arguments)
+    found = verify(reference, lambda *args: model.run(args), arguments, same_form=True)
     if not found.ok:
         raise VerificationError(
             f"{type(source).__name__} and its fused copy differ: {found.reason}{_of_int8(source)}"
@@ -316,6 +335,13 @@ def _plain_attributes(source: nn.Module) -> dict[str, Any]:
             with suppress(Exception):  # locks, files and the like: nothing that a copy could be
                 found[name] = copy.deepcopy(value)
     return found
+
+
+def _names(source: nn.Module) -> set[str]:
+    """What a user could set on the source: its attributes, modules and tensors, its class's too."""
+    tensors = (*source._parameters, *source._buffers, *source._modules)
+    found = {*vars(source), *tensors, *dir(type(source))} - {*vars(nn.Module()), *dir(nn.Module)}
+    return found - {"__module__", "__doc__"}
 
 
 def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:

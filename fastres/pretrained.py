@@ -26,15 +26,18 @@ def load_network(
 
     Args:
         name: as :func:`fastres.create_model` knows it.
-        weights: published weights, downloaded unless a checkpoint is given.
-        checkpoint: a file that holds the weights; the number of classes, the input channels and the
-            stem are read off its shapes.
+        weights: published weights, to be downloaded.
+        checkpoint: a file that holds the weights instead; the number of classes, the input channels
+            and the stem are read off its shapes.
         progress: show a bar while downloading.
         kwargs: further arguments of the model.
 
     Raises:
+        ValueError: both weights and a checkpoint.
         UnknownModelError, WeightsError, CheckpointError, FileNotFoundError: as they say.
     """
+    if weights is not None and checkpoint is not None:
+        raise ValueError(f"give weights or checkpoint, not both; got {weights} and {checkpoint}")
     if checkpoint is None:
         return create_model(name, weights=weights, progress=progress, **kwargs).eval()
     state = state_dict_from_file(checkpoint)

@@ -47,7 +47,8 @@ def save(model: FastModel, path: PathLike) -> None:
     kind: type = type(model)
     if issubclass(kind, FastShell):
         raise TypeError(
-            "a FastShell's own Python cannot be stored; save the source's state_dict instead"
+            "a FastShell's own Python cannot be stored; save the source, by its save_pretrained "
+            "or state_dict, and optimize it again when it is loaded"
         )
     if not issubclass(kind, FastModel):
         raise TypeError(

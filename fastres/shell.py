@@ -1,57 +1,157 @@
 """Modules that torch.fx cannot trace whole: their Python stays, their traceable parts become plans.
 
 Detectors, models with options and Hugging Face's models branch on their arguments or return classes
-of their own. A deep copy keeps all of that; only the largest parts with convolutions that can be
-traced are replaced, by fused copies of themselves.
+of their own. A deep copy keeps all of that, every module included; only the ``forward`` of the
+largest parts with convolutions that can be traced leads to fused copies of them.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from itertools import chain
+from operator import methodcaller
+from threading import RLock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .copies import duplicate
+from .copies import duplicate, sketch
 from .cuda_graph import warm_up
-from .errors import VerificationError
-from .fast_model import forward_showing
-from .guards import unfused
+from .errors import FrozenError, VerificationError
+from .fast_model import FastModel, forward_showing
+from .guards import Change, Watch
 from .ir import Call
 from .memory_format import is_channels_last, to_contiguous
 from .plan import Plan, Step
 from .trace import TraceError, opaque_reason
-from .verify import Verification, judge
+from .verify import Verification, rms
+
+MAX_KINDS = 64
 
 
-class Part(Protocol):
-    """A fused copy of a part: an ``nn.Module`` that can show its plan."""
+class Part:
+    """What is called as a part's ``forward``: its fused copy, as long as that is the same function.
 
-    def plan(self) -> Plan: ...
+    Everything else about the part stays as it was. Its own forward runs, with one warning, if the
+    fused copy failed its check, if arguments are of other types than those of the check, if
+    gradients are wanted, and after anything in the part was changed.
+
+    Args:
+        module: the part.
+        path: where it is in the source.
+        fast: the fused copy.
+    """
+
+    def __init__(self, module: nn.Module, path: str, fast: FastModel) -> None:
+        self.module, self.path, self.fast = module, path, fast
+        self._refused = ""
+        self._types: tuple[type, ...] | None = None
+        self._watch: _Watch | None = None
+        self._has_warned = False
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._own())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._own()(*args, **kwargs) if self._refused else self.fast(*args, **kwargs)
+        reason = self.reason() or self._other_call(args, kwargs)
+        if not reason:
+            try:
+                output = self.fast(*args, **kwargs)
+                self._types = _types(args, kwargs)
+                return output
+            except VerificationError as error:
+                reason = self._refused = str(error)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{self.path} runs as ordinary PyTorch: {reason}", stacklevel=2)
+        return self._own()(*args, **kwargs)
+
+    def reason(self) -> str:
+        """Why the part's own forward runs, whatever it is called with; or nothing."""
+        return self._refused or self.watch().reason()
+
+    def watch(self) -> _Watch:
+        """What notices changes from now on."""
+        self._watch = self._watch or _Watch(self.module)
+        return self._watch
+
+    def settle(self) -> None:
+        """Take the part for what was folded; what was changed before stays noticed."""
+        self._refused, self._watch = self.reason(), None
+
+    def _own(self) -> Callable[..., Any]:
+        method: Callable[..., Any] = type(self.module).forward.__get__(self.module)
+        return method
+
+    def _other_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        if self._types is not None and _types(args, kwargs) != self._types:
+            return "its arguments are of other types than those it was checked with"
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad
+            for value in chain(args, kwargs.values(), self.module.parameters())
+        ):
+            return "gradients are wanted"
+        return ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_refused": self.reason(), "_watch": None}
+
+
+def _types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[type, ...]:
+    return tuple(map(type, chain(args, kwargs.values())))
+
+
+class _Watch:
+    """Notices what is changed in a module: tensors, modules, hooks, any attribute, training."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = chain(module.named_parameters(), module.named_buffers())
+        self._watch = Watch(module, [path for path, _ in tensors])
+        below = list(module.modules())[1:]  # the hooks of the root run anyway, around its forward
+        hooks = [hooks for m in below for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attributes = [*map(vars, module.modules()), *hooks]
+        self._values = self._now()
+
+    def reason(self) -> str:
+        try:
+            same = self._now() == self._values
+        except (RuntimeError, ValueError):  # tensors and arrays that are not the same object
+            same = False
+        same = same and self._watch.change() is Change.NONE
+        return "" if same else "it was changed; change the source and optimize that again"
+
+    def _now(self) -> list[tuple[Any, ...]]:
+        return list(map(tuple, map(_VALUES, self._attributes)))
+
+
+_VALUES = methodcaller("values")
 
 
 class FastShell(nn.Module):
-    """A copy of a module in which parts are fused; everything else is the source's own Python.
+    """A copy of a module in which parts run fused; everything else is the source's own Python.
 
-    Attributes and methods that are not found here are those of the copy.
+    The copy's modules, parameters and buffers are the source's, under its names, and so is what
+    reads or writes them: ``state_dict``, ``save_pretrained``, attributes that are set. Weights of
+    parts are held twice, as they were and folded. A part that was changed runs as PyTorch.
 
     Args:
         source: the module, in eval mode; it is not changed.
         build: makes the fused copy of a part, or raises TraceError.
-        dtype: of the parameters that stay PyTorch's; the dtype of the parts.
+        dtype: of the copy's parameters and the parts; default the source's.
         reason: why the whole could not be traced.
 
     Attributes:
-        body: the copy.
-        parts: the fused parts by their paths in the source.
-        channels_last: images are handed on in NHWC memory, so that no part need convert them; found
-            out at the first call that is verified, since code between the parts may not bear it.
-        verification: how far the outputs are from the source's; None until that was measured.
+        body: the copy, of the source's own class.
+        parts: the fused copies by the paths of their parts.
+        reason: why the whole could not be traced.
 
     Raises:
         TraceError: no part of the module can be traced either.
@@ -60,62 +160,100 @@ class FastShell(nn.Module):
     def __init__(
         self,
         source: nn.Module,
-        build: Callable[[nn.Module], nn.Module],
+        build: Callable[[nn.Module], FastModel],
         dtype: torch.dtype | None,
         reason: str,
     ) -> None:
         super().__init__()
-        found = dict(_build_parts(source, build))
+        body = duplicate(source).requires_grad_(False)
+        own = _first_dtype(source)
+        copied = sketch if dtype in (None, own) else duplicate
+        found = dict(_build_parts(body, lambda part: build(copied(part))))
         if not found:
             raise TraceError(f"{reason}; nor can any part of it that has convolutions")
-        self.reason = reason
-        self.parts: dict[str, Any] = found
-        self.source_dtype = _first_dtype(source)
-        self.dtype = dtype or self.source_dtype
-        self.verification: Verification | None = None
-        self.channels_last = False
-        self.signature = inspect.signature(source.forward)
-        self.__class__ = _with_signature(self.signature)
-        self._pending: nn.Module | None = None
-        replaced = {id(source.get_submodule(path)): part for path, part in found.items()}
-        self.body: nn.Module = duplicate(source, replaced)
-        self.body.requires_grad_(False).to(self.dtype)
+        signature = inspect.signature(source.forward)
+        containers = [name for name in _CONTAINER if hasattr(type(source), name)]
+        self.__class__ = _with_signature(signature, containers)
+        shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        self.__dict__.update(
+            {name: vars(body)[name] for name in shared},
+            body=body.to(dtype or own),
+            _kind=(signature, containers),
+            reason=reason,
+            _dtypes=(own, dtype or own),
+            _parts=[Part(body.get_submodule(path), path, fast) for path, fast in found.items()],
+            _layouts={},
+            _lock=RLock(),
+        )
         self.eval()
+        self._route()
+
+    @property
+    def parts(self) -> dict[str, FastModel]:
+        return {part.path: part.fast for part in self._parts}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the copy's parameters and the parts."""
+        dtype: torch.dtype = self._dtypes[1]
+        return dtype
+
+    @property
+    def channels_last(self) -> bool:
+        """Whether images are handed on in NHWC memory, so that no part need convert them, by some
+        kind of call; found out at the first of each, since code between may not bear it."""
+        return any(self._layouts.values())
+
+    @property
+    def verification(self) -> Verification | None:
+        """Each part is compared with the source's at its first call; this is the part with the
+        largest error. None before, or for ``verify=False``."""
+        served = [part.fast.verification for part in self._parts if not part.reason()]
+        return max(filter(None, served), key=lambda v: v.rms / (v.scale or 1.0), default=None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the source's forward, without gradients.
 
-        Raises:
-            VerificationError: this is the first call and the outputs differ in form.
+        A part whose fused copy turns out wrong at its first call runs as PyTorch, with a warning.
         """
-        if self._pending is not None and not torch.compiler.is_compiling():
-            source, self._pending = self._pending, None
-            self.verification = self._check(source, args, kwargs)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Any:
         """The copy's output; inputs in the source's dtype are taken as well as those in its own."""
         args, kwargs = self._cast((args, dict(kwargs or {})))
         with torch.no_grad():
-            if not self.channels_last or any(map(is_channels_last, tree_leaves((args, kwargs)))):
+            if torch.compiler.is_compiling() or not _gains_by_nhwc(tree_leaves((args, kwargs))):
                 return self.body(*args, **kwargs)
-            args, kwargs = tree_map(_to_channels_last, (args, kwargs))
-            return tree_map(to_contiguous, self.body(*args, **kwargs))
-
-    def verify_with(self, source: nn.Module) -> None:
-        """Compare with ``source`` at the first call."""
-        self._pending = source
+            kind = _kind((*args, *kwargs.items()))
+            if kind not in self._layouts:
+                return self._first_of(kind, args, kwargs)
+            if self._layouts[kind]:
+                try:
+                    return _run_nhwc(self.body, args, kwargs)
+                except RuntimeError:  # perhaps a .view() that no call has met before
+                    output = self.body(*args, **kwargs)
+                    self._layouts[kind] = False
+                    return output
+            return self.body(*args, **kwargs)
 
     def plan(self) -> Plan:
         """The steps of all parts, and the modules that stay PyTorch calls around them."""
         steps: list[Step] = []
         servers: list[str] = []
-        for path, part in self.parts.items():
-            plan = part.plan()
-            steps += [_below(path, step) for step in plan.steps]
-            servers += plan.served_by or [""] * len(plan.steps)
-        reason = self.reason.partition(". ")[0]
-        rest = [_left(path, module, reason) for path, module in self._rest()]
+        reasons: dict[int, str] = {}
+        for part in self._parts:
+            why = part.reason()
+            reasons.update({id(module): why for module in part.module.modules()})
+            if not why:
+                plan = part.fast.plan()
+                steps += [_below(part.path, step) for step in plan.steps]
+                servers += plan.served_by or [""] * len(plan.steps)
+        around = f"around the fused parts ({self.reason.partition('. ')[0]})"
+        rest = [
+            _left(path, module, reasons.get(id(module), around))
+            for path, module in self.body.named_modules()
+            if (module._parameters or module._buffers) and reasons.get(id(module), around)
+        ]
         return Plan((*steps, *rest), (), None, (*servers, *[""] * len(rest)))
 
     def warmup(self, shapes: Any) -> FastShell:
@@ -124,11 +262,12 @@ class FastShell(nn.Module):
         Raises:
             TypeError: the module takes something else.
         """
-        warm_up(lambda x: self.run((x,)), shapes, next(self.buffers()).device, self.dtype)
+        device = next(chain(self.parameters(), self.buffers())).device
+        warm_up(lambda x: self.run((x,)), shapes, device, self.dtype)
         return self
 
     def train(self, mode: bool = True) -> FastShell:
-        """Refuses training: the batch norms of the parts are gone.
+        """Refuses training: the parts' norms are folded.
 
         Raises:
             RuntimeError: for ``mode=True``.
@@ -137,60 +276,58 @@ class FastShell(nn.Module):
             raise RuntimeError("a FastShell is for inference only; train the source instead")
         return super().train(False)
 
-    def _rest(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules with weights that belong to no part, by their paths."""
-        inside = {id(m) for part in self.parts.values() for m in part.modules()}
-        for path, module in self.body.named_modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if own and id(module) not in inside:
-                yield path, module
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The source's, in the copy's dtype."""
+        return self.body.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As the source's; parts whose weights it changes run as PyTorch from then on."""
+        return self.body.load_state_dict(*args, **kwargs)
+
+    def _route(self) -> None:
+        for part in self._parts:
+            part.module.forward = part
+        for part in self._parts:
+            part.watch()
 
     def _cast(self, value: Any) -> Any:
-        if self.dtype is self.source_dtype:
+        old, new = self._dtypes
+        if new is old:
             return value
-        old, new = self.source_dtype, self.dtype
         return tree_map(
             lambda v: v.to(new) if isinstance(v, Tensor) and v.dtype is old else v, value
         )
 
-    def _check(self, source: nn.Module, args: Any, kwargs: Any) -> Verification | None:
-        """Each part has checked itself by now or does at its own first call; this is the whole.
+    def _first_of(self, kind: Any, args: Any, kwargs: Any) -> Any:
+        """A call of a new kind, and the same on a stand-in in NHWC memory: is that the same?"""
+        with self._lock:
+            if kind in self._layouts or len(self._layouts) >= MAX_KINDS:
+                return self.body(*args, **kwargs)
+            copies = tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, (args, kwargs))
+            standin = self._standin()
+            output = self.body(*args, **kwargs)
+            self._layouts[kind] = standin is not None and self._bears_nhwc(standin, copies, output)
+            return output
 
-        A wrong form is refused. Other values are only warned of: a detector may order or drop boxes
-        anew when a score moves by its last digit.
-        """
-        with torch.no_grad(), unfused():
-            expected = source(*args, **kwargs)
-        actual = self._try_channels_last(args, kwargs)
-        wanted, wanted_form = tree_flatten(expected)
-        got, got_form = tree_flatten(actual)
-        if wanted_form != got_form or type(expected) is not type(actual):
-            raise VerificationError(
-                f"the outputs differ in form: expected {wanted_form}, got {got_form}"
-            )
-        pairs = [(a, b) for a, b in zip(wanted, got, strict=True) if _is_float(a) and _is_float(b)]
-        if not pairs or self.dtype is not self.source_dtype:
+    def _standin(self) -> nn.Module | None:
+        """A copy with the same weights, whose state may change; None if a call would be noticed."""
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
             return None
-        name = type(source).__name__
-        note = f"each fused part of {name} is right, but detections that tie may be ordered anew"
-        if any(a.shape != b.shape for a, b in pairs):
-            warnings.warn(f"{note}: the copy returns another number of rows", stacklevel=4)
-            return None
-        verdict = judge([a for a, _ in pairs], [b for _, b in pairs], None)
-        if not verdict.ok:
-            warnings.warn(f"{note}: {verdict.reason}", stacklevel=4)
-        return verdict
-
-    def _try_channels_last(self, args: Any, kwargs: Any) -> Any:
-        self.channels_last = True
+        kept = chain(self.parameters(), (part.fast for part in self._parts))
         try:
-            output = self.run(args, kwargs)
-            if all(isinstance(leaf, _LEAVES) for leaf in tree_leaves(output)):
-                return output
-        except RuntimeError:  # a .view() between the parts
-            pass
-        self.channels_last = False
-        return self.run(args, kwargs)
+            return duplicate(self.body, {id(value): value for value in kept})
+        except Exception:  # files, locks and the like on a module
+            return None
+
+    def _bears_nhwc(self, standin: nn.Module, call: Any, output: Any) -> bool:
+        if any(part.reason() for part in self._parts):
+            return False
+        devices = {part.fast.device for part in self._parts} - {torch.device("cpu")}
+        try:
+            with torch.random.fork_rng(devices=devices):
+                return _same(output, _run_nhwc(standin, *call))
+        except Exception:  # a trial only: whatever is wrong, the call itself was right
+            return False
 
     def _apply(self, fn: Any, recurse: bool = True) -> FastShell:
         if fn(torch.empty(0, dtype=self.dtype)).dtype is not self.dtype:
@@ -198,37 +335,78 @@ class FastShell(nn.Module):
                 f"the dtype of a FastShell is fixed ({self.dtype}); "
                 "call optimize(source, dtype=...) for another one"
             )
+        for part in self._parts:
+            part.settle()
+            part.fast._apply(fn, recurse)
         super()._apply(fn, recurse)
+        self._route()
         return self
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "body" not in self.__dict__.get("_modules", {}):
+            if "body" not in self.__dict__:
                 raise
             return getattr(self.body, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("body", "reason"):
+            raise FrozenError(f"{name} cannot be set on a FastShell; optimize another source")
+        own = name in self.__dict__ or hasattr(type(self), name) or "body" not in self.__dict__
+        (super().__setattr__ if own else self.body.__setattr__)(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        self.body.__delattr__(name)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _new, (self.signature,), self.__getstate__()
+        return _new, self._kind, {**self.__dict__, "_lock": None}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__["_lock"] = RLock()
+        self._route()
 
 
-def _with_signature(signature: inspect.Signature) -> type[FastShell]:
-    """A FastShell whose forward shows this signature."""
+_CONTAINER = ("__len__", "__getitem__", "__iter__", "__contains__")
+
+
+def _with_signature(signature: inspect.Signature, containers: Iterable[str]) -> type[FastShell]:
+    """A FastShell whose forward shows this signature, and which can be indexed as its body can."""
+    members = {name: _of_body(name) for name in containers}
     forward = forward_showing(signature, FastShell)
-    members = {"forward": forward, "__module__": __name__, "__doc__": FastShell.__doc__}
+    members |= {"forward": forward, "__module__": __name__, "__doc__": FastShell.__doc__}
     return type("FastShell", (FastShell,), members)
 
 
-def _new(signature: inspect.Signature) -> FastShell:
-    kind = _with_signature(signature)
+def _of_body(name: str) -> Any:
+    return lambda self, *args: getattr(self.body, name)(*args)
+
+
+def _new(signature: inspect.Signature, containers: Iterable[str]) -> FastShell:
+    kind = _with_signature(signature, containers)
     return kind.__new__(kind)
 
 
-_LEAVES = (Tensor, int, float, str, type(None))
+def _gains_by_nhwc(leaves: list[Any]) -> bool:
+    """Whether there are images, all of them in NCHW memory."""
+    images = [v for v in leaves if isinstance(v, Tensor) and v.dim() == 4]
+    return bool(images) and not any(map(is_channels_last, images))
+
+
+def _kind(value: Any) -> Any:
+    """What may decide which way a call takes: its options, and the types of all else."""
+    if isinstance(value, tuple):
+        return tuple(map(_kind, value))
+    return type(value), value if isinstance(value, _PLAIN) else getattr(value, "ndim", None)
+
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _run_nhwc(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    args, kwargs = tree_map(_to_channels_last, (args, kwargs))
+    return tree_map(to_contiguous, module(*args, **kwargs))
 
 
 def _to_channels_last(value: Any) -> Any:
@@ -236,9 +414,27 @@ def _to_channels_last(value: Any) -> Any:
     return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
+def _same(output: Any, other: Any) -> bool:
+    """Whether nothing but rounding tells the memory formats apart."""
+    leaves, form = tree_flatten(output)
+    others, other_form = tree_flatten(other)
+    return form == other_form and all(map(_alike, leaves, others))
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        return type(a) is type(b) and isinstance(a, _PLAIN) and bool(a == b)
+    if a.shape != b.shape or a.dtype is not b.dtype or a.is_contiguous() != b.is_contiguous():
+        return False
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    # Memory that is read in another order makes an error of the values' own size.
+    return rms(a.double() - b.double()) <= torch.finfo(a.dtype).eps ** 0.5 * rms(a)
+
+
 def _build_parts(
-    module: nn.Module, build: Callable[[nn.Module], nn.Module], path: str = ""
-) -> Iterator[tuple[str, nn.Module]]:
+    module: nn.Module, build: Callable[[nn.Module], FastModel], path: str = ""
+) -> Iterator[tuple[str, FastModel]]:
     """The largest traceable modules with convolutions below ``module``, each once."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
@@ -267,15 +463,10 @@ def _below(path: str, step: Step) -> Step:
 
 
 def _left(path: str, module: nn.Module, reason: str) -> Step:
-    call = Call("call_module", type(module).__name__, reason=f"around the fused parts ({reason})")
-    return Step(path, call, (), path)
+    return Step(path, Call("call_module", type(module).__name__, reason=reason), (), path)
 
 
 def _first_dtype(module: nn.Module) -> torch.dtype:
     tensors = (*module.parameters(), *module.buffers())
     floats = (t.dtype for t in tensors if t.is_floating_point())
     return next(floats, torch.get_default_dtype())
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()

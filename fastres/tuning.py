@@ -78,6 +78,12 @@ def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
     return Case(tuple(work), source[0], rows, source[1], arithmetic)
 
 
+def _ends(step: Step, shapes: Shapes) -> tuple[Shape | None, Shape | None]:
+    """What goes in first and what comes out; nothing goes into a step that reads a weight alone."""
+    source = shapes.get(step.inputs[0]) if step.inputs else None
+    return source, shapes.get(step.name)
+
+
 def _work(step: Step, shapes: Shapes) -> str:
     """``Conv2d 64>256 k1x1 s1x1 ...``, with the sizes of what goes in and comes out."""
     source, result = _ends(step, shapes)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
 from .copies import duplicate, uncopiable
@@ -94,7 +94,9 @@ class Verification:
 
 
 @torch.no_grad()
-def verify(a: Answer, b: Answer, inputs: Tensor | Sequence[Any]) -> Verification:
+def verify(
+    a: Answer, b: Answer, inputs: Tensor | Sequence[Any], *, same_form: bool = False
+) -> Verification:
     """Compare candidate ``b`` with reference ``a`` on real inputs; ``a`` runs as ordinary PyTorch.
 
     A module is run on copies of it, so that nothing of it changes, nor do the states of random
@@ -104,6 +106,7 @@ def verify(a: Answer, b: Answer, inputs: Tensor | Sequence[Any]) -> Verification
         a: the reference, a module in eval mode (or any function of the inputs).
         b: the candidate.
         inputs: one tensor, or the positional arguments of both.
+        same_form: the containers must be of the same types too, and what is no tensor equal.
 
     Raises:
         VerificationError: the two do not return the same structure of tensors; the reference gives
@@ -112,15 +115,19 @@ def verify(a: Answer, b: Answer, inputs: Tensor | Sequence[Any]) -> Verification
     arguments = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     with undisturbed():
         if not isinstance(a, nn.Module):
-            return compare(a, b, None, arguments)
+            return compare(a, b, None, arguments, same_form)
         doubles = _first_float((*a.parameters(), *a.buffers(), *arguments)) is torch.float64
         exact = Recast(a, torch.float32 if doubles else torch.float64)
-        return compare(copied(a), b, exact, arguments)
+        return compare(copied(a), b, exact, arguments, same_form)
 
 
 @torch.no_grad()
 def compare(
-    reference: Answer, candidate: Answer, exact: Recast | None, arguments: tuple[Any, ...]
+    reference: Answer,
+    candidate: Answer,
+    exact: Recast | None,
+    arguments: tuple[Any, ...],
+    same_form: bool = False,
 ) -> Verification:
     """The rule of two for functions of ``arguments``, over as many draws of rounding as it takes.
 
@@ -129,9 +136,10 @@ def compare(
         candidate: what is judged.
         exact: the reference in another precision, which it may turn out not to know.
         arguments: of all three.
+        same_form: as for :func:`verify`.
     """
     shape = next((tuple(v.shape) for v in arguments if isinstance(v, Tensor)), ())
-    draws = _Draws(reference, candidate, exact)
+    draws = _Draws(reference, candidate, exact, same_form)
     draws.add(arguments, twice=True)
     first, allowed = found, _ = draws.verdict(shape)
     each = max(1, sum(t.numel() for t in draws.expected[0]))
@@ -169,7 +177,10 @@ class Recast:
 class _Draws:
     """Answers of reference, candidate and the exact function to several inputs."""
 
-    def __init__(self, reference: Answer, candidate: Answer, exact: Recast | None) -> None:
+    def __init__(
+        self, reference: Answer, candidate: Answer, exact: Recast | None, same_form: bool
+    ) -> None:
+        self.same_form = same_form
         self.coarse = exact is not None and exact.dtype is torch.float32
         self.reference, self.candidate, self.exact = reference, candidate, exact
         self.expected: list[list[Tensor]] = []
@@ -179,10 +190,16 @@ class _Draws:
         self.inputs: list[tuple[Any, ...]] = []
 
     def add(self, arguments: tuple[Any, ...], twice: bool = False) -> None:
-        actual = _tensors(self.candidate(*_copies(arguments)))
+        output = self.candidate(*_copies(arguments))
+        actual = _tensors(output)
         with unfused(), cudnn_benchmarking(False):
-            expected = _tensors(self.reference(*_copies(arguments)))
+            answer = self.reference(*_copies(arguments))
+            expected = _tensors(answer)
             _check_structure(expected, actual)
+            if self.same_form and _form(answer) != _form(output):
+                raise VerificationError(
+                    f"the outputs differ in form: expected {_form(answer)}, got {_form(output)}"
+                )
             if twice:
                 _check_reproducible(expected, _tensors(self.reference(*_copies(arguments))))
             truth = self._exact(arguments)
@@ -519,6 +536,11 @@ def _as_tree(output: Any) -> Any:
 
 def _is_dataclass(value: Any) -> bool:
     return is_dataclass(value) and not isinstance(value, type)
+
+
+def _form(output: Any) -> Any:
+    leaves, form = tree_flatten(output)
+    return form, [leaf for leaf in leaves if isinstance(leaf, (bool, int, float, str))]
 
 
 def _check_structure(expected: list[Tensor], actual: list[Tensor]) -> None:

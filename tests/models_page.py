@@ -25,7 +25,6 @@ from zoo import CASES, KERAS_CASES, Case, left_names
 import fastres
 from fastres.baselines import Plain
 from fastres.environment import environment
-from fastres.shell import FastShell
 from fastres.timing import Method, Samples, measure
 from fastres.verify import Verification
 
@@ -101,21 +100,11 @@ def row(case: Case, images: int, method: Method) -> Row:
             method=method,
         )
     return Row(
-        (case.name, str(len(fast.plan().fused)), left_text(fast), *errors(verification(fast))),
+        (case.name, str(len(fast.plan().fused)), left_text(fast), *errors(fast.verification)),
         found.speedup("fused"),
         found.noise,
         found.failures.get("fused", ""),
     )
-
-
-def verification(fast) -> Verification | None:
-    """The model's own; of a shell, that of the part with the largest error."""
-    if not isinstance(fast, FastShell):
-        return fast.verification
-    found = [part.verification for part in fast.parts.values() if part.verification]
-    whole = fast.verification
-    worst = max(found, key=lambda v: v.rms / v.scale)
-    return whole if whole is not None and whole.ok and whole.rms / whole.scale > 0 else worst
 
 
 def wrong(case: Case, expected: object, output: object) -> str | None:
@@ -146,7 +135,7 @@ def page(rows: Mapping[str, Row], images: int) -> str:
         "- **fused**: steps that fastres runs; **left to PyTorch**: calls that stay PyTorch's.",
         "- **error**: root mean square against float64, over that of the outputs, in float32;",
         "  **eager's**: the same for PyTorch. For models that cannot be traced whole, the fused",
-        "  part with the largest error, or the whole against PyTorch.",
+        "  part with the largest error.",
         "- **top-1**: share of images with the same most probable class.",
         "- **speed-up**: median (20th to 80th percentile) of the ratio to eager PyTorch, timed",
         f"  turn by turn; {images} images at 224x224 (detectors, small networks: at the size of",

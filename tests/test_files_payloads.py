@@ -549,3 +549,31 @@ def test_row74_any_other_type_at_any_place(junk, good, unharmed):
                 model(real_images(2, 8))
             except (RuntimeError, TypeError, ValueError):
                 continue
+
+
+def objects(value, path=()):
+    """The place of every JSON object."""
+    if isinstance(value, dict):
+        yield path
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from objects(item, (*path, key))
+
+
+def test_row64_members_that_nobody_knows_are_refused(good, unharmed):
+    header, description, tensors = read(good)
+    for place in objects(description):
+        holder = description
+        for key in place:
+            holder = holder[key]
+        forged = at(description, place, {**holder, "extra": 1})
+        path = written(unharmed / "extra.safetensors", header, forged, tensors)
+        assert loaded(path) is None, place
+
+
+@pytest.mark.parametrize("word", ["class", "None", "lambda"])
+def test_row64_an_argument_by_position_is_no_word_of_python_either(word, good, unharmed):
+    header, description, tensors = read(good)
+    forged = everywhere(description, {"image": word})
+    forged["signature"][0]["kind"] = 0
+    assert loaded(written(unharmed / "word.safetensors", header, forged, tensors)) is None

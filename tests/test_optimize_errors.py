@@ -14,11 +14,11 @@ from fastres.errors import FastresError, FoldError
 def test_moves_keep_dtypes_and_casts_are_refused():
     source, x = small(), real_images(2, 16)
     fast = fastres.optimize(source, dtype=torch.bfloat16, verify=False)
-    before = {name: (b.dtype, b.clone()) for name, b in fast.named_buffers()}
+    before = {name: (b.dtype, b.clone()) for name, b in fast.named_parameters()}
     out = fast(x)
     for move in (lambda: fast.to("cpu"), lambda: fast.to(torch.bfloat16), fast.bfloat16, fast.cpu):
         assert move() is fast
-    for name, buffer in fast.named_buffers():
+    for name, buffer in fast.named_parameters():
         assert buffer.dtype is before[name][0]
         assert torch.equal(buffer, before[name][1])
     assert torch.equal(fast(x), out)

@@ -105,11 +105,20 @@ def read_network(
     if suffix in KERAS:
         from ..keras_import import from_keras
 
-        return from_keras(source, input_size=None if size is None else (size, size))
+        network = from_keras(source, input_size=None if size is None else (size, size))
+        if size is not None and network.input_size != (size, size):
+            asked = "x".join(map(str, network.input_size))  # type: ignore[arg-type]
+            raise ValueError(f"{source} is for images of {asked}; got --size {size}")
+        return network
     if suffix == FUSED:
         from ..serialize import load
 
         return load(source)
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is no .h5, .keras or fused .safetensors file; name its network instead, "
+            f"with --checkpoint {source}"
+        )
     from ..pretrained import load_network
 
     return load_network(source, weights=weights, checkpoint=checkpoint)
@@ -129,7 +138,23 @@ def image_shape(network: nn.Module, size: int | None) -> tuple[int, int, int]:
     if channels * max(sides) ** 2 > LARGEST:
         shape = (channels, *sides)
         raise ValueError(f"images of {shape} are too large to be made up; give a smaller --size")
+    if size is not None:
+        _refuse_size(network, (channels, size, size))
     return channels, *sides
+
+
+def _refuse_size(network: nn.Module, shape: tuple[int, int, int]) -> None:
+    """Raises ValueError where the network cannot take one image of the size asked for."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, *shape, dtype=getattr(network, "dtype", None)))
+    except TypeError:
+        return  # several inputs, or bytes: a size says too little of those
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--size {shape[1]} does not fit the network: {reason}") from error
 
 
 def _images(count: int, network: nn.Module, size: int | None) -> Tensor:
@@ -151,6 +176,8 @@ def _fused(
     kind = None if dtype is None else parse_dtype(dtype)
     network = read_network(source, size, weights, checkpoint)
     if isinstance(network, FastModel):
+        if size is not None:
+            image_shape(network, size)
         if kind not in (None, network.dtype):
             raise ValueError(f"{source} is folded in {network.dtype} already; got --dtype {dtype}")
         return network

@@ -247,6 +247,19 @@ def wrong_fold(dtype: torch.dtype) -> None:
 add("optimize: an answer that is wrong", lambda: wrong_fold(torch.float32))
 
 
+class AsTuple(Branching):
+    """torch.fx records the other branch."""
+
+    def forward(self, x):
+        y = self.conv(x)
+        return (y,) if isinstance(x, torch.Tensor) else [y]
+
+
+@case("optimize: an answer of another form")
+def _() -> None:
+    fastres.optimize(AsTuple().eval(), example_input=images())
+
+
 @case("optimize: a step that is wrong")
 def _() -> None:
     right = SimpleNamespace(ok=True, finite=True)
@@ -265,6 +278,7 @@ def _() -> None:
 
 add("FastModel: training", lambda: fast().train())
 add("FastModel: another dtype", lambda: fast().half())
+add("FastModel: another layer", lambda: setattr(fast(), "fc", nn.Identity()))
 add("FastModel: an input that wants gradients", lambda: fast()(images().requires_grad_()))
 
 
@@ -275,19 +289,18 @@ def _() -> None:
         model(images())
 
 
+@case("FastModel: the second call of a copy that was refused")
+def _() -> None:
+    model = fast()
+    model._refused = "small and its fused copy differ: error 1 against float64, allowed 0.1"
+    model(images())
+
+
 add("FastShell: training", lambda: fast(Parts().eval()).train())
 add("FastShell: another dtype", lambda: fast(Parts().eval()).half())
 
 
-ANSWERS = iter([[1], (1,), (1,), (1,)])
-
-
-@case("FastShell: an answer of another form")
-def _() -> None:
-    source = Parts(lambda x: next(ANSWERS)).eval()
-    fastres.optimize(source, example_input=images())
-
-
+add("FastShell: another body", lambda: setattr(fast(Parts().eval()), "body", nn.Identity()))
 add("verify: no tensor in the answer", lambda: fastres.verify(len, len, [images()]))
 add("verify: answers of other shapes", lambda: fastres.verify(torch.sin, torch.sum, [images()]))
 

@@ -148,6 +148,7 @@ COMMANDS = (
     *("export resnet18 model.pb --size 32", "plot resnet18 model.gif", "plot gone.keras m.svg"),
     *("plan resnet18 --checkpoint .", "plot resnet18 gone/model.svg", "report compare . ."),
     *("tune resnet18 --batch 0", "tune resnet18 --device cpu", "tune resnet18 --dtype int8"),
+    "verify resnet18 --weights DEFAULT --checkpoint a.pth",
     *("report", "report compare gone.json gone.json", "report compare a.json"),
 )
 
@@ -182,3 +183,22 @@ for command in (
     "convert fused.safetensors again.safetensors --checkpoint weights.pth",
 ):
     add(f"fastres {command}", lambda c=command: said_of_fused(c))
+
+
+@case("convert: a file that is no network")
+def _() -> None:
+    Path("weights.pth").write_bytes(b"")
+    cli.files.read_network("weights.pth", None)
+
+
+@case("convert: a size that is not the Keras file's")
+def _() -> None:
+    network = mock.Mock(input_size=(32, 48))
+    with mock.patch("fastres.keras_import.from_keras", return_value=network):
+        cli.files.read_network("model.h5", 64)
+
+
+@case("convert: a size that the network cannot take")
+def _() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)).eval()
+    cli.files.image_shape(fast(network), 9)
