@@ -124,7 +124,7 @@ def optimize(
         warnings.warn(
             f"a forward hook of {hooked} refers to modules of the source, and goes on to: what it "
             "stores there is not on the copy",
-            stacklevel=2,
+            stacklevel=3,  # past the wrapper of optimize
         )
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
