@@ -26,6 +26,7 @@ class AtenOps:
     """Every step by plain PyTorch operators: any device, any dtype."""
 
     name: ClassVar[str] = "torch"
+    emulated = False  # the products, on a processor without instructions for the dtype
     fused_relu_drops_nan: ClassVar[bool] = False
     take_any_layout: ClassVar[frozenset[str]] = frozenset()
 

@@ -354,14 +354,15 @@ def _() -> None:
 
 
 add("compile: another option", lambda: torch_compile({"backend": "auto", "fast": True}))
+add("compile: another mode", lambda: torch_compile({}, "fastest"))
 add("compile: another backend", lambda: torch_compile({"backend": "tpu"}))
 add("refresh: no module", lambda: fastres.refresh(len))  # type: ignore[arg-type]
 add("refresh: a frozen copy", lambda: fastres.refresh(fastres.optimize(small(), verify=False)))
 
 
-def torch_compile(options: dict[str, Any]) -> None:
+def torch_compile(options: dict[str, Any], mode: str | None = None) -> None:
     graph = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1))
-    compile_backend(graph, [images()], options=options)
+    compile_backend(graph, [images()], mode=mode, options=options)
 
 
 add("Normalize: lengths that differ", lambda: Normalize([0.5], [0.2, 0.2]))
