@@ -345,7 +345,7 @@ def in_float64(model: FastModel) -> FastModel:
     """A copy that computes with the same folded weights in float64: what its rounding is."""
     wide = copy.deepcopy(model)
     nn.Module._apply(wide, lambda t: t.double() if t.is_floating_point() else t)
-    wide.dtype = torch.float64
+    wide.__dict__["dtype"] = torch.float64  # which users may not set
     wide._settle()
     return wide
 
