@@ -25,6 +25,7 @@ class AtenOps:
     """Every step by plain PyTorch operators: any device, any dtype."""
 
     name: ClassVar[str] = "torch"
+    emulated = False  # the products, on a processor without instructions for the dtype
     fused_relu_drops_nan: ClassVar[bool] = False
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:

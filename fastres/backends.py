@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
 
 import torch
 
@@ -59,7 +61,30 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
     if device.type == "cuda":
         triton = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
         return triton_ops(cudnn=True) if triton and _has_triton() else CudnnOps()
-    return OneDNNOps() if device.type == "cpu" and _onednn_takes(dtype) else AtenOps()
+    if device.type != "cpu" or dtype is torch.float64:
+        return AtenOps()
+    ops = OneDNNOps() if _onednn_takes(dtype) else AtenOps()
+    if dtype is not torch.float32 and not _native(dtype):
+        _warn_of_emulation(dtype)
+        ops.emulated = True
+    return ops
+
+
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this processor, as far as oneDNN may use it, multiplies in this half precision."""
+    if not _onednn_takes(dtype):
+        return False
+    if dtype is not torch.bfloat16 or not torch.cpu._is_avx2_supported():  # other processors
+        return True
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+@cache
+def _warn_of_emulation(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"{dtype} is emulated on this processor, which takes longer than float32",
+        stacklevel=2,
+    )
 
 
 def triton_ops(*, cudnn: bool = False, choices: Choices | None = None) -> TritonOps:

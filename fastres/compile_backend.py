@@ -35,6 +35,7 @@ from .shell import FastShell
 from .verify import judge
 
 Compiled: TypeAlias = Callable[..., Any]
+_MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 LOG = logging.getLogger("fastres")
 
@@ -47,6 +48,7 @@ def fastres(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
+    mode: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """The backend, as torch.compile calls it.
@@ -54,14 +56,18 @@ def fastres(
     Args:
         graph_module: what Dynamo recorded.
         example_inputs: its inputs, parameters and buffers among them.
+        mode: one of torch.compile's own, all of which mean the same here: kernels that were chosen
+            by measurements, and CUDA graphs.
         options: ``{"backend": "auto" | "triton" | "torch"}``.
 
     Raises:
-        ValueError: another option or another backend.
+        ValueError: another mode, another option or another backend.
         BackendError: the backend asked for cannot run here.
     """
     options = dict(options or {})
     backend = check_backend(options.pop("backend", "auto"))
+    if mode not in _MODES:
+        raise ValueError(f"mode must be one of {', '.join(map(repr, _MODES[1:]))}; got {mode!r}")
     if options:
         raise ValueError(f"options of backend='fastres' has one key, 'backend'; got {options}")
     try:

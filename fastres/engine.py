@@ -422,7 +422,10 @@ def _reasons(arrangement: Arrangement) -> tuple[str, ...]:
 
 
 def _server(ops: AtenOps, op: Operation) -> str:
-    return "" if isinstance(op, (Call, BatchNorm2d)) else ops.serves(op)
+    if isinstance(op, (Call, BatchNorm2d)):
+        return ""
+    slow = ops.emulated and isinstance(op, (Conv2d, Linear))
+    return f"{ops.serves(op)}, emulated" if slow else ops.serves(op)
 
 
 def _settle(tensors: Iterable[Tensor]) -> None:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_du
 
 from .checkpoint import atomic_write, check_target, exiting_on_signals
 from .errors import MissingDependencyError, VerificationError
-from .fast_model import FastModel
+from .fast_model import FastModel, in_float64
 from .shell import FastShell
-from .verify import _check_structure, judge
+from .verify import _check_structure, compare
 
 FORMATS = (".onnx", ".pt2")
 ONNX_DTYPES = (torch.float32, torch.float16)  # those whose convolutions onnxruntime can run
@@ -48,7 +48,7 @@ class Exported:
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
-def export(model: FastModel, path: str | os.PathLike[str], images: Inputs) -> Exported:
+def export(model: FastModel | FastShell, path: str | os.PathLike[str], images: Inputs) -> Exported:
     """Write a fused model as an ONNX file or as a torch.export program.
 
     The batch size stays open, the image size is that of ``images``. The file is run on one and on
@@ -177,6 +177,15 @@ def _refuse_odd_output(model: FastModel, suffix: str, call: Given) -> None:
         ) from error
 
 
+def _floats(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _to_double(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
+
+
 def _run(model: FastModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return model.run(model._bind(args, kwargs))
 
@@ -211,7 +220,15 @@ def _check(
     run, name = _runner(file, suffix)
     if run is None:
         return "", None
-    largest = 0.0
+
+    def floats(which: FastModel) -> Any:
+        return lambda args, kwargs: _floats(_run(which, args, kwargs))
+
+    wide, largest = in_float64(model), 0.0
+
+    def exact(args: Any, kwargs: Any) -> Any:
+        return floats(wide)(*tree_map(_to_double, (args, kwargs)))
+
     for rows in (slice(1), slice(None)):
         args, kwargs = tree_map(lambda v, rows=rows: v[rows] if isinstance(v, Tensor) else v, call)
         outputs = (tree_leaves(_run(model, args, kwargs)), tree_leaves(run(*args, **kwargs)))
@@ -223,7 +240,7 @@ def _check(
             raise VerificationError(f"{name} gives other whole numbers")
         if not expected:
             continue
-        verdict = judge(expected, actual, None)
+        verdict = compare(floats(model), lambda a, k: _floats(run(*a, **k)), exact, (args, kwargs))
         if not verdict.ok:
             raise VerificationError(f"{name} gives other answers: {verdict.reason}")
         largest = max(largest, verdict.max_abs)

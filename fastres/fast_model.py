@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -338,6 +339,15 @@ def _tops(plan: Plan) -> Iterator[str]:
         if isinstance(step.op, Call) and step.op.kind in ("call_module", "get_attr"):
             paths.append(str(step.op.target))
         yield from (path.partition(".")[0] for path in paths)
+
+
+def in_float64(model: FastModel) -> FastModel:
+    """A copy that computes with the same folded weights in float64: what its rounding is."""
+    wide = copy.deepcopy(model)
+    nn.Module._apply(wide, lambda t: t.double() if t.is_floating_point() else t)
+    wide.__dict__["dtype"] = torch.float64  # which users may not set
+    wide._settle()
+    return wide
 
 
 _ATEN = portable.Aten()

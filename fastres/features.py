@@ -53,7 +53,13 @@ class Features(LiveModule):
         super().__init__(backend)
         graph = trace.truncated(model, names, keys)
         # Not a child: it calls this module's own children, which keep the network's names.
-        self.__dict__["_program"] = fx.GraphModule(model, graph)
+        try:
+            self.__dict__["_program"] = fx.GraphModule(model, graph)
+        except SyntaxError as error:
+            raise trace.TraceError(
+                "model has a module or parameter named by a word of Python, such as 'in', which "
+                "torch.fx cannot write down; rename it"
+            ) from error
         used = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
         tops = {path.partition(".")[0] for path in used}
         for kind in ("_modules", "_parameters", "_buffers"):

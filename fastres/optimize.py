@@ -77,9 +77,9 @@ class _ByPosition(nn.Module):
 @undisturbed()
 def optimize(
     model: nn.Module,
-    *,
     example_input: Tensor | Sequence[Any] | None = None,
-    dtype: torch.dtype | None = None,
+    *,
+    dtype: torch.dtype | str | None = None,
     backend: str = "auto",
     verify: bool = True,
 ) -> FastModel | FastShell:
@@ -93,7 +93,8 @@ def optimize(
             through.
         example_input: a real input (or the positional arguments) to verify with; without one the
             first call is verified.
-        dtype: compute in this dtype, folded from the source's weights; default the source's own.
+        dtype: compute in this dtype, or the one of this name (``"bfloat16"``), folded from the
+            source's weights; default the source's own.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
         verify: compare with the source; the measurement is kept as ``verification``.
 
@@ -107,12 +108,10 @@ def optimize(
         raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError("model is of torch.jit, which torch.fx cannot record; optimize its source")
-    model = unwrapped(model)
+    model, dtype = unwrapped(model), _dtype_named(dtype)
     _check_source(model, dtype)
     _check_example(example_input)
     check_backend(backend)
-    if dtype is not None and dtype not in FLOATS:
-        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
     fast: FastModel | FastShell
     try:
         fast = _fuse(model, dtype, backend, verify)
@@ -124,7 +123,7 @@ def optimize(
         warnings.warn(
             f"a forward hook of {hooked} refers to modules of the source, and goes on to: what it "
             "stores there is not on the copy",
-            stacklevel=2,
+            stacklevel=3,  # past the wrapper of optimize
         )
     if verify and example_input is not None:
         example = [example_input] if isinstance(example_input, Tensor) else example_input
@@ -313,6 +312,14 @@ def _check_source(model: nn.Module, dtype: torch.dtype | None) -> None:
             f"dtype={dtype} is for models with weights of one dtype; "
             f"got {', '.join(dtypes.values())}"
         )
+
+
+def _dtype_named(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    name = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    found = dtype if name is None else getattr(torch, name, name)
+    if found is not None and found not in FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}; got {dtype!r}")
+    return found
 
 
 def _check_example(example: Any) -> None:

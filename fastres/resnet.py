@@ -440,7 +440,8 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     weights: None, a torchvision weights enum or its name ("DEFAULT", "IMAGENET1K_V1",
         "ResNet50_Weights.IMAGENET1K_V2"), an entry of :mod:`fastres.weights`, or any object with
         ``get_state_dict(progress=, check_hash=)`` and ``meta``. torchvision's old
-        ``pretrained=True`` is taken with a warning.
+        ``pretrained=True`` is taken with a warning, and as timm does with another ``num_classes``:
+        the weights are loaded and a new classifier is put in place.
     progress: show a progress bar while downloading.
     kwargs: arguments of :class:`ResNet`.
 
@@ -453,6 +454,9 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(VARIANTS)}"
         raise UnknownModelError(f"unknown model {name!r}; {hint}")
     variant = VARIANTS[name]
+    classes = (
+        kwargs.pop("num_classes", None) if True in (weights, kwargs.get("pretrained")) else None
+    )
     source = resolve_weights(name, weights, kwargs)
     required = dict(variant.fixed)
     if source is not None:
@@ -466,6 +470,8 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     if source is not None:
         state = source.get_state_dict(progress=progress, check_hash=True)
         load_state_dict(model, state, source=f"weights {source}")
+    if classes is not None and classes != model.num_classes:
+        model.reset_classifier(classes)
     return model
 
 

@@ -35,7 +35,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PathLike = str | os.PathLike[str]
 
 
-def save(model: FastModel, path: PathLike) -> None:
+def save(model: FastModel | FastShell, path: PathLike) -> None:
     """Write a fused model to a ``.safetensors`` file, whole or not at all.
 
     Raises:
@@ -44,12 +44,12 @@ def save(model: FastModel, path: PathLike) -> None:
             carry; the message names it.
         OSError: the file cannot be written.
     """
-    kind: type = type(model)
-    if issubclass(kind, FastShell):
+    if isinstance(model, FastShell):
         raise TypeError(
             "a FastShell's own Python cannot be stored; save the source, by its save_pretrained "
             "or state_dict, and optimize it again when it is loaded"
         )
+    kind: type = type(model)
     if not issubclass(kind, FastModel):
         raise TypeError(
             f"model must be a FastModel, as fastres.optimize makes it; got {kind.__name__}"

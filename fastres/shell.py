@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .copies import duplicate, sketch
 from .cuda_graph import warm_up
+from .effects import outside_owners
 from .errors import FrozenError, VerificationError
 from .fast_model import FastModel, forward_showing
 from .guards import Change, Watch
@@ -165,7 +166,8 @@ class FastShell(nn.Module):
         reason: str,
     ) -> None:
         super().__init__()
-        body = duplicate(source).requires_grad_(False)
+        users = {id(owner): owner for owner in outside_owners(source)}
+        body = duplicate(source, users).requires_grad_(False)
         own = _first_dtype(source)
         copied = sketch if dtype in (None, own) else duplicate
         found = dict(_build_parts(body, lambda part: build(copied(part))))
@@ -177,7 +179,7 @@ class FastShell(nn.Module):
         shared = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
         self.__dict__.update(
             {name: vars(body)[name] for name in shared},
-            body=body.to(dtype or own),
+            body=body if dtype is None else body.to(dtype),
             _kind=(signature, containers),
             reason=reason,
             _dtypes=(own, dtype or own),

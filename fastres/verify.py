@@ -125,7 +125,7 @@ def verify(
 def compare(
     reference: Answer,
     candidate: Answer,
-    exact: Recast | None,
+    exact: Answer | None,
     arguments: tuple[Any, ...],
     same_form: bool = False,
 ) -> Verification:
@@ -134,7 +134,7 @@ def compare(
     Args:
         reference: ordinary PyTorch; called twice at first, which must give one answer.
         candidate: what is judged.
-        exact: the reference in another precision, which it may turn out not to know.
+        exact: the reference in float64, or a :class:`Recast`; one that fails is done without.
         arguments: of all three.
         same_form: as for :func:`verify`.
     """
@@ -178,10 +178,10 @@ class _Draws:
     """Answers of reference, candidate and the exact function to several inputs."""
 
     def __init__(
-        self, reference: Answer, candidate: Answer, exact: Recast | None, same_form: bool
+        self, reference: Answer, candidate: Answer, exact: Answer | None, same_form: bool
     ) -> None:
         self.same_form = same_form
-        self.coarse = exact is not None and exact.dtype is torch.float32
+        self.coarse = isinstance(exact, Recast) and exact.dtype is torch.float32
         self.reference, self.candidate, self.exact = reference, candidate, exact
         self.expected: list[list[Tensor]] = []
         self.reordered: list[list[Tensor]] = []

@@ -191,8 +191,9 @@ def test_row52_timms_hooked_features():
 def test_row52_a_hook_that_refers_to_the_source_is_warned_of():
     source = Net().eval()
     source.a.register_forward_hook(lambda module, inputs, y: setattr(source, "feat", y))
-    with pytest.warns(UserWarning, match="a forward hook of a refers to modules of the source"):
+    with pytest.warns(UserWarning, match="a forward hook of a refers to modules of the") as w:
         fastres.optimize(source, example_input=X)
+    assert w[-1].filename == __file__
 
 
 def test_row52_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
@@ -205,3 +206,16 @@ def test_row52_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
     fast(X)
     assert len(seen) == 1
     assert not any("refers to" in str(w.message) for w in caught)
+
+
+@pytest.mark.parametrize("how", ["method", "partial", "object"])
+def test_row52_hooks_of_an_object_of_the_users_go_on_to_feed_it(how):
+    source, mine = hostile_(Net()).eval(), Collector()
+    hooks = {"method": mine.take, "partial": partial(mine.take_named, "a"), "object": mine}
+    source.a.register_forward_hook(hooks[how])
+    fast = fastres.optimize(source, example_input=X)
+    mine.got.clear()
+    fast(X)
+    (got,) = mine.got
+    with torch.no_grad():
+        torch.testing.assert_close(got, source.a(X), rtol=1e-4, atol=1e-4)

@@ -503,3 +503,16 @@ def test_row55_the_reason_where_int8_layers_differ():
     source = nn.Sequential(Net(), Int8(5, 4)).eval()
     assert "1 computes in int8" in of_int8(source)
     assert of_int8(source[0]) == ""
+
+
+def test_row60_casts_around_parts_of_what_cannot_be_traced():
+    class Branching(Cast):
+        def forward(self, x):
+            return super().forward(x) if x.sum() < 1e9 else x
+
+    model = hostile(Branching("body")).cast()
+    with torch.no_grad():
+        want = model(X)
+    fast = fastres.optimize(model, example_input=X)
+    assert (fast(X) - want).norm() <= 2**-7 * want.norm()
+    assert fast.fc.weight.dtype is torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,6 +328,10 @@ class Noisy(nn.Module):
         return x + torch.randn(3, 1, 1)
 
 
+def word() -> nn.Module:
+    return nn.Sequential(OrderedDict({"in": nn.Conv2d(3, 4, 1)})).eval()
+
+
 add("features: no model", lambda: features("resnet18", [1]))
 add("features: nothing wanted", lambda: features(small(), []))
 add("features: a name alone", lambda: features(small(), "layer4"))
@@ -334,6 +339,7 @@ add("features: no images", lambda: features(nn.Sequential(nn.Linear(3, 4)), ["0"
 add("features: numbers and names", lambda: features(small(), [1, "layer1"]))
 add("features: no such module", lambda: features(small(), ["layer9"]))
 add("features: no map", lambda: features(small(), ["fc"]))
+add("features: a word of Python", lambda: features(word(), ["in"]))
 add("features: no such map", lambda: features(small(), [7]))
 add(
     "features: numbers of another network", lambda: features(nn.Sequential(nn.Conv2d(3, 4, 1)), [0])
@@ -348,14 +354,15 @@ def _() -> None:
 
 
 add("compile: another option", lambda: torch_compile({"backend": "auto", "fast": True}))
+add("compile: another mode", lambda: torch_compile({}, "fastest"))
 add("compile: another backend", lambda: torch_compile({"backend": "tpu"}))
 add("refresh: no module", lambda: fastres.refresh(len))  # type: ignore[arg-type]
 add("refresh: a frozen copy", lambda: fastres.refresh(fastres.optimize(small(), verify=False)))
 
 
-def torch_compile(options: dict[str, Any]) -> None:
+def torch_compile(options: dict[str, Any], mode: str | None = None) -> None:
     graph = torch.fx.symbolic_trace(nn.Conv2d(3, 4, 1))
-    compile_backend(graph, [images()], options=options)
+    compile_backend(graph, [images()], mode=mode, options=options)
 
 
 add("Normalize: lengths that differ", lambda: Normalize([0.5], [0.2, 0.2]))
