@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
 
 NARROW = {"layers": (1, 1, 1, 1), "channels": (4, 4, 8, 8), "stem_width": 4, "num_classes": 40}
-LARGER = {"timm resnetv2_50x1_bit"}  # or norms meet single values
 V2 = {"layers": (1, 1), "channels": (16, 32), "stem_chs": 8, "num_classes": 40}
 
 
@@ -38,9 +37,6 @@ MODELS = {
     "timm ecaresnet50d": lambda: timm("ecaresnet50d", **NARROW),
     "timm resnetaa50": lambda: timm("resnetaa50", **NARROW),
     "timm resnetv2_50": lambda: timm("resnetv2_50", **V2),
-    "timm resnetv2_50x1_bit": lambda: timm(
-        "resnetv2_50x1_bit", channels=(128, 128, 128, 128), stem_chs=32, num_classes=40
-    ),
     "timm convnext_atto": lambda: timm(
         "convnext_atto", depths=(1, 1, 1, 1), dims=(4, 8, 8, 16), num_classes=40
     ),
@@ -51,8 +47,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_row66_models_of_the_zoo(name):
-    size = 64 if name in LARGER else 32
-    model, x = hostile_(MODELS[name]()), torch.randn(1, 3, size, size)
+    model, x = hostile_(MODELS[name]()), torch.randn(1, 3, 32, 32)
     fast = fastres.optimize(model, backend="triton", example_input=x)
     with torch.no_grad():
         found, same, exact = fast(x), model(x), copy.deepcopy(model).double()(x.double())
@@ -62,4 +57,4 @@ def test_row66_models_of_the_zoo(name):
         allowed = 2 * rms(pt - ref) + 4 * torch.finfo(out.dtype).eps * rms(ref)
         assert rms(out - ref) <= allowed
     served = fast.plan().served_by
-    assert "_gn" in name or "_bit" in name or any("triton" in server for server in served), served
+    assert "_gn" in name or any("triton" in server for server in served), served
