@@ -40,8 +40,7 @@ from .resnet import (
 )
 from .serialize import load, save
 from .verify import Verification, verify
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "BasicBlock",

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .checkpoint import atomic_write, check_target, read_text
+from .files import atomic_write, check_target, read_text
 from .group_kernels import EXPERIMENTAL, KERNELS
 from .tables import shipped
 from .tuning import Case
@@ -163,7 +163,7 @@ def machine(device: torch.device) -> str:
     """What a measurement holds for: the GPU, its driver and the versions of all that runs."""
     from importlib import metadata
 
-    from . import __version__
+    from .version import __version__
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     try:

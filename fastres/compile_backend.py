@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from . import fold, plan, trace
 from .backends import check_backend, select_ops
+from .copies import unwrapped
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FoldError
@@ -29,7 +30,6 @@ from .fast_model import FastModel
 from .guards import WATCHES, Change, Watch
 from .ir import Call, Conv2d, Ref, attribute
 from .live import LiveModule
-from .optimize import unwrapped
 from .plan import Plan
 from .shell import FastShell
 from .verify import judge

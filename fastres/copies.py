@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from threading import Lock, RLock
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 Module = TypeVar("Module", bound=nn.Module)
 _LOCKS = (type(Lock()), type(RLock()))
@@ -59,3 +59,22 @@ def _uncopiable(module: nn.Module) -> Iterator[str]:
                 isinstance(value, (Tensor, *_LOCKS)) or copy.deepcopy(value)
             except Exception:
                 yield f"attribute {path}.{name}: " if path else f"attribute {name}: "
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile's wrapper; and
+    torch.export's module as one of torch.fx, without hooks and with a mode."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return unwrapped(model.module)
+    if any(kind.__name__ == "_StatefulGraphModule" for kind in type(model).__mro__):
+        return _of_export(model)
+    inner = model._modules.get("_orig_mod")
+    return model if inner is None else unwrapped(inner)
+
+
+def _of_export(model: Any) -> nn.Module:
+    plain = fx.GraphModule(model, copy.deepcopy(model.graph))
+    guards = plain._modules.get("_guards_fn")
+    if guards is not None:  # the shapes that the program was exported for
+        plain._modules["_guards_fn"] = duplicate(guards).eval()
+    return plain

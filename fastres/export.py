@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_dumps
 
-from .checkpoint import atomic_write, check_target, exiting_on_signals
 from .errors import MissingDependencyError, VerificationError
 from .fast_model import FastModel, in_float64
+from .files import atomic_write, check_target, exiting_on_signals
 from .shell import FastShell
 from .verify import _check_structure, compare
 

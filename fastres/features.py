@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from . import trace
+from .copies import unwrapped
 from .live import LiveModule
-from .optimize import unwrapped
 
 
 @dataclass(frozen=True)

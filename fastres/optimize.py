@@ -11,12 +11,12 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from . import plan, trace
 from .backends import check_backend
-from .copies import duplicate
+from .copies import duplicate, unwrapped
 from .effects import hooks_into
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
@@ -205,25 +205,6 @@ def _folded(model: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) ->
         described=_plain_attributes(model),
         names=_names(model),
     )
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile's wrapper; and
-    torch.export's module as one of torch.fx, without hooks and with a mode."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        return unwrapped(model.module)
-    if any(kind.__name__ == "_StatefulGraphModule" for kind in type(model).__mro__):
-        return _of_export(model)
-    inner = model._modules.get("_orig_mod")
-    return model if inner is None else unwrapped(inner)
-
-
-def _of_export(model: Any) -> nn.Module:
-    plain = fx.GraphModule(model, copy.deepcopy(model.graph))
-    guards = plain._modules.get("_guards_fn")
-    if guards is not None:  # the shapes that the program was exported for
-        plain._modules["_guards_fn"] = duplicate(guards).eval()
-    return plain
 
 
 @undisturbed()

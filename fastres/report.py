@@ -15,8 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import atomic_write, check_target
 from .environment import Environment, environment
+from .files import atomic_write, check_target
 from .report_html import page
 from .results import (
     COLUMNS,

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from . import plan_json
 from .backends import check_backend
-from .checkpoint import check_target, read_metadata, save_checkpoint, state_dict_from_file
+from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .fast_model import FastModel, with_signature
+from .files import check_target
 from .ir import Call, Conv2d, Linear, Parameter
 from .plan import Plan, kept_names
 from .shell import FastShell

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from . import plan
 from .aten_ops import AtenOps, conv_precision
-from .checkpoint import check_target
 from .choices import (
     APART,
     Measurement,
@@ -28,6 +27,7 @@ from .choices import (
 )
 from .engine import Executor
 from .errors import BackendError
+from .files import check_target
 from .fold import Weights, fold_step
 from .ir import Conv2d, Flatten, Parameter, Ref, attribute
 from .plan import Plan, Shape, Step

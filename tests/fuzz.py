@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, given, seed, settings  # noqa: E402
 from hypothesis.stateful import invariant, run_state_machine_as_test  # noqa: E402
 from stateful import Pair  # noqa: E402
 
-from fastres.checkpoint import atomic_write  # noqa: E402
+from fastres.files import atomic_write  # noqa: E402
 
 REGRESSIONS = HERE / "regressions"
 EXAMPLES = {"conv2d": 40, "graph_triton": 20, "resnet_triton": 20, "resnet": 60, "life": 10}

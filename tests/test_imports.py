@@ -96,7 +96,7 @@ def test_every_module_has_its_place_in_the_order():
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_go_one_way(path):
     layer = module_of(path)
-    allowed = set(ORDER[: ORDER.index(layer)]) | {"__version__"}
+    allowed = set(ORDER[: ORDER.index(layer)])
     if layer in KNOW_THE_KERNELS:
         allowed.add("kernels")
     backwards = set(siblings(path)) - allowed

@@ -16,7 +16,7 @@ import pytest
 import torch
 from fused import small
 
-from fastres import checkpoint
+from fastres import files
 from fastres.checkpoint import load_checkpoint, save_checkpoint
 from fastres.report import Report
 
@@ -104,7 +104,7 @@ def test_row38_killed_at_every_step_the_file_is_the_old_or_the_new(writer, monke
     name, replacement, expected = PLACES[place]
 
     def save():
-        owner = checkpoint.os if name in ("fsync", "replace") else checkpoint
+        owner = files.os if name in ("fsync", "replace") else files
         monkeypatch.setattr(owner, name, replacement, raising=False)
         save_checkpoint(models[1], path)
 
@@ -155,7 +155,7 @@ def test_row38_reports_are_written_the_same_way(tmp_path, monkeypatch, suffix):
     assert b"first" in first
 
     def write():
-        monkeypatch.setattr(checkpoint.os, "replace", die)
+        monkeypatch.setattr(files.os, "replace", die)
         Report.now("second").write(path)
 
     assert death_of(child(write)) == signal.SIGKILL
@@ -186,7 +186,7 @@ def test_row38_nothing_else_writes_files():
                 writes = any(set("wax+") & set(ast.literal_eval(mode)) for mode in modes)
             if writes:
                 found.append((path.name, name))
-    assert found == [("checkpoint.py", "open"), ("choices.py", "open")]
+    assert found == [("files.py", "open"), ("choices.py", "open")]
 
 
 def test_row38_nothing_is_kept_as_a_pickle():

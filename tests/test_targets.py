@@ -16,8 +16,8 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import checkpoint, choices, cli, report
-from fastres.checkpoint import atomic_write, check_target
+from fastres import choices, cli, files, report
+from fastres.files import atomic_write, check_target
 from fastres.report import Report
 
 resource = pytest.importorskip("resource")
@@ -181,7 +181,7 @@ SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 
 def killing_at_fsync(monkeypatch, number):
     """The signal arrives when all bytes are in the temporary file."""
-    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: os.kill(os.getpid(), number))
+    monkeypatch.setattr(files.os, "fsync", lambda _: os.kill(os.getpid(), number))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -228,7 +228,7 @@ def test_row71_handlers_of_the_program_stay(tmp_path):
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("ours"))
     try:
         handler = signal.getsignal(signal.SIGTERM)
-        with checkpoint.exiting_on_signals():
+        with files.exiting_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert seen == ["ours"]
         assert signal.getsignal(signal.SIGTERM) is handler

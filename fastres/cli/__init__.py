@@ -14,8 +14,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from ..checkpoint import exiting_on_signals
 from ..errors import FastresError, WeightsError
+from ..files import exiting_on_signals
 from . import files, models, runs
 from . import tune as tuning
 from .console import ERR
@@ -38,7 +38,7 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        from .. import __version__
+        from ..version import __version__
 
         typer.echo(f"fastres {__version__}")
         raise typer.Exit()

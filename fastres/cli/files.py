@@ -40,7 +40,7 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Fold and fuse a network and save it, for fastres.load: one .safetensors file, no pickle."""
-    from ..checkpoint import check_target
+    from ..files import check_target
     from ..serialize import SUFFIXES, save
 
     check_target(target, SUFFIXES)

@@ -38,8 +38,8 @@ def tune(
     GPU and these versions, and for batch sizes within a factor of two.
     """
     from ..bench import parse_device, parse_dtype
-    from ..checkpoint import check_target
     from ..choices import cache_path
+    from ..files import check_target
     from ..pretrained import load_network
     from ..tuner import tune as run
 

@@ -15,11 +15,11 @@ from torch import nn
 import fastres
 from fastres import (
     bench,
-    checkpoint,
     cli,
     compare,
     demo,
     describe,
+    files,
     forecast,
     presets,
     report,
@@ -85,7 +85,7 @@ add("compare: no report", lambda: compare.load(written({"schema": "other"})))
 add("compare: a later schema", lambda: compare.load(written(reported(schema_version=99))))
 add("compare: half a report", lambda: compare.load(written(half_reported())))
 add("compare: a device", lambda: compare.load("/dev/null"))
-add("read_text: a large file", lambda: checkpoint.read_text(written("{}"), 1))
+add("read_text: a large file", lambda: files.read_text(written("{}"), 1))
 
 
 def half_reported() -> dict[str, Any]:
