@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.backends import AtenOps, CudnnOps, OneDNNOps, TritonOps
 from fastres.bench import fast_dtypes
-from fastres.ir import Conv2d, GlobalAvgPool, Linear, MaxPool2d
+from fastres.graph.ir import Conv2d, GlobalAvgPool, Linear, MaxPool2d
 
 pytest.importorskip("pytest_benchmark")
 

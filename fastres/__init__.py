@@ -8,10 +8,10 @@ from .bench import benchmark
 from .checkpoint import load_checkpoint, save_checkpoint
 from .compile_backend import refresh
 from .describe import Summary, summary
-from .diagram import plot_model
 from .errors import FastresError
 from .export import export
 from .features import Features, features
+from .graph.diagram import plot_model
 from .keras_import import from_keras
 from .optimize import FastModel, optimize
 from .preprocess import Normalize

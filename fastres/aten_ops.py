@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fold import Weights
-from .ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
+from .graph.fold import Weights
+from .graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
+from .graph.patterns import Arrangement, Group, singly
+from .graph.plan import Plan, Shape
 from .memory_format import to_contiguous, unchanged
-from .plan import Plan, Shape
-from .tuning import Arrangement, Group, singly
 
 
 class AtenOps:

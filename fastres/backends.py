@@ -8,13 +8,7 @@ from functools import cache
 
 import torch
 
-from .aten_ops import (
-    AtenOps,
-    CudnnOps,
-    OneDNNOps,
-    conv_precision,
-    matmul_precision,
-)
+from .aten_ops import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
 from .choices import FORCE_VARIABLE, Choices, forced
 from .errors import BackendError
 from .group_kernels import EXPERIMENTAL

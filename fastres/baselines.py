@@ -19,12 +19,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from . import plan
 from .backends import AtenOps, CudnnOps
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FastresError
-from .ir import Conv2d
+from .graph import plan
+from .graph.ir import Conv2d
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 

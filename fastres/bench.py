@@ -17,28 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .aten_ops import cudnn_benchmarking
-from .baselines import (
-    SHORT,
-    Lazy,
-    Model,
-    Plain,
-    check_names,
-    contenders,
-    eager,
-)
+from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
 from .environment import native_bf16
 from .errors import UnknownModelError
 from .fast_model import FastModel
 from .optimize import optimize
 from .presets import Spec
-from .probes import (
-    SUSTAINED_SECONDS,
-    cold_starts,
-    layers,
-    measured_ceilings,
-    probe,
-    python_seconds,
-)
+from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
 from .report import Report
 from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError, Probe

@@ -19,9 +19,9 @@ from typing import Any, TypeAlias
 import torch
 
 from .files import atomic_write, check_target, read_text
+from .graph.patterns import Case
 from .group_kernels import EXPERIMENTAL, KERNELS
 from .tables import shipped
-from .tuning import Case
 
 FORMAT = 1
 APART = "apart"

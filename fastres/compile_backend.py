@@ -20,17 +20,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from . import fold, plan, trace
 from .backends import check_backend, select_ops
-from .copies import unwrapped
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FoldError
 from .fast_model import FastModel
+from .graph import fold, plan, trace
+from .graph.ir import Call, Conv2d, Ref, attribute
+from .graph.modules import unwrapped
+from .graph.plan import Plan
 from .guards import WATCHES, Change, Watch
-from .ir import Call, Conv2d, Ref, attribute
 from .live import LiveModule
-from .plan import Plan
 from .shell import FastShell
 from .verify import judge
 
@@ -164,7 +164,7 @@ class _Program:
 
     Attributes:
         holder: owns them as ``w{index of the input}``.
-        graph: the rest, to be read by :func:`fastres.trace.from_fx`.
+        graph: the rest, to be read by :func:`fastres.graph.trace.from_fx`.
         dynamic: indices of the inputs that are left.
         scalars: values of the inputs that are numbers of the modules (eps and the like), by index;
             with ``dynamic=True`` Dynamo passes them on in tensors.

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from .aten_ops import AtenOps, residual_fits
 from .errors import InputError, InputTypeError
-from .fold import Weights, fold_step
-from .ir import (
+from .graph.fold import Weights, fold_step
+from .graph.ir import (
     Add,
     AvgPool2d,
     BatchNorm2d,
@@ -33,9 +33,9 @@ from .ir import (
     attribute,
     substitute,
 )
+from .graph.patterns import Arrangement, Group, singly
+from .graph.plan import Plan, Shape, Step, parameter_paths
 from .memory_format import is_channels_last, to_channels_last
-from .plan import Plan, Shape, Step, parameter_paths
-from .tuning import Arrangement, Group, singly
 
 Restore = Callable[[Any], Any]
 Observer = Callable[[Step, list[Any], Any], None]

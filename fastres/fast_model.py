@@ -19,10 +19,10 @@ from .backends import select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
-from .fold import Weights
+from .graph.fold import Weights
+from .graph.ir import Call, Conv2d
+from .graph.plan import Plan, Step, kept_names, parameter_paths
 from .guards import GRADIENT, ambient_reason, in_functorch
-from .ir import Call, Conv2d
-from .plan import Plan, Step, kept_names, parameter_paths
 from .verify import Verification
 
 
@@ -38,7 +38,7 @@ class FastModel(nn.Module):
     Args:
         traced: the plan.
         folded: weight and bias of each convolution and linear step, by the step's index.
-        kept: what the steps left to PyTorch need, under :func:`fastres.plan.kept_names`.
+        kept: what the steps left to PyTorch need, under :func:`fastres.graph.plan.kept_names`.
         dtype: of weights and activations.
         source_dtype: the source's; tensors of it are taken and cast.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.

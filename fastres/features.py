@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from . import trace
-from .copies import unwrapped
+from .graph import trace
+from .graph.modules import unwrapped
 from .live import LiveModule
 
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import plan
 from .backends import triton_ops
 from .choices import Choices, forced
+from .graph import plan
+from .graph.ir import Conv2d, Flatten, Linear
+from .graph.patterns import Group, Shapes
+from .graph.plan import Shape
 from .group_kernels import FUSED_KERNELS, FusedKernel, Sizes
-from .ir import Conv2d, Flatten, Linear
-from .plan import Shape
 from .roofline import H200, cost
-from .tuning import Group, Shapes
 
 CLOCK = 1.755e9  # cycles per second of an H200 under load
 LAUNCH_SECONDS = 1.3e-6  # inside a CUDA graph

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from .aten_ops import conv_precision, residual_fits
+from .graph.ir import Conv2d
+from .graph.patterns import Arrangement, Group, bottleneck_tail, convolution, flat
+from .graph.plan import Plan, Shape
 from .group_kernels import (
     EXPERIMENTAL,
     Cudnn,
@@ -30,11 +33,8 @@ from .group_kernels import (
     outputs,
     same_pixels,
 )
-from .ir import Conv2d
 from .memory_format import CHANNELS_LAST, NHWC, Layout
-from .plan import Plan, Shape
 from .triton_ops import TritonOps
-from .tuning import Arrangement, Group, bottleneck_tail, convolution, flat
 
 HWNC = Layout((2, 3, 0, 1), (2, 3, 0, 1))
 

@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from .aten_ops import CudnnOps, conv_precision, matmul_precision, residual_fits
-from .ir import Conv2d, Linear, MaxPool2d, Operation
-from .memory_format import CHANNELS_LAST, NHWC, Layout
-from .plan import Shape, Step
-from .tuning import (
+from .graph.ir import Conv2d, Linear, MaxPool2d, Operation
+from .graph.patterns import (
     Group,
     Shapes,
     convolution,
@@ -30,6 +28,8 @@ from .tuning import (
     pool_linear,
     stem_pool,
 )
+from .graph.plan import Shape, Step
+from .memory_format import CHANNELS_LAST, NHWC, Layout
 
 Outputs = tuple[Tensor, ...] | None
 

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan, trace
 from .backends import check_backend, select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import FoldError, InputError
+from .graph import plan, trace
+from .graph.ir import attribute
+from .graph.plan import Plan
 from .guards import GRADIENT, Change, Watch, ambient_reason, busy_reason, pytorch_reason
-from .ir import attribute
-from .plan import Plan
 
 ExecutorKey = tuple[str, torch.device, torch.dtype]
 METHOD = "_forward_impl"

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from . import plan, trace
 from .backends import check_backend
-from .copies import duplicate, unwrapped
-from .effects import hooks_into
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
-from .fold import fold_step
+from .graph import plan, trace
+from .graph.effects import hooks_into
+from .graph.fold import fold_step
+from .graph.ir import Conv2d, Linear, attribute
+from .graph.modules import duplicate, unwrapped
+from .graph.plan import Plan, parameter_paths
 from .guards import Change, Watch, heeds_training
-from .ir import Conv2d, Linear, attribute
-from .plan import Plan, parameter_paths
 from .shell import FastShell
 from .verify import Verification, copied, undisturbed, verify, verify_steps
 

@@ -25,10 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import ir
 from .errors import CheckpointError
-from .ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
-from .plan import Plan, Step, schedule
+from .graph import ir
+from .graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
+from .graph.plan import Plan, Step, schedule
 from .preprocess import Centered, Normalize
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from .backends import conv_precision, matmul_precision
-from .ir import (
+from .graph.ir import (
     Add,
     AvgPool2d,
     BatchNorm2d,
@@ -30,8 +30,8 @@ from .ir import (
     ReLU,
     substitute,
 )
+from .graph.plan import Plan, Step, kept_names
 from .memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
-from .plan import Plan, Step, kept_names
 
 Program: TypeAlias = Callable[..., Any]
 

@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import plan
 from .aten_ops import AtenOps
 from .backends import select_ops
 from .baselines import SHORT
 from .engine import Executor
 from .environment import gpu_state
 from .fast_model import FastModel
-from .ir import Flatten, Parameter, Ref
-from .plan import Plan, Step
+from .graph import plan
+from .graph.ir import Flatten, Parameter, Ref
+from .graph.plan import Plan, Step
 from .results import ColdStart, LayerTime, Probe
 from .roofline import Ceilings, roofline
 from .timing import captured

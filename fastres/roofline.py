@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from . import fold, plan, trace
-from .ir import Conv2d, Flatten, Graph, Input, Linear, Operation
-from .plan import Plan, Step
-from .tuning import (
+from .graph import fold, plan, trace
+from .graph.ir import Conv2d, Flatten, Graph, Input, Linear, Operation
+from .graph.patterns import (
     Group,
     Pattern,
     Shapes,
@@ -28,6 +27,7 @@ from .tuning import (
     pool_linear,
     stem_pool,
 )
+from .graph.plan import Plan, Step
 
 FUSIONS: dict[str, tuple[Pattern, ...]] = {
     "epilogue per convolution": (),

@@ -22,8 +22,8 @@ from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .fast_model import FastModel, with_signature
 from .files import check_target
-from .ir import Call, Conv2d, Linear, Parameter
-from .plan import Plan, kept_names
+from .graph.ir import Call, Conv2d, Linear, Parameter
+from .graph.plan import Plan, kept_names
 from .shell import FastShell
 from .verify import Verification
 

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .copies import duplicate, sketch
 from .cuda_graph import warm_up
-from .effects import outside_owners
 from .errors import FrozenError, VerificationError
 from .fast_model import FastModel, forward_showing
+from .graph.effects import outside_owners
+from .graph.ir import Call
+from .graph.modules import duplicate, sketch
+from .graph.plan import Plan, Step
+from .graph.trace import TraceError, opaque_reason
 from .guards import Change, Watch
-from .ir import Call
 from .memory_format import is_channels_last, to_contiguous
-from .plan import Plan, Step
-from .trace import TraceError, opaque_reason
 from .verify import Verification, rms
 
 MAX_KINDS = 64

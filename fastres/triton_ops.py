@@ -17,12 +17,12 @@ from torch import Tensor
 from .aten_ops import AtenOps, conv_precision, matmul_precision
 from .choices import Choices, standard
 from .errors import BackendError
-from .fold import Weights
+from .graph.fold import Weights
+from .graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
+from .graph.patterns import Arrangement, Group, Pattern, arrange, candidates, case_of
+from .graph.plan import Plan, Shape
 from .group_kernels import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
-from .ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
 from .memory_format import CHANNELS_LAST, NHWC, Layout
-from .plan import Plan, Shape
-from .tuning import Arrangement, Group, Pattern, arrange, candidates, case_of
 
 
 class TritonOps(AtenOps):

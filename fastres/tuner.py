@@ -15,25 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan
 from .aten_ops import AtenOps, conv_precision
-from .choices import (
-    APART,
-    Measurement,
-    cache_path,
-    machine,
-    only,
-    store,
-)
+from .choices import APART, Measurement, cache_path, machine, only, store
 from .engine import Executor
 from .errors import BackendError
 from .files import check_target
-from .fold import Weights, fold_step
-from .ir import Conv2d, Flatten, Parameter, Ref, attribute
-from .plan import Plan, Shape, Step
+from .graph import plan
+from .graph.fold import Weights, fold_step
+from .graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
+from .graph.patterns import Case, Group, case_of, singly
+from .graph.plan import Plan, Shape, Step
 from .timing import captured, one_line
 from .triton_ops import TritonOps
-from .tuning import Case, Group, case_of, singly
 from .verify import rms
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]

@@ -28,13 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
-from .copies import duplicate, uncopiable
 from .engine import Executor
 from .errors import VerificationError
-from .fold import unnormalised_conv
+from .graph.fold import unnormalised_conv
+from .graph.ir import BatchNorm2d, Conv2d, Linear, attribute
+from .graph.modules import duplicate, uncopiable
+from .graph.plan import Step, describe
 from .guards import unfused
-from .ir import BatchNorm2d, Conv2d, Linear, attribute
-from .plan import Step, describe
 
 # Draws of a rounding error: of fewer, an estimate of its size can be wrong by two; and how many are
 # tried first, which settles nearly all.

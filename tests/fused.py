@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastres import BasicBlock, ResNet
 from fastres.engine import Executor
-from fastres.plan import Plan
+from fastres.graph.plan import Plan
 
 
 def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:

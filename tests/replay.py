@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_leaves
 from zoo import CASES, Case
 
 import fastres
-from fastres import cli, plan
+from fastres import cli
 from fastres.choices import Choices
-from fastres.fold import fold_step
 from fastres.forecast import forecast
-from fastres.ir import Conv2d, Linear, attribute
+from fastres.graph import plan
+from fastres.graph.fold import fold_step
+from fastres.graph.ir import Conv2d, Linear, attribute
 from fastres.optimize import optimize
 from fastres.triton_ops import TritonOps
 

@@ -21,8 +21,8 @@ from torch import nn
 import fastres
 from fastres.compile_backend import fastres as compile_backend
 from fastres.errors import VerificationError
-from fastres.fold import fold_step
-from fastres.ir import Conv2d, attribute
+from fastres.graph.fold import fold_step
+from fastres.graph.ir import Conv2d, attribute
 from fastres.optimize import check_against
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from fastres.backends import AtenOps, CudnnOps, conv_precision, matmul_precision
 from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
-from fastres.ir import Conv2d
+from fastres.graph.ir import Conv2d
 from fastres.optimize import optimize
 from fastres.presets import Spec
 from fastres.report import started
@@ -153,7 +153,7 @@ def test_each_layer_takes_the_faster_of_fused_and_unfused(monkeypatch, fused_win
 
 
 def create_conv():
-    from fastres import fold, plan, trace
+    from fastres.graph import fold, plan, trace
 
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()).eval()
     return plan.build(fold.fold(trace.trace(net))).steps[0].op

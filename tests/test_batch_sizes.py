@@ -10,7 +10,7 @@ import fastres
 from fastres.backends import triton_ops
 from fastres.choices import Choices, only
 from fastres.engine import Executor
-from fastres.plan import of_module
+from fastres.graph.plan import of_module
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter

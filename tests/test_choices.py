@@ -10,19 +10,11 @@ import pytest
 import torch
 
 import fastres
-from fastres import fold, plan, trace
-from fastres.choices import (
-    Choices,
-    Measurement,
-    cache_path,
-    forced,
-    load,
-    only,
-    store,
-)
+from fastres.choices import Choices, Measurement, cache_path, forced, load, only, store
+from fastres.graph import fold, plan, trace
+from fastres.graph.patterns import Case, arrange, case_of, convolution, stem_pool
 from fastres.group_kernels import EXPERIMENTAL, KERNELS
 from fastres.tables import TABLES, family, shipped
-from fastres.tuning import Case, arrange, case_of, convolution, stem_pool
 
 CASE = Case(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
 FOUND = {CASE.key: {32: Measurement({"conv2d": 2e-5, "gemm": 1e-5}, {"cudnn": "wrong: 3 of 4"})}}

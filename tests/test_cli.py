@@ -177,7 +177,7 @@ def test_verify_measures_a_right_network(run, dtype):
 
 
 def test_verify_of_a_wrong_fold_fails_and_names_the_steps(run, monkeypatch):
-    from fastres import fold
+    from fastres.graph import fold
 
     right = fold.folded_conv
 

@@ -9,7 +9,7 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres import tuning
+from fastres.graph import patterns
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
@@ -127,11 +127,11 @@ def test_row66_a_live_network_with_a_constant(rule_of_two):
 
 
 def test_row66_a_step_without_inputs_is_no_case():
-    from fastres import plan
+    from fastres.graph import plan
 
     traced = plan.of_module(Scaled().eval())
     constant = next(step for step in traced.steps if not step.inputs)
-    (group,) = tuning.singly([constant])
+    (group,) = patterns.singly([constant])
     shapes = traced.shapes((1, 8, 4, 4))
-    assert tuning.case_of(group, shapes, "half") is None
-    assert tuning.network_case(traced, shapes, "half") is None
+    assert patterns.case_of(group, shapes, "half") is None
+    assert patterns.network_case(traced, shapes, "half") is None

@@ -11,8 +11,9 @@ from fused import small
 import fastres
 from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
-from fastres import backends, cuda_graph, fold, plan, trace
+from fastres import backends, cuda_graph
 from fastres.engine import Executor
+from fastres.graph import fold, plan, trace
 
 CL = torch.channels_last
 

@@ -8,11 +8,12 @@ from fused import images, small
 from helpers import hostile_
 from torch import nn
 
-from fastres import backends, fold, plan, trace
+from fastres import backends
 from fastres.backends import AtenOps, OneDNNOps, select_ops
 from fastres.engine import Executor
 from fastres.errors import BackendError, FoldError
-from fastres.ir import Conv2d, Flatten
+from fastres.graph import fold, plan, trace
+from fastres.graph.ir import Conv2d, Flatten
 
 CPU = torch.device("cpu")
 onednn = pytest.mark.skipif(

@@ -11,8 +11,9 @@ from torch import nn
 from tutorials import MnistResNet18
 
 import fastres
-from fastres import Bottleneck, ResNet, cli, diagram
+from fastres import Bottleneck, ResNet, cli
 from fastres.errors import MissingDependencyError, VerificationError
+from fastres.graph import diagram
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -21,8 +21,9 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastres
-from fastres import cli, ir
+from fastres import cli
 from fastres.errors import CheckpointError
+from fastres.graph import ir
 
 MARK = "pwned"
 # Without a dot, at which paths are split, and once with each kind of quotation mark.

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from helpers import hostile_
 from torch import nn
 
-from fastres import fold, plan, trace
 from fastres.errors import FoldError
-from fastres.ir import Conv2d, attribute
+from fastres.graph import fold, plan, trace
+from fastres.graph.ir import Conv2d, attribute
 
 
 def folded(module: nn.Module, dtype=torch.float64):

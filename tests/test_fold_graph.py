@@ -6,10 +6,11 @@ from fused import rms
 from helpers import hostile_
 from torch import nn
 
-from fastres import fold, plan, resnet18, trace
+from fastres import resnet18
 from fastres.backends import AtenOps
 from fastres.engine import Executor
-from fastres.ir import BatchNorm2d, Call, Conv2d
+from fastres.graph import fold, plan, trace
+from fastres.graph.ir import BatchNorm2d, Call, Conv2d
 
 
 def run(module: nn.Module, *inputs):

@@ -9,11 +9,11 @@ import fastres
 from fastres import cli
 from fastres.choices import Choices, only
 from fastres.forecast import LAUNCH_SECONDS, forecast, predicted_seconds
-from fastres.plan import Plan, of_module
+from fastres.graph.patterns import case_of
+from fastres.graph.plan import Plan, of_module
 from fastres.roofline import H200, roofline
 from fastres.tables import TABLES, shipped
 from fastres.triton_ops import TritonOps
-from fastres.tuning import case_of
 
 pytest.importorskip("triton")
 HALF, CPU = torch.float16, torch.device("cpu")

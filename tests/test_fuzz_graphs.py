@@ -10,7 +10,7 @@ from fuzz_graphs import PROPERTIES, network
 from hypothesis import HealthCheck, given, settings
 
 import fastres
-from fastres.ir import Conv2d
+from fastres.graph.ir import Conv2d
 
 
 def fuzz(name, examples, observe=lambda case: None):

@@ -7,8 +7,8 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres import layouts
-from fastres.ir import Call
+from fastres.graph import memory_order
+from fastres.graph.ir import Call
 
 X = torch.randn(2, 3, 10, 10, generator=torch.Generator().manual_seed(2))
 
@@ -150,7 +150,7 @@ def test_row87_what_is_said_to_keep_the_order_does(name):
     more = {"add": (1.5,), "sub": (2.0,), "mul": (3.0,), "clamp_min": (0.1,), "softmax": (1,)}
     function = getattr(torch, name, None) or getattr(F, name)
     arguments = more.get(name, (1,) if name == "cumsum" else ())
-    assert layouts._FUNCTIONS[name] is layouts.Order.KEPT
+    assert memory_order._FUNCTIONS[name] is memory_order.Order.KEPT
     image = torch.rand(2, 3, 4, 5)
     got = function(image.contiguous(memory_format=torch.channels_last), *arguments)
     torch.testing.assert_close(got, function(image, *arguments))
@@ -159,6 +159,6 @@ def test_row87_what_is_said_to_keep_the_order_does(name):
 
 def test_row87_the_tables_name_functions_of_torch():
     places = (torch, torch.Tensor, F, torch._C._nn, __import__("operator"), torch.ops.aten)
-    for name in layouts._FUNCTIONS:
+    for name in memory_order._FUNCTIONS:
         assert any(hasattr(p, n) for p in places for n in (name, f"{name}_", f"__{name}__"))
-    assert all(hasattr(nn, name) for name in layouts._MODULES)
+    assert all(hasattr(nn, name) for name in memory_order._MODULES)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastres
-from fastres.ir import Conv2d, Linear
-from fastres.trace import TraceError
+from fastres.graph.ir import Conv2d, Linear
+from fastres.graph.trace import TraceError
 
 
 class EmptyNorm(nn.BatchNorm2d):

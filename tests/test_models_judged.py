@@ -8,7 +8,7 @@ from fused import executions, plain, rms
 from helpers import hostile_, real_images
 
 import fastres
-from fastres import fold
+from fastres.graph import fold
 from fastres.verify import verify_steps
 
 SLOW = {"resnet152", "wide_resnet50_2", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}

@@ -103,7 +103,7 @@ def test_verification_fails_and_goes_on_failing(monkeypatch, source, when):
         scale, shift = affine(norm, lookup, channels, device)
         return scale, shift + lookup(norm.mean).double() * scale
 
-    monkeypatch.setattr("fastres.fold._affine", without_mean)
+    monkeypatch.setattr("fastres.graph.fold._affine", without_mean)
     x = real_images(2, 32)
     if when == "example":
         with pytest.raises(VerificationError, match="ResNet and its fused copy differ: error .*"):
@@ -126,7 +126,7 @@ def test_half_precision_is_verified_by_steps(monkeypatch):
         weight, bias = linear(op, lookup, dtype)
         return weight, bias * 1.02
 
-    monkeypatch.setattr("fastres.fold.folded_linear", shifted)
+    monkeypatch.setattr("fastres.graph.fold.folded_linear", shifted)
     source = torchvision_model("resnet18")
     with torch.no_grad():
         source.fc.weight.mul_(0.02)

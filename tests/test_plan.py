@@ -10,11 +10,11 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres import fold, plan, trace
 from fastres.backends import AtenOps
 from fastres.engine import Executor
-from fastres.ir import Add, BatchNorm2d, Conv2d, Flatten, Linear, ReLU, refs
-from fastres.plan import Plan
+from fastres.graph import fold, plan, trace
+from fastres.graph.ir import Add, BatchNorm2d, Conv2d, Flatten, Linear, ReLU, refs
+from fastres.graph.plan import Plan
 
 
 def build(model: nn.Module) -> Plan:

@@ -312,7 +312,7 @@ def idle(monkeypatch):
         "fastres.tuner.tune",
         "fastres.demo.demo",
         "fastres.bench.run",
-        "fastres.diagram._boxes",
+        "fastres.graph.diagram._boxes",
         "fastres.serialize._describe",
     ):
         monkeypatch.setattr(place, no_work)

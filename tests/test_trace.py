@@ -9,8 +9,18 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 import fastres
-from fastres.ir import Add, AvgPool2d, Call, Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, ReLU
-from fastres.trace import TraceError, trace
+from fastres.graph.ir import (
+    Add,
+    AvgPool2d,
+    Call,
+    Conv2d,
+    Flatten,
+    GlobalAvgPool,
+    Linear,
+    MaxPool2d,
+    ReLU,
+)
+from fastres.graph.trace import TraceError, trace
 
 
 class Base(nn.Module):

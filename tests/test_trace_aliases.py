@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres import ResNet
-from fastres.ir import Call, Conv2d
-from fastres.trace import trace
+from fastres.graph.ir import Call, Conv2d
+from fastres.graph.trace import trace
 
 
 def module(forward) -> nn.Module:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastres
 from fastres import backends
 from fastres.engine import Executor
-from fastres.ir import Conv2d, Linear
+from fastres.graph.ir import Conv2d, Linear
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
@@ -205,7 +205,7 @@ def test_all_backends_agree(device):
 
 def test_the_executor_needs_no_model(device):
     """A plan, a module to look parameters up in, and a backend: nothing else."""
-    from fastres import fold, plan, trace
+    from fastres.graph import fold, plan, trace
 
     source = hostile_(Mixed()).to(device)
     built = plan.build(fold.fold(trace.trace(source)))

@@ -13,10 +13,11 @@ from helpers import hostile_, real_images
 from torch import nn
 
 import fastres
-from fastres import BasicBlock, Bottleneck, ResNet, fold, plan, trace
+from fastres import BasicBlock, Bottleneck, ResNet
 from fastres.backends import triton_ops
 from fastres.choices import Choices, only
 from fastres.engine import Executor
+from fastres.graph import fold, plan, trace
 from fastres.group_kernels import EXPERIMENTAL, KERNELS
 from fastres.triton_ops import TritonOps
 

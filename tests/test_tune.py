@@ -12,7 +12,7 @@ from fastres import Bottleneck, ResNet, cli, tuner
 from fastres.choices import load
 from fastres.engine import Executor
 from fastres.errors import BackendError
-from fastres.plan import of_module
+from fastres.graph.plan import of_module
 from fastres.triton_ops import TritonOps
 from fastres.tuner import trials, tune
 

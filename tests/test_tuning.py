@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 import fastres
-from fastres import fold, plan, trace, tuning
-from fastres.tuning import arrange, candidates
+from fastres.graph import fold, patterns, plan, trace
+from fastres.graph.patterns import arrange, candidates
 
 
 def plan_of(module):
@@ -15,13 +15,13 @@ def plan_of(module):
 PATTERNS = {
     pattern.__name__: pattern
     for pattern in (
-        tuning.stem_pool,
-        tuning.pool_linear,
-        tuning.expand_project,
-        tuning.expand_reduce,
-        tuning.bottleneck_tail,
-        tuning.flat,
-        tuning.convolution,
+        patterns.stem_pool,
+        patterns.pool_linear,
+        patterns.expand_project,
+        patterns.expand_reduce,
+        patterns.bottleneck_tail,
+        patterns.flat,
+        patterns.convolution,
     )
 }
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tutorials import MnistResNet18, d2l_resnet
 
 import fastres
-from fastres.ir import BatchNorm2d
-from fastres.plan import Plan, Step
+from fastres.graph.ir import BatchNorm2d
+from fastres.graph.plan import Plan, Step
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw a network as .svg, .png or .dot, by the steps that inference runs."""
-    from ..diagram import check_before, plot_model
+    from ..graph.diagram import check_before, plot_model
 
     check_before(target)
     network = read_network(source, size, checkpoint=checkpoint)
@@ -193,8 +193,8 @@ def _fused(
 def _channels(network: nn.Module) -> int:
     from torch import nn
 
-    from ..ir import Conv2d
-    from ..plan import Plan
+    from ..graph.ir import Conv2d
+    from ..graph.plan import Plan
 
     stated = getattr(network, "input_channels", None)
     if isinstance(stated, int):

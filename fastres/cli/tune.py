@@ -83,7 +83,7 @@ def tune(
 def _trials(
     network: torch.nn.Module, shapes: list[tuple[int, int, int, int]], kinds: list[torch.dtype]
 ) -> list[Trial]:
-    from ..plan import of_module
+    from ..graph.plan import of_module
     from ..triton_ops import TritonOps
     from ..tuner import trials
 

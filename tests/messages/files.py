@@ -15,10 +15,11 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import classify, diagram, digits, plan_json, weights
+from fastres import classify, digits, plan_json, weights
 from fastres.checkpoint import load_state_dict, read_metadata, state_dict_from_file
 from fastres.cli.files import image_shape
 from fastres.export import export as write_export
+from fastres.graph import diagram
 from messages.models import fast
 from messages.provoke import add, case, without
 

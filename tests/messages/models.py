@@ -15,9 +15,10 @@ from helpers import real_images
 from torch import nn
 
 import fastres
-from fastres import backends, choices, fold, live
+from fastres import backends, choices, live
 from fastres.compile_backend import fastres as compile_backend
 from fastres.features import features
+from fastres.graph import fold
 from fastres.preprocess import Normalize
 from messages.provoke import add, case
 

@@ -26,8 +26,8 @@ from fastres import (
     roofline,
     timing,
 )
+from fastres.graph.patterns import singly
 from fastres.timing import Method, Samples
-from fastres.tuning import singly
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
 

@@ -1,6 +1,6 @@
 """Module to graph: torch.fx records the program, each recorded step becomes a typed operation.
 
-A step that is not understood stays a :class:`~fastres.ir.Call` with the reason, never dropped.
+A step that is not understood stays a :class:`~fastres.graph.ir.Call` with the reason, never dropped.
 In-place steps become functional where nobody can tell the difference and stay in place otherwise.
 """
 
@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .copies import sketch
+from ..errors import FastresError
 from .effects import hook_owners, may_store, snapshot, stored
-from .errors import FastresError
 from .ir import (
     Add,
     BatchNorm2d,
@@ -39,8 +38,7 @@ from .ir import (
     attribute,
     refs,
 )
-from .layouts import Order, function_name, order_of, order_of_module
-from .recognise import (
+from .match import (
     FROZEN_NORMS,
     FUSED,
     IDENTITIES,
@@ -53,6 +51,8 @@ from .recognise import (
     has_hooks,
     qualified_name,
 )
+from .memory_order import Order, function_name, order_of, order_of_module
+from .modules import sketch
 
 
 class TraceError(FastresError, RuntimeError):
@@ -219,7 +219,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Graph:
-    """Record what a module computes as a :class:`~fastres.ir.Graph`; the module is not changed.
+    """Record what a module computes as a :class:`~fastres.graph.ir.Graph`; the module is not changed.
 
     Modules inside whose own Python cannot be recorded stay calls, each with the reason.
 
@@ -540,7 +540,7 @@ class _Normalizer:
         may read it, and those whose result, not plain, is handed to such a step or out.
 
         A convolution's operands too: oneDNN crashes on some images in channels_last memory, which
-        would not have met them without fastres (:func:`fastres.recognise.sees_only_padding`)."""
+        would not have met them without fastres (:func:`fastres.graph.match.sees_only_padding`)."""
         wanted: set[fx.Node] = set()
         found: set[fx.Node] = set()
         for node in reversed(self.fx_nodes):

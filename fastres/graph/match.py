@@ -28,7 +28,7 @@ from .ir import (
     Pair,
     ReLU,
 )
-from .layouts import Order, order_of_module
+from .memory_order import Order, order_of_module
 
 FROZEN_NORMS = ("torchvision.ops.misc.FrozenBatchNorm2d",)
 NORM_ACTS = tuple(

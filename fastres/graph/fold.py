@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .errors import FoldError
+from ..errors import FoldError
 from .ir import (
     BatchNorm2d,
     Call,

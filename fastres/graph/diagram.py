@@ -16,9 +16,9 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from ..errors import MissingDependencyError
+from ..files import atomic_write, check_target
 from . import fold, plan, trace
-from .errors import MissingDependencyError
-from .files import atomic_write, check_target
 from .ir import Call, Graph, Input, Operation
 from .plan import Plan, Shape, describe, left_to_torch, output_shape
 
