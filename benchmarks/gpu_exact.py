@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Setting, compile_ahead, integers, row_text, tensors
-from fastres.aten_ops import cudnn_benchmarking
+from fastres.backends.aten import cudnn_benchmarking
 from fastres.kernels import conv, elementwise, gemm, global_pool, head, pool, rot2, stem
 from fastres.kernels._config import machine_of
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Judge, Setting
 from fastres import BasicBlock, ResNet, bench, create_model, optimize
-from fastres.aten_ops import cudnn_benchmarking
+from fastres.backends.aten import cudnn_benchmarking
+from fastres.backends.kernel_choice import FORCE_VARIABLE
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
-from fastres.choices import FORCE_VARIABLE
 from fastres.fast_model import FastModel
 from fastres.kernels import _common
 from fastres.presets import AUTOTUNED, Spec

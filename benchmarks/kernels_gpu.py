@@ -154,7 +154,7 @@ def work(log: Log, names: Sequence[str], began: float, until: float) -> int:
     import torch
 
     from benchmarks.gpu_contest import Setting
-    from fastres.aten_ops import cudnn_benchmarking
+    from fastres.backends.aten import cudnn_benchmarking
 
     if not torch.cuda.is_available():
         sys.exit("error: no CUDA device; --dry needs none")
@@ -262,7 +262,9 @@ def report(log: Log, as_json: bool) -> None:
     parts = [
         "# Figures\n\n" + verdict.table(verdict.HEADER, figures),
         "# Best rows\n\n" + verdict.table(verdict.BEST_HEADER, verdict.best_rows(records)),
-        "# Rows for fastres/tables.py\n\n```\n" + "\n".join(verdict.choice_rows(records)) + "\n```",
+        "# Rows for fastres/backends/kernel_table.py\n\n```\n"
+        + "\n".join(verdict.choice_rows(records))
+        + "\n```",
         "# Wrong or without a time\n\n"
         + verdict.table(("section", "case", "contender", "reason"), verdict.failures(records)),
         "# Not finished\n\n" + verdict.table(("section", "case", "state", "reason"), lost),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastres.backends import AtenOps, CudnnOps, OneDNNOps, TritonOps
+from fastres.backends.select import AtenOps, CudnnOps, OneDNNOps, TritonOps
 from fastres.bench import fast_dtypes
 from fastres.graph.ir import Conv2d, GlobalAvgPool, Linear, MaxPool2d
 

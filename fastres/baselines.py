@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .backends import AtenOps, CudnnOps
+from .backends.select import AtenOps, CudnnOps
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FastresError

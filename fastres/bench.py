@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aten_ops import cudnn_benchmarking
+from .backends.aten import cudnn_benchmarking
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
 from .environment import native_bf16
 from .errors import UnknownModelError

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .backends import check_backend, select_ops
+from .backends.select import check_backend, select_ops
 from .cuda_graph import GraphRunner
 from .engine import Executor
 from .errors import FoldError

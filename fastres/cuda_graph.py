@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .aten_ops import conv_precision, matmul_precision
+from .backends.aten import conv_precision, matmul_precision
+from .backends.memory_format import CHANNELS_LAST, is_channels_last
 from .engine import Executor
-from .memory_format import CHANNELS_LAST, is_channels_last
 
 Key: TypeAlias = tuple[Any, ...]
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .aten_ops import AtenOps, residual_fits
+from .backends.aten import AtenOps, residual_fits
+from .backends.memory_format import is_channels_last, to_channels_last
 from .errors import InputError, InputTypeError
 from .graph.fold import Weights, fold_step
 from .graph.ir import (
@@ -35,7 +36,6 @@ from .graph.ir import (
 )
 from .graph.patterns import Arrangement, Group, singly
 from .graph.plan import Plan, Shape, Step, parameter_paths
-from .memory_format import is_channels_last, to_channels_last
 
 Restore = Callable[[Any], Any]
 Observer = Callable[[Step, list[Any], Any], None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import portable
-from .backends import select_ops
+from .backends.select import select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import check_backend, select_ops
+from .backends.select import check_backend, select_ops
 from .cuda_graph import GraphRunner, warm_up
 from .engine import Executor
 from .errors import FoldError, InputError

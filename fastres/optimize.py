@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .backends import check_backend
+from .backends.select import check_backend
 from .errors import VerificationError
 from .fast_model import FastModel, can_show_errors, with_signature
 from .graph import plan, trace

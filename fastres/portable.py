@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .backends import conv_precision, matmul_precision
+from .backends.memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
+from .backends.select import conv_precision, matmul_precision
 from .graph.ir import (
     Add,
     AvgPool2d,
@@ -31,7 +32,6 @@ from .graph.ir import (
     substitute,
 )
 from .graph.plan import Plan, Step, kept_names
-from .memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
 
 Program: TypeAlias = Callable[..., Any]
 

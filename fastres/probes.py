@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .aten_ops import AtenOps
-from .backends import select_ops
+from .backends.aten import AtenOps
+from .backends.select import select_ops
 from .baselines import SHORT
 from .engine import Executor
 from .environment import gpu_state

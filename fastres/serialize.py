@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import plan_json
-from .backends import check_backend
+from .backends.select import check_backend
 from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .fast_model import FastModel, with_signature

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
+from .backends.memory_format import is_channels_last, to_contiguous
 from .cuda_graph import warm_up
 from .errors import FrozenError, VerificationError
 from .fast_model import FastModel, forward_showing
@@ -29,7 +30,6 @@ from .graph.modules import duplicate, sketch
 from .graph.plan import Plan, Step
 from .graph.trace import TraceError, opaque_reason
 from .guards import Change, Watch
-from .memory_format import is_channels_last, to_contiguous
 from .verify import Verification, rms
 
 MAX_KINDS = 64

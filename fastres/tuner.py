@@ -1,7 +1,7 @@
 """Measures which kernel is the fastest for each distinct piece of a network on the GPU at hand.
 
 A piece is a step, or steps that one kernel can serve; equal pieces are measured once. A kernel
-whose answer is wrong gets no time. What is found goes into the cache of :mod:`fastres.choices`.
+whose answer is wrong gets no time. What is found goes into the cache of :mod:`fastres.backends.kernel_choice`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .aten_ops import AtenOps, conv_precision
-from .choices import APART, Measurement, cache_path, machine, only, store
+from .backends.aten import AtenOps, conv_precision
+from .backends.kernel_choice import APART, Measurement, cache_path, machine, only, store
+from .backends.triton import TritonOps
 from .engine import Executor
 from .errors import BackendError
 from .files import check_target
@@ -26,7 +27,6 @@ from .graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
 from .graph.patterns import Case, Group, case_of, singly
 from .graph.plan import Plan, Shape, Step
 from .timing import captured, one_line
-from .triton_ops import TritonOps
 from .verify import rms
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]

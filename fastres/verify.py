@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .aten_ops import conv_precision, cudnn_benchmarking, matmul_precision
+from .backends.aten import conv_precision, cudnn_benchmarking, matmul_precision
 from .engine import Executor
 from .errors import VerificationError
 from .graph.fold import unnormalised_conv

@@ -28,13 +28,13 @@ from zoo import CASES, Case
 
 import fastres
 from fastres import cli
-from fastres.choices import Choices
+from fastres.backends.kernel_choice import Choices
+from fastres.backends.triton import TritonOps
 from fastres.forecast import forecast
 from fastres.graph import plan
 from fastres.graph.fold import fold_step
 from fastres.graph.ir import Conv2d, Linear, attribute
 from fastres.optimize import optimize
-from fastres.triton_ops import TritonOps
 
 DTYPES = (torch.float32, torch.bfloat16)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastres import baselines, bench, cli, presets, probes
-from fastres.backends import AtenOps, CudnnOps, conv_precision, matmul_precision
+from fastres.backends.select import AtenOps, CudnnOps, conv_precision, matmul_precision
 from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastres
-from fastres.backends import triton_ops
-from fastres.choices import Choices, only
+from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.select import triton_ops
 from fastres.engine import Executor
 from fastres.graph.plan import of_module
 

@@ -10,11 +10,19 @@ import pytest
 import torch
 
 import fastres
-from fastres.choices import Choices, Measurement, cache_path, forced, load, only, store
+from fastres.backends.fused import EXPERIMENTAL, KERNELS
+from fastres.backends.kernel_choice import (
+    Choices,
+    Measurement,
+    cache_path,
+    forced,
+    load,
+    only,
+    store,
+)
+from fastres.backends.kernel_table import TABLES, family, shipped
 from fastres.graph import fold, plan, trace
 from fastres.graph.patterns import Case, arrange, case_of, convolution, stem_pool
-from fastres.group_kernels import EXPERIMENTAL, KERNELS
-from fastres.tables import TABLES, family, shipped
 
 CASE = Case(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
 FOUND = {CASE.key: {32: Measurement({"conv2d": 2e-5, "gemm": 1e-5}, {"cudnn": "wrong: 3 of 4"})}}
@@ -133,7 +141,7 @@ def test_measurements_survive(tmp_path):
 
 WRITER = """
 import sys
-from fastres.choices import Measurement, store
+from fastres.backends.kernel_choice import Measurement, store
 from pathlib import Path
 for i in range(25):
     store(Path(sys.argv[1]), "m", {f"{sys.argv[2]} {i}": {1: Measurement({"a": 1e-6})}})

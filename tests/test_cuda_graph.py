@@ -11,7 +11,8 @@ from fused import small
 import fastres
 from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
-from fastres import backends, cuda_graph
+from fastres import cuda_graph
+from fastres.backends import select
 from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
 
@@ -25,7 +26,7 @@ def runner_class():
 
 def executor(model, ops=None, dtype=torch.float32):
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
-    return Executor(built, model, ops or backends.AtenOps(), dtype)
+    return Executor(built, model, ops or select.AtenOps(), dtype)
 
 
 def captured(runner, x):
@@ -51,7 +52,7 @@ def test_a_stem_that_reads_any_order_gets_the_image_as_it_is(runner_class):
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the kernels run in the interpreter only where there is no GPU")
-    made = executor(fastres.resnet18(num_classes=3).eval(), backends.TritonOps(), torch.float16)
+    made = executor(fastres.resnet18(num_classes=3).eval(), select.TritonOps(), torch.float16)
     x = torch.randn(1, 3, 32, 32).half()
     assert made.reads_any_order(x)
     assert not executor(small()).reads_any_order(torch.randn(1, 3, 8, 8))
@@ -79,7 +80,7 @@ def test_outputs_have_the_callers_memory_order(runner_class, layout):
 
     model = Features().eval()
     made = Executor(
-        plan.build(fold.fold(trace.trace(model))), model, backends.AtenOps(), torch.float32
+        plan.build(fold.fold(trace.trace(model))), model, select.AtenOps(), torch.float32
     )
     x = torch.randn(2, 3, 8, 8).contiguous(memory_format=layout)
     output = captured(runner_class(made), x).output

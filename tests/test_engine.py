@@ -8,8 +8,8 @@ from fused import images, small
 from helpers import hostile_
 from torch import nn
 
-from fastres import backends
-from fastres.backends import AtenOps, OneDNNOps, select_ops
+from fastres.backends import select
+from fastres.backends.select import AtenOps, OneDNNOps, select_ops
 from fastres.engine import Executor
 from fastres.errors import BackendError, FoldError
 from fastres.graph import fold, plan, trace
@@ -199,7 +199,7 @@ def test_who_serves_the_cpu(dtype, name, monkeypatch):
     ],
 )
 def test_who_serves_cuda(backend, dtype, triton, name, monkeypatch):
-    monkeypatch.setattr(backends, "_has_triton", lambda: triton)
+    monkeypatch.setattr(select, "_has_triton", lambda: triton)
     if name == "triton":
         pytest.importorskip("triton")
     assert select_ops(backend, torch.device("cuda"), dtype).name == name
@@ -224,13 +224,13 @@ def test_row17_precision_follows_torchs_flags(monkeypatch):
     try:
         for allowed, name in ((True, "tf32"), (False, "ieee")):
             cudnn.allow_tf32 = matmul.allow_tf32 = allowed
-            assert backends.conv_precision() == name
-            assert backends.matmul_precision() == name
+            assert select.conv_precision() == name
+            assert select.matmul_precision() == name
         torch.set_float32_matmul_precision("high")
-        assert backends.matmul_precision() == "tf32"
-        assert backends.conv_precision() == "ieee"
+        assert select.matmul_precision() == "tf32"
+        assert select.conv_precision() == "ieee"
         torch.set_float32_matmul_precision("highest")
-        assert backends.matmul_precision() == "ieee"
+        assert select.matmul_precision() == "ieee"
     finally:
         cudnn.allow_tf32, matmul.allow_tf32 = saved
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastres import choices, cli, compare
+from fastres import cli, compare
+from fastres.backends import kernel_choice
 
 ROOT = Path(__file__).parents[1]
 REPORT = next((ROOT / "benchmarks" / "results").glob("*/latest.json"), None)
@@ -63,13 +64,13 @@ def made(folder, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_row74_measurements_that_are_none_are_ignored_with_one_warning(kind, tmp_path):
     path = made(tmp_path, kind)
-    choices._load.cache_clear()
+    kernel_choice._load.cache_clear()
     with pytest.warns(UserWarning, match="fastres ignores") as said:
-        assert choices.load(path, lambda: "here") == {}
+        assert kernel_choice.load(path, lambda: "here") == {}
     assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choices.load(path, lambda: "here") == {}
+        assert kernel_choice.load(path, lambda: "here") == {}
 
 
 ENTRY = {"seconds": {"apart": 1e-3, "rot2": 2e-3}, "excluded": {}}
@@ -91,9 +92,9 @@ def test_row74_measurements_of_another_form_are_ignored_with_one_warning(name, t
     path = tmp_path / "tuned.json"
     cases = {"good": {"1": ENTRY}, "wrong": WRONG[name]}
     path.write_text(json.dumps({"format": 1, "machines": {"here": cases}}))
-    choices._load.cache_clear()
+    kernel_choice._load.cache_clear()
     with pytest.warns(UserWarning, match="fastres ignores") as said:
-        assert choices.load(path, lambda: "here") == {}
+        assert kernel_choice.load(path, lambda: "here") == {}
     assert len(said) == 1
 
 

@@ -7,7 +7,7 @@ from helpers import hostile_
 from torch import nn
 
 from fastres import resnet18
-from fastres.backends import AtenOps
+from fastres.backends.select import AtenOps
 from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
 from fastres.graph.ir import BatchNorm2d, Call, Conv2d

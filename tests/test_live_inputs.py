@@ -7,7 +7,8 @@ import torch
 from fused import assert_close, assert_fused, assert_plain, executions, images, plain, small
 from torch import nn
 
-from fastres import FastresError, ResNet, backends, engine
+from fastres import FastresError, ResNet, engine
+from fastres.backends import select
 
 CHANNELS_LAST = torch.channels_last
 
@@ -287,7 +288,7 @@ def test_row34_what_cannot_be_planned_runs_as_pytorch_with_one_warning(cls, reas
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
-    monkeypatch.setattr(backends, "_interpreting", lambda: False)
+    monkeypatch.setattr(select, "_interpreting", lambda: False)
     model = small(backend="triton")
     with (
         torch.no_grad(),

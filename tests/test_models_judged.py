@@ -156,8 +156,8 @@ def _inject(monkeypatch, bug):
     if bug == "bias twice":
         monkeypatch.setattr(fold, "folded_conv", twice)
     elif bug == "residual first":
-        monkeypatch.setattr("fastres.backends.OneDNNOps.conv", _relu_before_add)
-        monkeypatch.setattr("fastres.backends.AtenOps.conv", _relu_before_add)
+        monkeypatch.setattr("fastres.backends.select.OneDNNOps.conv", _relu_before_add)
+        monkeypatch.setattr("fastres.backends.select.AtenOps.conv", _relu_before_add)
     else:
         monkeypatch.setattr(fold, "_affine", wrong)
 

@@ -10,7 +10,7 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres.backends import AtenOps
+from fastres.backends.select import AtenOps
 from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
 from fastres.graph.ir import Add, BatchNorm2d, Conv2d, Flatten, Linear, ReLU, refs

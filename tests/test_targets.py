@@ -16,7 +16,8 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import choices, cli, files, report
+from fastres import cli, files, report
+from fastres.backends import kernel_choice
 from fastres.files import atomic_write, check_target
 from fastres.report import Report
 
@@ -39,7 +40,7 @@ def fused(fast, tmp_path_factory):
 
 
 def measured():
-    found = choices.Measurement({f"kernel{i}": 1.0 for i in range(100)})
+    found = kernel_choice.Measurement({f"kernel{i}": 1.0 for i in range(100)})
     return {"case": {1: found}}
 
 
@@ -53,7 +54,7 @@ WRITERS = {
     "report.json": lambda path, fast: Report.now("a title").write(path),
     "report.html": lambda path, fast: Report.now("a title").write(path),
     "cases.jsonl": lambda path, fast: report.started(path),
-    "tuned.json": lambda path, fast: choices.store(path, "a machine", measured()),
+    "tuned.json": lambda path, fast: kernel_choice.store(path, "a machine", measured()),
 }
 COMMANDS = {
     "a.safetensors": ("convert",),

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
-from fastres import backends
+from fastres.backends import select
 from fastres.engine import Executor
 from fastres.graph.ir import Conv2d, Linear
 
@@ -196,7 +196,7 @@ def test_wrong_inputs_launch_nothing(device, launches):
 def test_all_backends_agree(device):
     x = real_images(1, 12).to(device)
     exact = plain(small().to(device).double(), x.double())
-    for backend in backends.BACKENDS:
+    for backend in select.BACKENDS:
         model = small(backend=backend).to(device)
         with torch.no_grad():
             assert rms(model(x) - exact) <= 1e-5 * rms(exact)  # float32 over 8 layers
@@ -209,7 +209,7 @@ def test_the_executor_needs_no_model(device):
 
     source = hostile_(Mixed()).to(device)
     built = plan.build(fold.fold(trace.trace(source)))
-    executor = Executor(built, source, backends.TritonOps(), torch.float32)
+    executor = Executor(built, source, select.TritonOps(), torch.float32)
     x = real_images(1, 9).to(device)
     with torch.no_grad():
         assert_close(executor.run([x]), source, x)

@@ -14,12 +14,12 @@ from torch import nn
 
 import fastres
 from fastres import BasicBlock, Bottleneck, ResNet
-from fastres.backends import triton_ops
-from fastres.choices import Choices, only
+from fastres.backends.fused import EXPERIMENTAL, KERNELS
+from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.select import triton_ops
+from fastres.backends.triton import TritonOps
 from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
-from fastres.group_kernels import EXPERIMENTAL, KERNELS
-from fastres.triton_ops import TritonOps
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
@@ -171,7 +171,7 @@ def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monk
 def test_experimental_kernels_are_loaded_only_where_they_are_named():
     """Neither the package of kernels nor an ordinary network imports them."""
     use = (
-        "import sys, torch, fastres; from fastres.backends import triton_ops;"
+        "import sys, torch, fastres; from fastres.backends.select import triton_ops;"
         "triton_ops(); m = fastres.resnet20(backend='triton').eval(); m.plan();"
         "print([name for name in sys.modules if 'experimental' in name and 'fastres' in name])"
     )

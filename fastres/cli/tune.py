@@ -37,8 +37,8 @@ def tune(
     Wrong answers are reported, get no time and end with exit code 1. What is found holds for this
     GPU and these versions, and for batch sizes within a factor of two.
     """
+    from ..backends.kernel_choice import cache_path
     from ..bench import parse_device, parse_dtype
-    from ..choices import cache_path
     from ..files import check_target
     from ..pretrained import load_network
     from ..tuner import tune as run
@@ -83,8 +83,8 @@ def tune(
 def _trials(
     network: torch.nn.Module, shapes: list[tuple[int, int, int, int]], kinds: list[torch.dtype]
 ) -> list[Trial]:
+    from ..backends.triton import TritonOps
     from ..graph.plan import of_module
-    from ..triton_ops import TritonOps
     from ..tuner import trials
 
     whole, ops = of_module(network.eval()), TritonOps(cudnn=True)

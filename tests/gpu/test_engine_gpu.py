@@ -17,7 +17,7 @@ from fused import assert_close, executions, plain, rms, small
 from helpers import hostile_, real_images
 
 import fastres
-from fastres.backends import _has_triton
+from fastres.backends.select import _has_triton
 from fastres.verify import verify_steps
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ from fused import assert_close, small
 from helpers import real_images
 
 import fastres
-from fastres.backends import _has_triton
+from fastres.backends.select import _has_triton
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)

@@ -15,7 +15,8 @@ from helpers import real_images
 from torch import nn
 
 import fastres
-from fastres import backends, choices, live
+from fastres import live
+from fastres.backends import kernel_choice, select
 from fastres.compile_backend import fastres as compile_backend
 from fastres.features import features
 from fastres.graph import fold
@@ -83,7 +84,7 @@ def _() -> None:
 
 @case("call: Triton on a CPU tensor")
 def _() -> None:
-    with mock.patch.object(backends, "_interpreting", return_value=False):
+    with mock.patch.object(select, "_interpreting", return_value=False):
         quiet(small(backend="triton"), images())
 
 
@@ -93,7 +94,7 @@ def _() -> None:
     kept = fastres.__dict__.pop("kernels", None)
     try:
         with mock.patch.dict(sys.modules, {"fastres.kernels": None}):
-            backends.select_ops("triton", torch.device("cuda"), torch.float16)
+            select.select_ops("triton", torch.device("cuda"), torch.float16)
     finally:
         if saved is not None:
             sys.modules["fastres.kernels"] = saved
@@ -109,16 +110,16 @@ def _() -> None:
 
 def measurements(content: str) -> None:
     Path("tuned.json").write_text(content)
-    choices._machines(Path("tuned.json"))
+    kernel_choice._machines(Path("tuned.json"))
 
 
-add("kernels: no such kernel", lambda: choices.only("winograd"))
+add("kernels: no such kernel", lambda: kernel_choice.only("winograd"))
 add("measurements: no such thing", lambda: measurements("[]"))
 add("measurements: another format", lambda: measurements('{"format": 99}'))
-add("measurements: no batch size", lambda: choices._batch("-1"))
+add("measurements: no batch size", lambda: kernel_choice._batch("-1"))
 add(
     "measurements: negative seconds",
-    lambda: choices._measurement({"seconds": {"apart": -1}, "excluded": {}}),
+    lambda: kernel_choice._measurement({"seconds": {"apart": -1}, "excluded": {}}),
 )
 
 

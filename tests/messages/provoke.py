@@ -154,7 +154,7 @@ UNREACHABLE = {
     "baselines.py FasterOfTwo.conv RuntimeError": "of a baseline, during the capture of a graph",
     "serialize.py _encode_modules ValueError": "torch.fx keeps what is no tensor as a constant",
     "export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
-    "group_kernels.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
+    "fused.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
     "shell.py _build_parts TraceError": "caught two lines below: the parts inside are tried",
 }
 """By what is raised, or by the place: why no user meets this ``raise``."""

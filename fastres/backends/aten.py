@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .graph.fold import Weights
-from .graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
-from .graph.patterns import Arrangement, Group, singly
-from .graph.plan import Plan, Shape
+from ..graph.fold import Weights
+from ..graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
+from ..graph.patterns import Arrangement, Group, singly
+from ..graph.plan import Plan, Shape
 from .memory_format import to_contiguous, unchanged
 
 

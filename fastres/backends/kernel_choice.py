@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from .files import atomic_write, check_target, read_text
-from .graph.patterns import Case
-from .group_kernels import EXPERIMENTAL, KERNELS
-from .tables import shipped
+from ..files import atomic_write, check_target, read_text
+from ..graph.patterns import Case
+from .fused import EXPERIMENTAL, KERNELS
+from .kernel_table import shipped
 
 FORMAT = 1
 APART = "apart"
@@ -163,7 +163,7 @@ def machine(device: torch.device) -> str:
     """What a measurement holds for: the GPU, its driver and the versions of all that runs."""
     from importlib import metadata
 
-    from .version import __version__
+    from ..version import __version__
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
     try:

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .aten_ops import conv_precision, residual_fits
-from .graph.ir import Conv2d
-from .graph.patterns import Arrangement, Group, bottleneck_tail, convolution, flat
-from .graph.plan import Plan, Shape
-from .group_kernels import (
+from ..graph.ir import Conv2d
+from ..graph.patterns import Arrangement, Group, bottleneck_tail, convolution, flat
+from ..graph.plan import Plan, Shape
+from .aten import conv_precision, residual_fits
+from .fused import (
     EXPERIMENTAL,
     Cudnn,
     FusedCall,
@@ -34,7 +34,7 @@ from .group_kernels import (
     same_pixels,
 )
 from .memory_format import CHANNELS_LAST, NHWC, Layout
-from .triton_ops import TritonOps
+from .triton import TritonOps
 
 HWNC = Layout((2, 3, 0, 1), (2, 3, 0, 1))
 
@@ -56,7 +56,7 @@ class ConvHwnc(FusedKernel):
     def supports(
         self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
     ) -> bool:
-        from .kernels.experimental import hwnc
+        from ..kernels.experimental import hwnc
 
         op = conv_of(group.steps[0])
         square = op.stride[0] == op.stride[1] and op.padding[0] == op.padding[1] < min(op.kernel)
@@ -64,7 +64,7 @@ class ConvHwnc(FusedKernel):
         return plain and bool(hwnc.supports(op.in_channels, op.out_channels, dtype))
 
     def run(self, call: FusedCall) -> Outputs:
-        from .kernels.experimental import hwnc
+        from ..kernels.experimental import hwnc
 
         (step,) = call.group.steps
         (weight, bias), op = call.weights[0], conv_of(step)
@@ -86,7 +86,7 @@ class ConvHwnc(FusedKernel):
         return (HWNC.images(y),)
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
-        from .kernels.experimental import hwnc
+        from ..kernels.experimental import hwnc
 
         (step,) = group.steps
         op, (n, k, p, q) = conv_of(step), sizes.of(step.name)
@@ -110,7 +110,7 @@ class BottleneckHwnc(FusedKernel):
         self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
     ) -> bool:
         try:
-            from .kernels.experimental import bottleneck_hwnc as block
+            from ..kernels.experimental import bottleneck_hwnc as block
         except ImportError:  # a Triton whose Gluon has another form
             return False
         conv, expand, *reduce = map(conv_of, group.steps)
@@ -124,7 +124,7 @@ class BottleneckHwnc(FusedKernel):
         return bool(runs and block.supports(*widths, dtype, machine))
 
     def run(self, call: FusedCall) -> Outputs:
-        from .kernels.experimental.bottleneck_hwnc import bottleneck_hwnc
+        from ..kernels.experimental.bottleneck_hwnc import bottleneck_hwnc
 
         conv, expand, *reduce = call.group.steps
         (t,) = call.operands(conv)
@@ -141,7 +141,7 @@ class BottleneckHwnc(FusedKernel):
         return tuple(HWNC.images(named[name]) for name in call.group.outputs)  # type: ignore[arg-type]
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
-        from .kernels.experimental import bottleneck_hwnc as block
+        from ..kernels.experimental import bottleneck_hwnc as block
 
         conv, expand, *reduce = group.steps
         n, _, p, q = sizes.of(conv.name)

@@ -3,7 +3,7 @@
 A class owns all that is to be known of its kernel: the steps that it takes, what it supports, what
 it prepares, its launch, its cost. The first line of its docstring is its line in the documentation.
 To add one: the kernel's file, a class here in :data:`FUSED_KERNELS`, its test, its benchmark and,
-once it was measured to be faster, a rule of :mod:`fastres.tables`.
+once it was measured to be faster, a rule of :mod:`fastres.backends.kernel_table`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .aten_ops import CudnnOps, conv_precision, matmul_precision, residual_fits
-from .graph.ir import Conv2d, Linear, MaxPool2d, Operation
-from .graph.patterns import (
+from ..graph.ir import Conv2d, Linear, MaxPool2d, Operation
+from ..graph.patterns import (
     Group,
     Shapes,
     convolution,
@@ -28,7 +27,8 @@ from .graph.patterns import (
     pool_linear,
     stem_pool,
 )
-from .graph.plan import Shape, Step
+from ..graph.plan import Shape, Step
+from .aten import CudnnOps, conv_precision, matmul_precision, residual_fits
 from .memory_format import CHANNELS_LAST, NHWC, Layout
 
 Outputs = tuple[Tensor, ...] | None
@@ -377,7 +377,7 @@ EXPERIMENTAL: dict[str, str] = {
     "bottleneck_hwnc": "3x3 of 64 channels, expansion, sum and the next reduction, in [H, W, N, C]",
     "conv2d_hwnc": "convolution in the layout [H, W, N, C], and that layout for the whole network",
 }
-"""Kernels of :mod:`fastres.fused_experimental`, which run only where FASTRES_KERNELS names them."""
+"""Kernels of :mod:`fastres.backends.fused_experimental`, which run only where FASTRES_KERNELS names them."""
 
 
 def conv_of(step: Step) -> Conv2d:

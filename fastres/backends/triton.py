@@ -1,7 +1,7 @@
 """fastres' own Triton kernels as a backend: one for each operation, and those for groups of steps.
 
 Which groups there are, and by which kernel, is decided for each size of the inputs by
-:mod:`fastres.choices`; the kernels for groups are in :mod:`fastres.group_kernels`.
+:mod:`fastres.backends.kernel_choice`; the kernels for groups are in :mod:`fastres.backends.fused`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .aten_ops import AtenOps, conv_precision, matmul_precision
-from .choices import Choices, standard
-from .errors import BackendError
-from .graph.fold import Weights
-from .graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
-from .graph.patterns import Arrangement, Group, Pattern, arrange, candidates, case_of
-from .graph.plan import Plan, Shape
-from .group_kernels import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
+from ..errors import BackendError
+from ..graph.fold import Weights
+from ..graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
+from ..graph.patterns import Arrangement, Group, Pattern, arrange, candidates, case_of
+from ..graph.plan import Plan, Shape
+from .aten import AtenOps, conv_precision, matmul_precision
+from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
+from .kernel_choice import Choices, standard
 from .memory_format import CHANNELS_LAST, NHWC, Layout
 
 
@@ -41,7 +41,7 @@ class TritonOps(AtenOps):
 
     def __init__(self, *, cudnn: bool = False, choices: Choices | None = None) -> None:
         try:
-            from . import kernels
+            from .. import kernels
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels

@@ -8,11 +8,11 @@ from functools import cache
 
 import torch
 
-from .aten_ops import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
-from .choices import FORCE_VARIABLE, Choices, forced
-from .errors import BackendError
-from .group_kernels import EXPERIMENTAL
-from .triton_ops import TritonOps
+from ..errors import BackendError
+from .aten import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
+from .fused import EXPERIMENTAL
+from .kernel_choice import FORCE_VARIABLE, Choices, forced
+from .triton import TritonOps
 
 __all__ = [
     "BACKENDS",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .graph.patterns import Case
+from ..graph.patterns import Case
 
 HALF = ("half",)
 TENSOR = ("half", "tf32")
