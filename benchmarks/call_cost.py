@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from fastres import create_model, fast_model, live, optimize
+from fastres import create_model, fast_model, optimize
+from fastres.runtime import live
 from fastres.timing import Samples
 
 SHAPE = (1, 3, 32, 32)
@@ -86,13 +87,13 @@ class _Torch:
 
 
 def stubbed_graphs() -> ModuleType:
-    """fastres.cuda_graph as it stands, for CPU tensors and the stub of torch.cuda."""
-    spec = importlib.util.find_spec("fastres.cuda_graph")
+    """fastres.runtime.cuda_graph as it stands, for CPU tensors and the stub of torch.cuda."""
+    spec = importlib.util.find_spec("fastres.runtime.cuda_graph")
     assert spec is not None
     assert spec.origin is not None
     source = Path(spec.origin).read_text()
     if '"cuda"' not in source:
-        raise RuntimeError("fastres.cuda_graph no longer asks for the device 'cuda'")
+        raise RuntimeError("fastres.runtime.cuda_graph no longer asks for the device 'cuda'")
     module = ModuleType("fastres.cuda_graph_stubbed")
     module.__package__ = "fastres"
     sys.modules[module.__name__] = module  # dataclasses look it up

@@ -38,8 +38,8 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .runtime.verify import Verification, verify
 from .serialize import load, save
-from .verify import Verification, verify
 from .version import __version__ as __version__
 
 __all__ = [

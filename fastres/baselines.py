@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from .backends.select import AtenOps, CudnnOps
-from .cuda_graph import GraphRunner
-from .engine import Executor
 from .errors import FastresError
 from .graph import plan
 from .graph.ir import Conv2d
+from .runtime.cuda_graph import GraphRunner
+from .runtime.executor import Executor
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 

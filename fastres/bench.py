@@ -28,8 +28,8 @@ from .report import Report
 from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError, Probe
 from .roofline import Ceilings, roofline
+from .runtime.verify import rms
 from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
-from .verify import rms
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"

@@ -21,18 +21,18 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .backends.select import check_backend, select_ops
-from .cuda_graph import GraphRunner
-from .engine import Executor
 from .errors import FoldError
 from .fast_model import FastModel
 from .graph import fold, plan, trace
 from .graph.ir import Call, Conv2d, Ref, attribute
 from .graph.modules import unwrapped
 from .graph.plan import Plan
-from .guards import WATCHES, Change, Watch
-from .live import LiveModule
+from .runtime.cuda_graph import GraphRunner
+from .runtime.executor import Executor
+from .runtime.guards import WATCHES, Change, Watch
+from .runtime.live import LiveModule
+from .runtime.verify import judge
 from .shell import FastShell
-from .verify import judge
 
 Compiled: TypeAlias = Callable[..., Any]
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

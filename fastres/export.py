@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_du
 from .errors import MissingDependencyError, VerificationError
 from .fast_model import FastModel, in_float64
 from .files import atomic_write, check_target, exiting_on_signals
+from .runtime.verify import _check_structure, compare
 from .shell import FastShell
-from .verify import _check_structure, compare
 
 FORMATS = (".onnx", ".pt2")
 ONNX_DTYPES = (torch.float32, torch.float16)  # those whose convolutions onnxruntime can run

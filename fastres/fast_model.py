@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from . import portable
 from .backends.select import select_ops
-from .cuda_graph import GraphRunner, warm_up
-from .engine import Executor
 from .errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
 from .graph.fold import Weights
 from .graph.ir import Call, Conv2d
 from .graph.plan import Plan, Step, kept_names, parameter_paths
-from .guards import GRADIENT, ambient_reason, in_functorch
-from .verify import Verification
+from .runtime.cuda_graph import GraphRunner, warm_up
+from .runtime.executor import Executor
+from .runtime.guards import GRADIENT, ambient_reason, in_functorch
+from .runtime.verify import Verification
 
 
 class FastModel(nn.Module):

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from .graph import trace
 from .graph.modules import unwrapped
-from .live import LiveModule
+from .runtime.live import LiveModule
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from .graph.fold import fold_step
 from .graph.ir import Conv2d, Linear, attribute
 from .graph.modules import duplicate, unwrapped
 from .graph.plan import Plan, parameter_paths
-from .guards import Change, Watch, heeds_training
+from .runtime.guards import Change, Watch, heeds_training
+from .runtime.verify import Verification, copied, undisturbed, verify, verify_steps
 from .shell import FastShell
-from .verify import Verification, copied, undisturbed, verify, verify_steps
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

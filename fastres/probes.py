@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from .backends.aten import AtenOps
 from .backends.select import select_ops
 from .baselines import SHORT
-from .engine import Executor
 from .environment import gpu_state
 from .fast_model import FastModel
 from .graph import plan
@@ -30,6 +29,7 @@ from .graph.ir import Flatten, Parameter, Ref
 from .graph.plan import Plan, Step
 from .results import ColdStart, LayerTime, Probe
 from .roofline import Ceilings, roofline
+from .runtime.executor import Executor
 from .timing import captured
 
 Model = Callable[[Tensor], Tensor]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_state_dict
 from .errors import UnknownModelError
-from .live import LiveModule
+from .runtime.live import LiveModule
 from .weights import required_arguments, resolve_weights
 
 __all__ = [

@@ -24,8 +24,8 @@ from .fast_model import FastModel, with_signature
 from .files import check_target
 from .graph.ir import Call, Conv2d, Linear, Parameter
 from .graph.plan import Plan, kept_names
+from .runtime.verify import Verification
 from .shell import FastShell
-from .verify import Verification
 
 FORMAT = 1
 SUFFIXES = (".safetensors",)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .backends.memory_format import is_channels_last, to_contiguous
-from .cuda_graph import warm_up
 from .errors import FrozenError, VerificationError
 from .fast_model import FastModel, forward_showing
 from .graph.effects import outside_owners
@@ -29,8 +28,9 @@ from .graph.ir import Call
 from .graph.modules import duplicate, sketch
 from .graph.plan import Plan, Step
 from .graph.trace import TraceError, opaque_reason
-from .guards import Change, Watch
-from .verify import Verification, rms
+from .runtime.cuda_graph import warm_up
+from .runtime.guards import Change, Watch
+from .runtime.verify import Verification, rms
 
 MAX_KINDS = 64
 

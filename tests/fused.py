@@ -10,8 +10,8 @@ from helpers import hostile_, real_images
 from torch import Tensor, nn
 
 from fastres import BasicBlock, ResNet
-from fastres.engine import Executor
 from fastres.graph.plan import Plan
+from fastres.runtime.executor import Executor
 
 
 def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:

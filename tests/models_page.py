@@ -25,8 +25,8 @@ from zoo import CASES, KERAS_CASES, Case, left_names
 import fastres
 from fastres.baselines import Plain
 from fastres.environment import environment
+from fastres.runtime.verify import Verification
 from fastres.timing import Method, Samples, measure
-from fastres.verify import Verification
 
 KEPT = Path(__file__).parents[1] / "out" / "models.json"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -9,8 +9,8 @@ import torch
 import fastres
 from fastres.backends.kernel_choice import Choices, only
 from fastres.backends.select import triton_ops
-from fastres.engine import Executor
 from fastres.graph.plan import of_module
+from fastres.runtime.executor import Executor
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter

@@ -132,7 +132,7 @@ def test_eager_never_runs_the_fused_engine(model, images, monkeypatch):
     def fused(self, x):
         raise AssertionError("the engine ran")
 
-    monkeypatch.setattr("fastres.live.LiveModule._dispatch", fused)
+    monkeypatch.setattr("fastres.runtime.live.LiveModule._dispatch", fused)
     with torch.inference_mode():
         eager(model, torch.float32, NCHW)(images[0])
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks import call_cost
-from fastres import cuda_graph, fast_model, live
+from fastres import fast_model
+from fastres.runtime import cuda_graph, live
 
 MOST = 250e-6
 """Ten times the goal: a shared and busy machine is several times slower than a quiet one, and what

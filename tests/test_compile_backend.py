@@ -177,15 +177,15 @@ def test_nonsense_statistics_run_as_pytorch_with_a_warning(model, images):
 
 def test_a_wrong_answer_is_noticed_at_the_first_call(model, images, monkeypatch):
     """The whole of the fold could be wrong: here every bias is dropped."""
-    from fastres import engine
+    from fastres.runtime import executor
 
-    real = engine.fold_step
+    real = executor.fold_step
 
     def biasless(*args):
         weight, bias = real(*args)
         return weight, None if bias is None else bias * 0
 
-    monkeypatch.setattr(engine, "fold_step", biasless)
+    monkeypatch.setattr(executor, "fold_step", biasless)
     compiled = torch.compile(model, backend=backend)
     with pytest.warns(UserWarning, match="leaves this graph to PyTorch: error"):
         assert_same(compiled, model, images)

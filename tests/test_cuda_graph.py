@@ -11,10 +11,10 @@ from fused import small
 import fastres
 from benchmarks import call_cost
 from benchmarks.call_cost import stubbed_graphs
-from fastres import cuda_graph
 from fastres.backends import select
-from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
+from fastres.runtime import cuda_graph
+from fastres.runtime.executor import Executor
 
 CL = torch.channels_last
 

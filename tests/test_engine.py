@@ -10,10 +10,10 @@ from torch import nn
 
 from fastres.backends import select
 from fastres.backends.select import AtenOps, OneDNNOps, select_ops
-from fastres.engine import Executor
 from fastres.errors import BackendError, FoldError
 from fastres.graph import fold, plan, trace
 from fastres.graph.ir import Conv2d, Flatten
+from fastres.runtime.executor import Executor
 
 CPU = torch.device("cpu")
 onednn = pytest.mark.skipif(
@@ -167,7 +167,8 @@ def test_checks_are_done_once_for_each_shape(monkeypatch):
     calls = []
     check = Executor._checked_schedule.__globals__["check_inputs"]
     monkeypatch.setattr(
-        "fastres.engine.check_inputs", lambda *a: calls.append(a[1]["x"].shape) or check(*a)
+        "fastres.runtime.executor.check_inputs",
+        lambda *a: calls.append(a[1]["x"].shape) or check(*a),
     )
     with torch.no_grad():
         for size in (8, 9, 8, 8, 9):

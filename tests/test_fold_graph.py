@@ -8,9 +8,9 @@ from torch import nn
 
 from fastres import resnet18
 from fastres.backends.select import AtenOps
-from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
 from fastres.graph.ir import BatchNorm2d, Call, Conv2d
+from fastres.runtime.executor import Executor
 
 
 def run(module: nn.Module, *inputs):

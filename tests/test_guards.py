@@ -11,8 +11,8 @@ from torch.nn.modules import module as nn_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres import guards
-from fastres.guards import Change, Watch
+from fastres.runtime import guards
+from fastres.runtime.guards import Change, Watch
 
 
 class Kind(Tensor):

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastres import ResNet, live
+from fastres import ResNet
+from fastres.runtime import live
 
 
 class Subclass(Tensor):

@@ -8,7 +8,7 @@ import torch
 from helpers import hostile_
 
 import fastres
-from fastres.cuda_graph import GraphRunner
+from fastres.runtime.cuda_graph import GraphRunner
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import torch
 from fused import assert_close, assert_fused, assert_plain, executions, images, plain, small
 from torch import nn
 
-from fastres import FastresError, ResNet, engine
+from fastres import FastresError, ResNet
 from fastres.backends import select
+from fastres.runtime import executor
 
 CHANNELS_LAST = torch.channels_last
 
@@ -136,13 +137,13 @@ def test_row2_images_smaller_than_a_window():
     model.conv1 = nn.Conv2d(3, 8, 7, bias=False).eval()
     assert_fused(model, images(2, 7))
     message = r"image is too small: input \(2, 3, 6, 6\) leaves \(0, 0\) pixels at conv1"
-    with torch.no_grad(), pytest.raises(engine.InputError, match=message):
+    with torch.no_grad(), pytest.raises(executor.InputError, match=message):
         model(images(2, 6))
 
 
 def test_row22_weights_elsewhere():
     model = small().to("meta")
-    with torch.no_grad(), pytest.raises(engine.InputError, match="x must be on meta.*got cpu"):
+    with torch.no_grad(), pytest.raises(executor.InputError, match="x must be on meta.*got cpu"):
         model(images())
     assert_fused(hostile_again(model), images())
 

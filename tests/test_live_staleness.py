@@ -225,7 +225,7 @@ def test_row35_unchanged_weights_are_folded_once(monkeypatch):
     folds = []
     refold = type(model._live()._runners.popitem()[1].executor).refold
     monkeypatch.setattr(
-        "fastres.engine.Executor.refold", lambda self: folds.append(1) or refold(self)
+        "fastres.runtime.executor.Executor.refold", lambda self: folds.append(1) or refold(self)
     )
     for size in (16, 24, 16):
         assert_fused(model, images(size=size))

@@ -9,7 +9,7 @@ from helpers import hostile_, real_images
 
 import fastres
 from fastres.graph import fold
-from fastres.verify import verify_steps
+from fastres.runtime.verify import verify_steps
 
 SLOW = {"resnet152", "wide_resnet50_2", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2"}
 # Seeds: many where a network is small. Steps: convolutions and the classifier.

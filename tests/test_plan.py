@@ -11,10 +11,10 @@ from torch import nn
 
 import fastres
 from fastres.backends.select import AtenOps
-from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
 from fastres.graph.ir import Add, BatchNorm2d, Conv2d, Flatten, Linear, ReLU, refs
 from fastres.graph.plan import Plan
+from fastres.runtime.executor import Executor
 
 
 def build(model: nn.Module) -> Plan:

@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.optimizer import Optimizer
 
 import fastres
-from fastres import engine, guards
 from fastres.errors import FoldError
+from fastres.runtime import executor, guards
 
 CONVOLUTIONS = {
     "conv1.weight",
@@ -27,13 +27,13 @@ CONVOLUTIONS = {
 def folds(monkeypatch):
     """The weight tensors that are folded, in order."""
     made = []
-    fold_step = engine.fold_step
+    fold_step = executor.fold_step
 
     def counted(op, lookup, dtype):
         made.append(lookup(op.weight))
         return fold_step(op, lookup, dtype)
 
-    monkeypatch.setattr(engine, "fold_step", counted)
+    monkeypatch.setattr(executor, "fold_step", counted)
     return made
 
 

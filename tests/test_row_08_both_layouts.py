@@ -7,7 +7,7 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres.verify import verify_steps
+from fastres.runtime.verify import verify_steps
 
 
 class Kept(nn.Module):

@@ -17,10 +17,11 @@ import pytest
 import torch
 from fused import small
 
-from fastres import bench, live
-from fastres.cuda_graph import GraphRunner
-from fastres.engine import Executor
+from fastres import bench
 from fastres.report import Report
+from fastres.runtime import live
+from fastres.runtime.cuda_graph import GraphRunner
+from fastres.runtime.executor import Executor
 from fastres.timing import Method
 
 ROOT = Path(__file__).parents[1]

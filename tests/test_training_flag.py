@@ -11,7 +11,7 @@ from torch import nn
 from torch.ao.nn import intrinsic
 
 import fastres
-from fastres.guards import heeds_training
+from fastres.runtime.guards import heeds_training
 
 
 class Scale(nn.Module):

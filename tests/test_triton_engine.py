@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastres
 from fastres.backends import select
-from fastres.engine import Executor
 from fastres.graph.ir import Conv2d, Linear
+from fastres.runtime.executor import Executor
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.interpreter
@@ -110,7 +110,7 @@ def test_cifar_network_with_projections(device, launches):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_by_steps(device, launches, dtype):
-    from fastres.verify import verify_steps
+    from fastres.runtime.verify import verify_steps
 
     model = small(backend="triton").to(device, dtype)
     x = real_images(1, 16).to(device, dtype)

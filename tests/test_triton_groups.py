@@ -18,8 +18,8 @@ from fastres.backends.fused import EXPERIMENTAL, KERNELS
 from fastres.backends.kernel_choice import Choices, only
 from fastres.backends.select import triton_ops
 from fastres.backends.triton import TritonOps
-from fastres.engine import Executor
 from fastres.graph import fold, plan, trace
+from fastres.runtime.executor import Executor
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter

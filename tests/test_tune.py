@@ -11,9 +11,9 @@ import fastres
 from fastres import Bottleneck, ResNet, cli, tuner
 from fastres.backends.kernel_choice import load
 from fastres.backends.triton import TritonOps
-from fastres.engine import Executor
 from fastres.errors import BackendError
 from fastres.graph.plan import of_module
+from fastres.runtime.executor import Executor
 from fastres.tuner import trials, tune
 
 kernels = pytest.importorskip("fastres.kernels")

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.verify import judge, product_eps, verify_steps
+from fastres.runtime.verify import judge, product_eps, verify_steps
 
 
 def rounded(values, dtype=torch.float32):

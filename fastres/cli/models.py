@@ -65,8 +65,8 @@ def verify(
         raise ValueError(f"--images go with a Keras file; got {model!r}")
     from ..bench import Plain, calibrate_, parse_device, parse_dtype, random_images
     from ..optimize import optimize
-    from ..verify import verify as compare
-    from ..verify import verify_steps
+    from ..runtime.verify import verify as compare
+    from ..runtime.verify import verify_steps
 
     where, kind = parse_device(device), parse_dtype(dtype)
     network = _network(model, weights, checkpoint)

@@ -15,12 +15,12 @@ from helpers import real_images
 from torch import nn
 
 import fastres
-from fastres import live
 from fastres.backends import kernel_choice, select
 from fastres.compile_backend import fastres as compile_backend
 from fastres.features import features
 from fastres.graph import fold
 from fastres.preprocess import Normalize
+from fastres.runtime import live
 from messages.provoke import add, case
 
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .graph.ir import attribute
+from ..graph.ir import attribute
 
 GRADIENT = "a gradient is wanted"
 _unfused = ContextVar("unfused", default=False)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.select import check_backend, select_ops
+from ..backends.select import check_backend, select_ops
+from ..errors import FoldError, InputError
+from ..graph import plan, trace
+from ..graph.ir import attribute
+from ..graph.plan import Plan
 from .cuda_graph import GraphRunner, warm_up
-from .engine import Executor
-from .errors import FoldError, InputError
-from .graph import plan, trace
-from .graph.ir import attribute
-from .graph.plan import Plan
+from .executor import Executor
 from .guards import GRADIENT, Change, Watch, ambient_reason, busy_reason, pytorch_reason
 
 ExecutorKey = tuple[str, torch.device, torch.dtype]

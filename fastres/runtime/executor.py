@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends.aten import AtenOps, residual_fits
-from .backends.memory_format import is_channels_last, to_channels_last
-from .errors import InputError, InputTypeError
-from .graph.fold import Weights, fold_step
-from .graph.ir import (
+from ..backends.aten import AtenOps, residual_fits
+from ..backends.memory_format import is_channels_last, to_channels_last
+from ..errors import InputError, InputTypeError
+from ..graph.fold import Weights, fold_step
+from ..graph.ir import (
     Add,
     AvgPool2d,
     BatchNorm2d,
@@ -34,8 +34,8 @@ from .graph.ir import (
     attribute,
     substitute,
 )
-from .graph.patterns import Arrangement, Group, singly
-from .graph.plan import Plan, Shape, Step, parameter_paths
+from ..graph.patterns import Arrangement, Group, singly
+from ..graph.plan import Plan, Shape, Step, parameter_paths
 
 Restore = Callable[[Any], Any]
 Observer = Callable[[Step, list[Any], Any], None]

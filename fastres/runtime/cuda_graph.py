@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .backends.aten import conv_precision, matmul_precision
-from .backends.memory_format import CHANNELS_LAST, is_channels_last
-from .engine import Executor
+from ..backends.aten import conv_precision, matmul_precision
+from ..backends.memory_format import CHANNELS_LAST, is_channels_last
+from .executor import Executor
 
 Key: TypeAlias = tuple[Any, ...]
 

@@ -27,13 +27,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .backends.aten import conv_precision, cudnn_benchmarking, matmul_precision
-from .engine import Executor
-from .errors import VerificationError
-from .graph.fold import unnormalised_conv
-from .graph.ir import BatchNorm2d, Conv2d, Linear, attribute
-from .graph.modules import duplicate, uncopiable
-from .graph.plan import Step, describe
+from ..backends.aten import conv_precision, cudnn_benchmarking, matmul_precision
+from ..errors import VerificationError
+from ..graph.fold import unnormalised_conv
+from ..graph.ir import BatchNorm2d, Conv2d, Linear, attribute
+from ..graph.modules import duplicate, uncopiable
+from ..graph.plan import Step, describe
+from .executor import Executor
 from .guards import unfused
 
 # Draws of a rounding error: of fewer, an estimate of its size can be wrong by two; and how many are

@@ -1,0 +1,6 @@
+"""Runs plans.
+
+executor walks the steps, cuda_graph captures and replays it, guards say whether a call may be fused
+and whether weights changed, live joins them into LiveModule, verify compares two modules against
+float64. Knows no model.
+"""
