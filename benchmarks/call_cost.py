@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from fastres import create_model, fast_model, optimize
+from fastres import create_model, optimize
+from fastres.frontends import fast_model
 from fastres.runtime import live
 from fastres.timing import Samples
 

@@ -19,7 +19,7 @@ from fastres.backends.aten import cudnn_benchmarking
 from fastres.backends.kernel_choice import FORCE_VARIABLE
 from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
-from fastres.fast_model import FastModel
+from fastres.frontends.fast_model import FastModel
 from fastres.kernels import _common
 from fastres.presets import AUTOTUNED, Spec
 from fastres.probes import cold_starts, peak_bytes

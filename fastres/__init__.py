@@ -6,14 +6,14 @@
 
 from .bench import benchmark
 from .checkpoint import load_checkpoint, save_checkpoint
-from .compile_backend import refresh
 from .describe import Summary, summary
 from .errors import FastresError
 from .export import export
 from .features import Features, features
+from .frontends.dynamo import refresh
+from .frontends.optimize import FastModel, optimize
 from .graph.diagram import plot_model
 from .keras_import import from_keras
-from .optimize import FastModel, optimize
 from .preprocess import Normalize
 from .resnet import (
     BasicBlock,

@@ -20,8 +20,8 @@ from .backends.aten import cudnn_benchmarking
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
 from .environment import native_bf16
 from .errors import UnknownModelError
-from .fast_model import FastModel
-from .optimize import optimize
+from .frontends.fast_model import FastModel
+from .frontends.optimize import optimize
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
 from .report import Report

@@ -32,7 +32,7 @@ from .bench import (
 )
 from .digits import digits_split, load_digits_model
 from .errors import MissingDependencyError
-from .optimize import optimize
+from .frontends.optimize import optimize
 from .report import Report
 from .resnet import ResNet, create_model
 from .results import Case, Check, Picture

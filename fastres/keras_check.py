@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .errors import CheckpointError, MissingDependencyError
+from .frontends.optimize import optimize
 from .keras_file import KerasFile
 from .keras_import import from_keras
-from .optimize import optimize
 
 # Of the largest output; a deep ResNet of two libraries differs by about 1e-6.
 TOLERANCE = 1e-4

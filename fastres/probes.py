@@ -23,7 +23,7 @@ from .backends.aten import AtenOps
 from .backends.select import select_ops
 from .baselines import SHORT
 from .environment import gpu_state
-from .fast_model import FastModel
+from .frontends.fast_model import FastModel
 from .graph import plan
 from .graph.ir import Flatten, Parameter, Ref
 from .graph.plan import Plan, Step

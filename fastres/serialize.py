@@ -20,12 +20,12 @@ from . import plan_json
 from .backends.select import check_backend
 from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
-from .fast_model import FastModel, with_signature
 from .files import check_target
+from .frontends.fast_model import FastModel, with_signature
+from .frontends.fast_shell import FastShell
 from .graph.ir import Call, Conv2d, Linear, Parameter
 from .graph.plan import Plan, kept_names
 from .runtime.verify import Verification
-from .shell import FastShell
 
 FORMAT = 1
 SUFFIXES = (".safetensors",)

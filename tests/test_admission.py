@@ -19,11 +19,11 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
-from fastres.compile_backend import fastres as compile_backend
 from fastres.errors import VerificationError
+from fastres.frontends.dynamo import fastres as compile_backend
+from fastres.frontends.optimize import check_against
 from fastres.graph.fold import fold_step
 from fastres.graph.ir import Conv2d, attribute
-from fastres.optimize import check_against
 
 ROOT = Path(__file__).parents[1]
 HALVES = [torch.float16, torch.bfloat16]

@@ -13,8 +13,8 @@ from fastres.backends.select import AtenOps, CudnnOps, conv_precision, matmul_pr
 from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
+from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
-from fastres.optimize import optimize
 from fastres.presets import Spec
 from fastres.report import started
 from fastres.resnet import create_model, list_models

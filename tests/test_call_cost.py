@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import call_cost
-from fastres import fast_model
+from fastres.frontends import fast_model
 from fastres.runtime import cuda_graph, live
 
 MOST = 250e-6

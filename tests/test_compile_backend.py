@@ -16,7 +16,7 @@ from torch import nn
 from tutorials import MnistResNet18
 
 from fastres import Bottleneck, ResNet
-from fastres.compile_backend import fastres as backend
+from fastres.frontends.dynamo import fastres as backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -211,7 +211,7 @@ def test_the_entry_point(tmp_path):
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["entry-points"]["torch_dynamo_backends"]
-    assert declared == {"fastres": "fastres.compile_backend:fastres"}
+    assert declared == {"fastres": "fastres.frontends.dynamo:fastres"}
     info = tmp_path / "fastres-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: fastres\nVersion: 0\n")

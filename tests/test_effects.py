@@ -10,8 +10,8 @@ from helpers import hostile_
 from torch import nn
 
 import fastres
+from fastres.frontends.fast_shell import FastShell
 from fastres.graph.trace import TraceError, trace
-from fastres.shell import FastShell
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from zoo import CASES, left_names
 
 import fastres
-from fastres.shell import FastShell
+from fastres.frontends.fast_shell import FastShell
 
 
 def doubled(value):

@@ -14,8 +14,8 @@ from tutorials import MnistResNet18
 from zoo import CASES
 
 import fastres
+from fastres.frontends.fast_shell import FastShell
 from fastres.graph.trace import TraceError
-from fastres.shell import FastShell
 
 HUGGING_FACE = next(case for case in CASES if case.name.endswith("basic"))
 

@@ -14,7 +14,7 @@ from zoo import _huggingface
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.shell import FastShell
+from fastres.frontends.fast_shell import FastShell
 
 
 def block(ins=3, outs=8):

@@ -12,7 +12,7 @@ from .console import ERR, OUT, AsJson, Checkpoint, OwnSize, Weights, print_json
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..fast_model import FastModel
+    from ..frontends.fast_model import FastModel
 
 Source = Annotated[
     str,
@@ -169,8 +169,8 @@ def _fused(
 ) -> FastModel:
     """The network, folded in ``dtype`` and compared with its source on images of this size."""
     from ..bench import calibrate_, parse_dtype
-    from ..fast_model import FastModel
-    from ..optimize import optimize
+    from ..frontends.fast_model import FastModel
+    from ..frontends.optimize import optimize
     from ..resnet import ResNet
 
     kind = None if dtype is None else parse_dtype(dtype)

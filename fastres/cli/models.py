@@ -64,7 +64,7 @@ def verify(
     if images:
         raise ValueError(f"--images go with a Keras file; got {model!r}")
     from ..bench import Plain, calibrate_, parse_device, parse_dtype, random_images
-    from ..optimize import optimize
+    from ..frontends.optimize import optimize
     from ..runtime.verify import verify as compare
     from ..runtime.verify import verify_steps
 
@@ -155,7 +155,7 @@ def summary(
 ) -> None:
     """Modules, shapes, parameters and operations of the network before it is folded."""
     from ..describe import summary as describe
-    from ..fast_model import FastModel
+    from ..frontends.fast_model import FastModel
     from .files import image_shape, read_network
 
     network = read_network(source, size, checkpoint=checkpoint)
@@ -181,7 +181,7 @@ def plan(
 ) -> None:
     """The steps that inference runs: what is fused, what is left to PyTorch and why."""
     from ..bench import parse_device, parse_dtype
-    from ..optimize import optimize
+    from ..frontends.optimize import optimize
 
     network = _network(model, None, checkpoint).to(parse_device(device))
     fast = optimize(network, dtype=parse_dtype(dtype), backend=backend, verify=False)

@@ -36,7 +36,7 @@ NORM_ACTS = tuple(
     for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 )
 NORMALIZE = ("fastres.preprocess.Normalize",)
-FUSED = ("fastres.fast_model.FastModel", "fastres.shell.FastShell")
+FUSED = ("fastres.frontends.fast_model.FastModel", "fastres.frontends.fast_shell.FastShell")
 IDENTITIES = (
     nn.Identity,
     nn.Dropout,

@@ -16,8 +16,8 @@ from torch import nn
 
 import fastres
 from fastres.backends import kernel_choice, select
-from fastres.compile_backend import fastres as compile_backend
 from fastres.features import features
+from fastres.frontends.dynamo import fastres as compile_backend
 from fastres.graph import fold
 from fastres.preprocess import Normalize
 from fastres.runtime import live
@@ -266,7 +266,7 @@ def _() -> None:
 @case("optimize: a step that is wrong")
 def _() -> None:
     right = SimpleNamespace(ok=True, finite=True)
-    with mock.patch("fastres.optimize.verify", return_value=right):
+    with mock.patch("fastres.frontends.optimize.verify", return_value=right):
         wrong_fold(torch.bfloat16)
 
 

@@ -155,7 +155,7 @@ UNREACHABLE = {
     "serialize.py _encode_modules ValueError": "torch.fx keeps what is no tensor as a constant",
     "export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
     "fused.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
-    "shell.py _build_parts TraceError": "caught two lines below: the parts inside are tried",
+    "fast_shell.py _build_parts TraceError": "caught two lines below: the parts inside are tried",
 }
 """By what is raised, or by the place: why no user meets this ``raise``."""
 

@@ -20,19 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .backends.select import check_backend, select_ops
-from .errors import FoldError
+from ..backends.select import check_backend, select_ops
+from ..errors import FoldError
+from ..graph import fold, plan, trace
+from ..graph.ir import Call, Conv2d, Ref, attribute
+from ..graph.modules import unwrapped
+from ..graph.plan import Plan
+from ..runtime.cuda_graph import GraphRunner
+from ..runtime.executor import Executor
+from ..runtime.guards import WATCHES, Change, Watch
+from ..runtime.live import LiveModule
+from ..runtime.verify import judge
 from .fast_model import FastModel
-from .graph import fold, plan, trace
-from .graph.ir import Call, Conv2d, Ref, attribute
-from .graph.modules import unwrapped
-from .graph.plan import Plan
-from .runtime.cuda_graph import GraphRunner
-from .runtime.executor import Executor
-from .runtime.guards import WATCHES, Change, Watch
-from .runtime.live import LiveModule
-from .runtime.verify import judge
-from .shell import FastShell
+from .fast_shell import FastShell
 
 Compiled: TypeAlias = Callable[..., Any]
 _MODES = (None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")

@@ -20,17 +20,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from .backends.memory_format import is_channels_last, to_contiguous
-from .errors import FrozenError, VerificationError
+from ..backends.memory_format import is_channels_last, to_contiguous
+from ..errors import FrozenError, VerificationError
+from ..graph.effects import outside_owners
+from ..graph.ir import Call
+from ..graph.modules import duplicate, sketch
+from ..graph.plan import Plan, Step
+from ..graph.trace import TraceError, opaque_reason
+from ..runtime.cuda_graph import warm_up
+from ..runtime.guards import Change, Watch
+from ..runtime.verify import Verification, rms
 from .fast_model import FastModel, forward_showing
-from .graph.effects import outside_owners
-from .graph.ir import Call
-from .graph.modules import duplicate, sketch
-from .graph.plan import Plan, Step
-from .graph.trace import TraceError, opaque_reason
-from .runtime.cuda_graph import warm_up
-from .runtime.guards import Change, Watch
-from .runtime.verify import Verification, rms
 
 MAX_KINDS = 64
 

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from .backends.memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
-from .backends.select import conv_precision, matmul_precision
-from .graph.ir import (
+from ..backends.memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
+from ..backends.select import conv_precision, matmul_precision
+from ..graph.ir import (
     Add,
     AvgPool2d,
     BatchNorm2d,
@@ -31,7 +31,7 @@ from .graph.ir import (
     ReLU,
     substitute,
 )
-from .graph.plan import Plan, Step, kept_names
+from ..graph.plan import Plan, Step, kept_names
 
 Program: TypeAlias = Callable[..., Any]
 

@@ -14,16 +14,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import portable
-from .backends.select import select_ops
-from .errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
-from .graph.fold import Weights
-from .graph.ir import Call, Conv2d
-from .graph.plan import Plan, Step, kept_names, parameter_paths
-from .runtime.cuda_graph import GraphRunner, warm_up
-from .runtime.executor import Executor
-from .runtime.guards import GRADIENT, ambient_reason, in_functorch
-from .runtime.verify import Verification
+from ..backends.select import select_ops
+from ..errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
+from ..graph.fold import Weights
+from ..graph.ir import Call, Conv2d
+from ..graph.plan import Plan, Step, kept_names, parameter_paths
+from ..runtime.cuda_graph import GraphRunner, warm_up
+from ..runtime.executor import Executor
+from ..runtime.guards import GRADIENT, ambient_reason, in_functorch
+from ..runtime.verify import Verification
+from . import fx_program
 
 
 class FastModel(nn.Module):
@@ -82,9 +82,9 @@ class FastModel(nn.Module):
             self.folded.register_parameter(f"bias{index}", _constant(bias))
         self.kept = kept
         self._index = {step.name: index for index, step in enumerate(traced.steps)}
-        self._argument_names = portable.argument_names(traced)
+        self._argument_names = fx_program.argument_names(traced)
         self._runners: dict[torch.device, GraphRunner] = {}
-        self._program = portable.lower(traced)
+        self._program = fx_program.lower(traced)
         self._on_triton = self._served_by_triton()
         self._settle()
         self.register_load_state_dict_post_hook(_settle)
@@ -218,7 +218,7 @@ class FastModel(nn.Module):
             return value.to(self.dtype)
         return value
 
-    def _functional(self) -> portable.Aten:
+    def _functional(self) -> fx_program.Aten:
         """What computes the steps of the portable program; an export must not need fastres."""
         if not torch.compiler.is_compiling():
             return _ANY_LAYOUT if in_functorch() else _ATEN
@@ -289,7 +289,7 @@ class FastModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = RLock()
-        self._program = portable.lower(self.traced)
+        self._program = fx_program.lower(self.traced)
         self._settle()
 
 
@@ -350,9 +350,9 @@ def in_float64(model: FastModel) -> FastModel:
     return wide
 
 
-_ATEN = portable.Aten()
-_ANY_LAYOUT = portable.AnyLayout()
-_CUSTOM_OPS = portable.CustomOps()
+_ATEN = fx_program.Aten()
+_ANY_LAYOUT = fx_program.AnyLayout()
+_CUSTOM_OPS = fx_program.CustomOps()
 
 
 def _tensors(module: nn.Module) -> list[Tensor | None]:

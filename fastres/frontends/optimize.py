@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .backends.select import check_backend
-from .errors import VerificationError
+from ..backends.select import check_backend
+from ..errors import VerificationError
+from ..graph import plan, trace
+from ..graph.effects import hooks_into
+from ..graph.fold import fold_step
+from ..graph.ir import Conv2d, Linear, attribute
+from ..graph.modules import duplicate, unwrapped
+from ..graph.plan import Plan, parameter_paths
+from ..runtime.guards import Change, Watch, heeds_training
+from ..runtime.verify import Verification, copied, undisturbed, verify, verify_steps
 from .fast_model import FastModel, can_show_errors, with_signature
-from .graph import plan, trace
-from .graph.effects import hooks_into
-from .graph.fold import fold_step
-from .graph.ir import Conv2d, Linear, attribute
-from .graph.modules import duplicate, unwrapped
-from .graph.plan import Plan, parameter_paths
-from .runtime.guards import Change, Watch, heeds_training
-from .runtime.verify import Verification, copied, undisturbed, verify, verify_steps
-from .shell import FastShell
+from .fast_shell import FastShell
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -85,7 +85,7 @@ def optimize(
 ) -> FastModel | FastShell:
     """Fold and fuse a module for inference; the module itself is left as it is.
 
-    What torch.fx cannot trace whole, such as a detector, becomes a FastShell (fastres.shell):
+    What torch.fx cannot trace whole, such as a detector, becomes a FastShell (fastres.frontends.fast_shell):
     a copy with the source's own Python around its largest traceable parts.
 
     Args:
