@@ -2,7 +2,7 @@
 
     python examples/train_digits.py --output digits.safetensors
 
-The network never sees the held-out quarter (fastres.digits.digits_split) before its training is
+The network never sees the held-out quarter (fastres.models.digits.digits_split) before its training is
 over, and the number of epochs is fixed beforehand: the accuracies printed are of the last epoch,
 and the network saved is that of the first seed, not that of the best.
 """
@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastres.checkpoint import save_checkpoint
-from fastres.digits import digits_split
-from fastres.resnet import create_model
+from fastres.models.checkpoint import save_checkpoint
+from fastres.models.digits import digits_split
+from fastres.models.resnet import create_model
 
 ARCHITECTURE = {"name": "resnet20", "in_chans": 1, "num_classes": 10}
 

@@ -5,17 +5,16 @@
 """
 
 from .bench import benchmark
-from .checkpoint import load_checkpoint, save_checkpoint
-from .describe import Summary, summary
 from .errors import FastresError
 from .export import export
-from .features import Features, features
 from .frontends.dynamo import refresh
 from .frontends.optimize import FastModel, optimize
 from .graph.diagram import plot_model
 from .keras_import import from_keras
-from .preprocess import Normalize
-from .resnet import (
+from .models.checkpoint import load_checkpoint, save_checkpoint
+from .models.features import Features, features
+from .models.preprocess import Normalize
+from .models.resnet import (
     BasicBlock,
     Bottleneck,
     ResNet,
@@ -38,6 +37,7 @@ from .resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .models.summary import Summary, summary
 from .runtime.verify import Verification, verify
 from .serialize import load, save
 from .version import __version__ as __version__

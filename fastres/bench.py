@@ -22,10 +22,10 @@ from .environment import native_bf16
 from .errors import UnknownModelError
 from .frontends.fast_model import FastModel
 from .frontends.optimize import optimize
+from .models.resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
 from .report import Report
-from .resnet import BasicBlock, Bottleneck, ResNet, create_model
 from .results import Case, Check, OutputError, Probe
 from .roofline import Ceilings, roofline
 from .runtime.verify import rms

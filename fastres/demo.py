@@ -30,11 +30,11 @@ from .bench import (
     ours,
     parse_device,
 )
-from .digits import digits_split, load_digits_model
 from .errors import MissingDependencyError
 from .frontends.optimize import optimize
+from .models.digits import digits_split, load_digits_model
+from .models.resnet import ResNet, create_model
 from .report import Report
-from .resnet import ResNet, create_model
 from .results import Case, Check, Picture
 from .timing import Method, Progress, one_line
 

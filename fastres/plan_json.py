@@ -29,7 +29,7 @@ from .errors import CheckpointError
 from .graph import ir
 from .graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
 from .graph.plan import Plan, Step, schedule
-from .preprocess import Centered, Normalize
+from .models.preprocess import Centered, Normalize
 
 
 def _words(text: str) -> frozenset[str]:

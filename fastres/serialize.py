@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from . import plan_json
 from .backends.select import check_backend
-from .checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .errors import CheckpointError
 from .files import check_target
 from .frontends.fast_model import FastModel, with_signature
 from .frontends.fast_shell import FastShell
 from .graph.ir import Call, Conv2d, Linear, Parameter
 from .graph.plan import Plan, kept_names
+from .models.checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from .runtime.verify import Verification
 
 FORMAT = 1

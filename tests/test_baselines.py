@@ -15,9 +15,9 @@ from fastres.bench import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
+from fastres.models.resnet import create_model, list_models
 from fastres.presets import Spec
 from fastres.report import started
-from fastres.resnet import create_model, list_models
 from fastres.roofline import Ceilings, roofline
 from fastres.timing import Method
 

@@ -9,7 +9,7 @@ import torch
 
 from fastres import bench
 from fastres.bench import BASELINE, Judge, calibrate_, compare, eager, random_images
-from fastres.resnet import create_model
+from fastres.models.resnet import create_model
 from fastres.timing import Method
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)

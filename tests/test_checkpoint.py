@@ -10,9 +10,9 @@ from helpers import hostile_, real_images
 from safetensors.torch import save_file
 from torch import nn
 
-from fastres import checkpoint, resnet
-from fastres.checkpoint import load_checkpoint, save_checkpoint, state_dict_from_file
 from fastres.errors import CheckpointError
+from fastres.models import checkpoint, resnet
+from fastres.models.checkpoint import load_checkpoint, save_checkpoint, state_dict_from_file
 
 LAYERS = [1, 1, 1]
 
@@ -184,7 +184,7 @@ def test_row37_other_objects_are_refused_with_advice(source, tmp_path):
     torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
     refused(small(), tmp_path / "a.pth", "argparse.Namespace", "save only model.state_dict()")
     torch.save(source, tmp_path / "whole.pth")
-    refused(small(), tmp_path / "whole.pth", "fastres.resnet.ResNet", "never unpickled")
+    refused(small(), tmp_path / "whole.pth", "fastres.models.resnet.ResNet", "never unpickled")
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, [1, 2], torch.ones(3), {"model": {}}])

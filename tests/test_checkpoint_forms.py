@@ -21,9 +21,9 @@ from torch.optim.swa_utils import AveragedModel
 
 import fastres
 from fastres import cli
-from fastres.checkpoint import load_checkpoint, save_checkpoint, state_dict_from_file
 from fastres.errors import CheckpointError
-from fastres.pretrained import arguments_from
+from fastres.models.checkpoint import load_checkpoint, save_checkpoint, state_dict_from_file
+from fastres.models.pretrained import arguments_from
 
 
 def weights(seed):

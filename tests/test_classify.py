@@ -9,9 +9,9 @@ import torch
 from helpers import hostile_
 
 from fastres import cli
-from fastres.classify import classify, read_image
-from fastres.pretrained import load_network
-from fastres.resnet import create_model
+from fastres.models.classify import classify, read_image
+from fastres.models.pretrained import load_network
+from fastres.models.resnet import create_model
 
 torchvision = pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")

@@ -91,7 +91,7 @@ def test_a_bug_of_ours_is_not_dressed_up_as_a_mistake(run, monkeypatch):
     def broken(name, **kwargs):
         raise KeyError("a bug")
 
-    monkeypatch.setattr("fastres.pretrained.create_model", broken)
+    monkeypatch.setattr("fastres.models.pretrained.create_model", broken)
     with pytest.raises(KeyError):
         run("plan", "resnet18")
 
@@ -256,7 +256,7 @@ def test_interruption_is_exit_code_130(run, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastres.pretrained.create_model", interrupted)
+    monkeypatch.setattr("fastres.models.pretrained.create_model", interrupted)
     assert run("plan", "resnet18")[0] == 130
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from fastres import checkpoint, digits, errors
+from fastres import errors
+from fastres.models import checkpoint, digits
 
 ROOT = Path(__file__).parent.parent
 ASSET = ROOT / "fastres" / "assets" / "digits.safetensors"

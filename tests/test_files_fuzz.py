@@ -23,9 +23,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastres.checkpoint import load_checkpoint, read_metadata, state_dict_from_file
 from fastres.errors import CheckpointError
-from fastres.pretrained import load_network
+from fastres.models.checkpoint import load_checkpoint, read_metadata, state_dict_from_file
+from fastres.models.pretrained import load_network
 
 SIZES = {"weight": (4, 3), "bias": (4,)}
 

@@ -133,7 +133,7 @@ def test_fastres_needs_none_of_the_optional_packages():
     """Each is replaced by an import error; a ResNet must still answer on the CPU."""
     block = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r}))"
     use = (
-        "import torch, fastres.resnet as r; x = torch.ones(1, 3, 32, 32);"
+        "import torch, fastres.models.resnet as r; x = torch.ones(1, 3, 32, 32);"
         "print(*r.resnet18(num_classes=7).eval()(x).shape)"
     )
     done = run(f"{block}; import fastres; {use}")

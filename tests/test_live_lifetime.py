@@ -13,7 +13,8 @@ import torch
 from fused import assert_close, assert_fused, assert_plain, executions, images, plain, small
 from torch import Tensor, nn
 
-from fastres import ResNet, resnet
+from fastres import ResNet
+from fastres.models import resnet
 
 
 def used(**kwargs) -> ResNet:

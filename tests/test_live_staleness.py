@@ -9,7 +9,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel
 
-from fastres import BasicBlock, ResNet, resnet
+from fastres import BasicBlock, ResNet
+from fastres.models import resnet
 
 
 def used(cls=ResNet, **kwargs) -> ResNet:

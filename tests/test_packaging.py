@@ -189,7 +189,7 @@ def test_the_installed_wheel_runs_away_from_the_checkout(built, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fastres, pathlib;"
         "print(pathlib.Path(fastres.__file__).parents[1].name, fastres.__version__);"
-        "from fastres.digits import load_digits_model; load_digits_model()"
+        "from fastres.models.digits import load_digits_model; load_digits_model()"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code],

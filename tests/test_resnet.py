@@ -11,7 +11,8 @@ from helpers import hostile_, real_images
 from torch import nn
 from torchvision.models import feature_extraction
 
-from fastres import errors, resnet
+from fastres import errors
+from fastres.models import resnet
 
 TORCHVISION = [
     "resnet18",
@@ -290,7 +291,7 @@ def test_models_are_found_by_name():
     for name in resnet.list_models():
         builder = getattr(resnet, name)
         assert builder.__name__ == name
-        assert builder.__module__ == "fastres.resnet"
+        assert builder.__module__ == "fastres.models.resnet"
     with pytest.raises(errors.UnknownModelError, match=r"'resnet51'; did you mean resnet5[06]"):
         resnet.create_model("resnet51")
     with pytest.raises(ValueError, match="unknown model 'vgg'; known: resnet18"):

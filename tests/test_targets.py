@@ -309,7 +309,7 @@ def idle(monkeypatch):
     """Neither networks nor files are read, nor is anything traced, exported or measured."""
     for place in (
         "fastres.cli.files.read_network",
-        "fastres.pretrained.load_network",
+        "fastres.models.pretrained.load_network",
         "fastres.tuner.tune",
         "fastres.demo.demo",
         "fastres.bench.run",

@@ -11,7 +11,8 @@ from helpers import hostile_, real_images
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, get_model_weights
 from torchvision.models._api import Weights, WeightsEnum
 
-from fastres import errors, resnet, weights
+from fastres import errors
+from fastres.models import resnet, weights
 
 
 @pytest.fixture(autouse=True)

@@ -119,7 +119,7 @@ def read_network(
             f"{source} is no .h5, .keras or fused .safetensors file; name its network instead, "
             f"with --checkpoint {source}"
         )
-    from ..pretrained import load_network
+    from ..models.pretrained import load_network
 
     return load_network(source, weights=weights, checkpoint=checkpoint)
 
@@ -171,7 +171,7 @@ def _fused(
     from ..bench import calibrate_, parse_dtype
     from ..frontends.fast_model import FastModel
     from ..frontends.optimize import optimize
-    from ..resnet import ResNet
+    from ..models.resnet import ResNet
 
     kind = None if dtype is None else parse_dtype(dtype)
     network = read_network(source, size, weights, checkpoint)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..forecast import Forecast
-    from ..resnet import ResNet
+    from ..models.resnet import ResNet
 
 
 def verify(
@@ -130,7 +130,7 @@ def _pixels(paths: list[Path], shape: tuple[int, int, int]) -> torch.Tensor:
     import numpy as np
     import torch
 
-    from ..classify import read_image
+    from ..models.classify import read_image
 
     channels, height, width = shape
     if channels not in (1, 3):
@@ -154,8 +154,8 @@ def summary(
     as_json: AsJson = False,
 ) -> None:
     """Modules, shapes, parameters and operations of the network before it is folded."""
-    from ..describe import summary as describe
     from ..frontends.fast_model import FastModel
+    from ..models.summary import summary as describe
     from .files import image_shape, read_network
 
     network = read_network(source, size, checkpoint=checkpoint)
@@ -279,7 +279,7 @@ def env(as_json: AsJson = False) -> None:
 
 
 def _network(model: str, weights: str | None, checkpoint: Path | None) -> ResNet:
-    from ..pretrained import load_network
+    from ..models.pretrained import load_network
 
     return load_network(model, weights=weights, checkpoint=checkpoint)
 

@@ -137,7 +137,7 @@ def classify(
 ) -> int:
     """Name what is in photographs, with pretrained weights and torchvision's preprocessing."""
     from ..bench import parse_device
-    from ..classify import classify as run_classify
+    from ..models.classify import classify as run_classify
 
     found = run_classify(
         photos,

@@ -40,7 +40,7 @@ def tune(
     from ..backends.kernel_choice import cache_path
     from ..bench import parse_device, parse_dtype
     from ..files import check_target
-    from ..pretrained import load_network
+    from ..models.pretrained import load_network
     from ..tuner import tune as run
 
     kinds = [parse_dtype(name) for name in dtype.split(",")]

@@ -4,7 +4,7 @@
       = conv(x, w * s) + (b - mean) * s + beta        with  s = gamma / sqrt(var + eps)
 
 (Jacob et al., "Quantization and Training of Neural Networks", 2018, section 3.2.) The normalisation
-of 8-bit images goes into the first convolution: see :mod:`fastres.preprocess`.
+of 8-bit images goes into the first convolution: see :mod:`fastres.models.preprocess`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ NORM_ACTS = tuple(
     f"timm.layers.norm_act.{name}"
     for name in ("BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d")
 )
-NORMALIZE = ("fastres.preprocess.Normalize",)
+NORMALIZE = ("fastres.models.preprocess.Normalize",)
 FUSED = ("fastres.frontends.fast_model.FastModel", "fastres.frontends.fast_shell.FastShell")
 IDENTITIES = (
     nn.Identity,

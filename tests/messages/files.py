@@ -15,11 +15,12 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import classify, digits, plan_json, weights
-from fastres.checkpoint import load_state_dict, read_metadata, state_dict_from_file
+from fastres import plan_json
 from fastres.cli.files import image_shape
 from fastres.export import export as write_export
 from fastres.graph import diagram
+from fastres.models import classify, digits, weights
+from fastres.models.checkpoint import load_state_dict, read_metadata, state_dict_from_file
 from messages.models import fast
 from messages.provoke import add, case, without
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import fastres
 from fastres.backends import kernel_choice, select
-from fastres.features import features
 from fastres.frontends.dynamo import fastres as compile_backend
 from fastres.graph import fold
-from fastres.preprocess import Normalize
+from fastres.models.features import features
+from fastres.models.preprocess import Normalize
 from fastres.runtime import live
 from messages.provoke import add, case
 

@@ -13,20 +13,9 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import (
-    bench,
-    cli,
-    compare,
-    demo,
-    describe,
-    files,
-    forecast,
-    presets,
-    report,
-    roofline,
-    timing,
-)
+from fastres import bench, cli, compare, demo, files, forecast, presets, report, roofline, timing
 from fastres.graph.patterns import singly
+from fastres.models import summary
 from fastres.timing import Method, Samples
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
@@ -125,7 +114,7 @@ def _() -> None:
 @case("summary: without torchinfo")
 def _() -> None:
     with without("torchinfo"):
-        describe.summary(small(), (1, 3, 8, 8))
+        summary.summary(small(), (1, 3, 8, 8))
 
 
 @case("demo: without scikit-learn")

@@ -16,7 +16,7 @@ from urllib.error import URLError
 import torch
 from torch import Tensor
 
-from .errors import MissingDependencyError, WeightsError
+from ..errors import MissingDependencyError, WeightsError
 
 __all__ = ["ImageNetWeights", "WeightsSource", "available_weights", "get_weights"]
 

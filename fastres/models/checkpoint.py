@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .errors import CheckpointError
-from .files import PathLike, atomic_write, check_target
+from ..errors import CheckpointError
+from ..files import PathLike, atomic_write, check_target
 
 __all__ = [
     "load_checkpoint",

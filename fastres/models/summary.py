@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import MissingDependencyError
+from ..errors import MissingDependencyError
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, InputTypeError
+from ..errors import InputError, InputTypeError
 
 LAYOUTS = ("NCHW", "NHWC")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import MissingDependencyError
+from ..errors import MissingDependencyError
 from .pretrained import load_network
 from .weights import get_weights
 

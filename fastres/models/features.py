@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
-from .graph import trace
-from .graph.modules import unwrapped
-from .runtime.live import LiveModule
+from ..graph import trace
+from ..graph.modules import unwrapped
+from ..runtime.live import LiveModule
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import MissingDependencyError
 from .checkpoint import load_checkpoint, read_metadata
-from .errors import MissingDependencyError
 from .resnet import ResNet, create_model
 
 __all__ = ["digits_split", "load_digits_model"]

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UnknownModelError
+from ..runtime.live import LiveModule
 from .checkpoint import load_state_dict
-from .errors import UnknownModelError
-from .runtime.live import LiveModule
 from .weights import required_arguments, resolve_weights
 
 __all__ = [
@@ -438,7 +438,7 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     """Build the network called ``name``.
 
     weights: None, a torchvision weights enum or its name ("DEFAULT", "IMAGENET1K_V1",
-        "ResNet50_Weights.IMAGENET1K_V2"), an entry of :mod:`fastres.weights`, or any object with
+        "ResNet50_Weights.IMAGENET1K_V2"), an entry of :mod:`fastres.models.weights`, or any object with
         ``get_state_dict(progress=, check_hash=)`` and ``meta``. torchvision's old
         ``pretrained=True`` is taken with a warning, and as timm does with another ``num_classes``:
         the weights are loaded and a new classifier is put in place.
