@@ -26,8 +26,8 @@ import torch
 
 from fastres import create_model, optimize
 from fastres.frontends import fast_model
+from fastres.perf.timing import Samples
 from fastres.runtime import live
-from fastres.timing import Samples
 
 SHAPE = (1, 3, 32, 32)
 WARM = 50

@@ -21,8 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastres.perf.timing import Method, captured, measure, one_line
 from fastres.runtime.verify import rms
-from fastres.timing import Method, captured, measure, one_line
 
 Operands = tuple[Any, ...]
 Call = Callable[..., Any]

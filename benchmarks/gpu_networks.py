@@ -21,9 +21,9 @@ from fastres.baselines import CHEAP, eager
 from fastres.bench import calibrate_, random_images
 from fastres.frontends.fast_model import FastModel
 from fastres.kernels import _common
+from fastres.perf.timing import Method, measure
 from fastres.presets import AUTOTUNED, Spec
 from fastres.probes import cold_starts, peak_bytes
-from fastres.timing import Method, measure
 
 FIRST = Method(rounds=15, budget=6.0, sample=0.03)
 RAGGED = ((33, 64), (100, 128), (255, 256))

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from fastres import create_model
-from fastres.roofline import Ceilings, roofline
+from fastres.perf.roofline import Ceilings, roofline
 
 Records = dict[tuple[str, str], dict[str, Any]]
 OURS = "fastres fp16 triton"

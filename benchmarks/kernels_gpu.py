@@ -123,7 +123,7 @@ def sections(names: Sequence[str]) -> Iterator[Any]:
 
 def environment_cases(setting: Any) -> Iterator[Any]:
     from benchmarks.gpu_contest import Case
-    from fastres.environment import environment
+    from fastres.perf.environment import environment
 
     yield Case("environment", lambda: environment().to_dict())
 
@@ -176,7 +176,7 @@ def attempt(log: Log, key: tuple[str, str], run: Callable[[], dict[str, Any]]) -
     """One case into the log; False when the device no longer answers."""
     import torch
 
-    from fastres.timing import one_line
+    from fastres.perf.timing import one_line
 
     log.add(*key, "began")
     started = time.perf_counter()
@@ -228,7 +228,7 @@ def dry(names: Sequence[str]) -> int:
     import torch
 
     from benchmarks.gpu_contest import Setting
-    from fastres.timing import one_line
+    from fastres.perf.timing import one_line
 
     bad = 0
     real = Setting(torch.device("cpu"))

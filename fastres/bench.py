@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from .backends.aten import cudnn_benchmarking
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
-from .environment import native_bf16
 from .errors import UnknownModelError
 from .frontends.fast_model import FastModel
 from .frontends.optimize import optimize
 from .models.resnet import BasicBlock, Bottleneck, ResNet, create_model
+from .perf.environment import native_bf16
+from .perf.roofline import Ceilings, roofline
+from .perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
 from .report import Report
 from .results import Case, Check, OutputError, Probe
-from .roofline import Ceilings, roofline
 from .runtime.verify import rms
-from .timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"
@@ -304,7 +304,7 @@ def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) ->
 class Judge:
     """Holds the float64 reference of each input and PyTorch's own rounding error per dtype.
 
-    An instance is a ``check`` for :func:`fastres.timing.measure`. ``errors`` keeps, for each
+    An instance is a ``check`` for :func:`fastres.perf.timing.measure`. ``errors`` keeps, for each
     contender, the worst output seen, by RMS.
     """
 

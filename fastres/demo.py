@@ -34,9 +34,9 @@ from .errors import MissingDependencyError
 from .frontends.optimize import optimize
 from .models.digits import digits_split, load_digits_model
 from .models.resnet import ResNet, create_model
+from .perf.timing import Method, Progress, one_line
 from .report import Report
 from .results import Case, Check, Picture
-from .timing import Method, Progress, one_line
 
 ACCURACY = 0.98
 INTERPRETED = 32

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .baselines import BASELINES, CHEAP, STANDARD
-from .timing import Method
+from .perf.timing import Method
 
 FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 COUSINS = ("resnext50_32x4d", "wide_resnet50_2")

@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from .backends.aten import AtenOps
 from .backends.select import select_ops
 from .baselines import SHORT
-from .environment import gpu_state
 from .frontends.fast_model import FastModel
 from .graph import plan
 from .graph.ir import Flatten, Parameter, Ref
 from .graph.plan import Plan, Step
+from .perf.environment import gpu_state
+from .perf.roofline import Ceilings, roofline
+from .perf.timing import captured
 from .results import ColdStart, LayerTime, Probe
-from .roofline import Ceilings, roofline
 from .runtime.executor import Executor
-from .timing import captured
 
 Model = Callable[[Tensor], Tensor]
 

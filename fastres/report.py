@@ -15,8 +15,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .environment import Environment, environment
 from .files import atomic_write, check_target
+from .perf.environment import Environment, environment
+from .perf.roofline import Ceilings
 from .report_html import page
 from .results import (
     COLUMNS,
@@ -32,7 +33,6 @@ from .results import (
     layer_table,
     probe_table,
 )
-from .roofline import Ceilings
 
 SCHEMA = "fastres.report"
 SCHEMA_VERSION = 1

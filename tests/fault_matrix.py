@@ -212,7 +212,7 @@ def ran_on() -> str:
 
 def machine() -> str:
     """Processor, torch and commit."""
-    from fastres.environment import environment
+    from fastres.perf.environment import environment
 
     found = environment()
     gpu = found.gpus[0]["name"] if found.gpus else "no GPU; kernels in Triton's interpreter"

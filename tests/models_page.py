@@ -24,9 +24,9 @@ from zoo import CASES, KERAS_CASES, Case, left_names
 
 import fastres
 from fastres.baselines import Plain
-from fastres.environment import environment
+from fastres.perf.environment import environment
+from fastres.perf.timing import Method, Samples, measure
 from fastres.runtime.verify import Verification
-from fastres.timing import Method, Samples, measure
 
 KEPT = Path(__file__).parents[1] / "out" / "models.json"
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

@@ -30,11 +30,11 @@ import fastres
 from fastres import cli
 from fastres.backends.kernel_choice import Choices
 from fastres.backends.triton import TritonOps
-from fastres.forecast import forecast
 from fastres.frontends.optimize import optimize
 from fastres.graph import plan
 from fastres.graph.fold import fold_step
 from fastres.graph.ir import Conv2d, Linear, attribute
+from fastres.perf.forecast import forecast
 
 DTYPES = (torch.float32, torch.bfloat16)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -16,10 +16,10 @@ from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
 from fastres.models.resnet import create_model, list_models
+from fastres.perf.roofline import Ceilings, roofline
+from fastres.perf.timing import Method
 from fastres.presets import Spec
 from fastres.report import started
-from fastres.roofline import Ceilings, roofline
-from fastres.timing import Method
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)
 FP32 = [torch.float32]

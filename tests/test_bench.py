@@ -10,7 +10,7 @@ import torch
 from fastres import bench
 from fastres.bench import BASELINE, Judge, calibrate_, compare, eager, random_images
 from fastres.models.resnet import create_model
-from fastres.timing import Method
+from fastres.perf.timing import Method
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)
 NCHW = torch.contiguous_format

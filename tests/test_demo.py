@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastres import cli, demo
+from fastres.perf.timing import Method
 from fastres.results import Check
-from fastres.timing import Method
 
 pytest.importorskip("sklearn")
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from fastres import cli
 from fastres.backends.kernel_choice import Choices, only
 from fastres.backends.kernel_table import TABLES, shipped
 from fastres.backends.triton import TritonOps
-from fastres.forecast import LAUNCH_SECONDS, forecast, predicted_seconds
 from fastres.graph.patterns import case_of
 from fastres.graph.plan import Plan, of_module
-from fastres.roofline import H200, roofline
+from fastres.perf.forecast import LAUNCH_SECONDS, forecast, predicted_seconds
+from fastres.perf.roofline import H200, roofline
 
 pytest.importorskip("triton")
 HALF, CPU = torch.float16, torch.device("cpu")

@@ -9,9 +9,9 @@ import pytest
 from benchmarks import publish
 from fastres import cli
 from fastres.compare import compare, load
+from fastres.perf.timing import Comparison, Method, Samples, Timing
 from fastres.report import Report
 from fastres.results import Case, OutputError
-from fastres.timing import Comparison, Method, Samples, Timing
 
 ERROR = OutputError(2e-6, 5e-6, 1.0, 3e-6, 1.0)
 

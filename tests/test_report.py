@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from fastres.environment import environment
+from fastres.perf.environment import environment
+from fastres.perf.roofline import Ceilings
+from fastres.perf.timing import Comparison, Method, Samples, Timing
 from fastres.report import Report, check_output
 from fastres.results import (
     Case,
@@ -22,8 +24,6 @@ from fastres.results import (
     footnote,
     milliseconds,
 )
-from fastres.roofline import Ceilings
-from fastres.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
 EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastres
-from fastres.roofline import FUSIONS, H200, Ceilings, roofline
+from fastres.perf.roofline import FUSIONS, H200, Ceilings, roofline
 
 # Thousands of images per second at 224x224, batch 256, fp16, 4.3 TB/s, 790 TFLOP/s; in brackets
 # the number of kernels. None where the table has no entry.

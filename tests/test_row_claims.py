@@ -18,11 +18,11 @@ import torch
 from fused import small
 
 from fastres import bench
+from fastres.perf.timing import Method
 from fastres.report import Report
 from fastres.runtime import live
 from fastres.runtime.cuda_graph import GraphRunner
 from fastres.runtime.executor import Executor
-from fastres.timing import Method
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))

@@ -310,7 +310,7 @@ def idle(monkeypatch):
     for place in (
         "fastres.cli.files.read_network",
         "fastres.models.pretrained.load_network",
-        "fastres.tuner.tune",
+        "fastres.perf.autotune.tune",
         "fastres.demo.demo",
         "fastres.bench.run",
         "fastres.graph.diagram._boxes",

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
-from fastres import probes, timing
-from fastres.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
+from fastres import probes
+from fastres.perf import timing
+from fastres.perf.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
 
 ONE_CALL = Method(rounds=8, sample=0, warmup=0)
 

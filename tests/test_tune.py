@@ -8,13 +8,14 @@ import torch
 from helpers import hostile_
 
 import fastres
-from fastres import Bottleneck, ResNet, cli, tuner
+from fastres import Bottleneck, ResNet, cli
 from fastres.backends.kernel_choice import load
 from fastres.backends.triton import TritonOps
 from fastres.errors import BackendError
 from fastres.graph.plan import of_module
+from fastres.perf import autotune
+from fastres.perf.autotune import trials, tune
 from fastres.runtime.executor import Executor
-from fastres.tuner import trials, tune
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
@@ -152,11 +153,11 @@ def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
     def lost(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    made = tuner._inputs
-    monkeypatch.setattr(tuner, "_inputs", lambda trial, device: made(trial, CPU))
+    made = autotune._inputs
+    monkeypatch.setattr(autotune, "_inputs", lambda trial, device: made(trial, CPU))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     trial = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
-    session = tuner._Session(network(), torch.device("cuda"), lost)
+    session = autotune._Session(network(), torch.device("cuda"), lost)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         session._measure(trial)
 
@@ -234,7 +235,7 @@ def test_mistakes_are_one_line(capsys, arguments, message):
 
 
 def test_command_keeps_what_it_finds(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("fastres.tuner.tune", partial(tune, clock=partial(clock, ())))
+    monkeypatch.setattr("fastres.perf.autotune.tune", partial(tune, clock=partial(clock, ())))
     path = tmp_path / "mine.json"
     arguments = ["tune", "resnet20", "--size", "8", "--batch", "1", "--cache", str(path)]
     assert cli.run([*arguments, "--json"]) == 0

@@ -27,8 +27,8 @@ from .console import (
 if TYPE_CHECKING:
     import torch
 
-    from ..forecast import Forecast
     from ..models.resnet import ResNet
+    from ..perf.forecast import Forecast
 
 
 def verify(
@@ -209,9 +209,9 @@ def roofline(
     --measure, this machine's.
     """
     from ..bench import parse_device, parse_dtype
+    from ..perf.roofline import FUSIONS, H200
+    from ..perf.roofline import roofline as floors
     from ..probes import measured_ceilings
-    from ..roofline import FUSIONS, H200
-    from ..roofline import roofline as floors
 
     kind = parse_dtype(dtype)
     ceilings = measured_ceilings(parse_device(device), kind) if measure else H200
@@ -256,7 +256,7 @@ def roofline(
 def _planned(network: ResNet, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Forecast, ...]:
     """The kernels that the planner chooses; none in float32 or where Triton is missing."""
     from ..errors import BackendError
-    from ..forecast import forecast
+    from ..perf.forecast import forecast
 
     if dtype.itemsize != 2:
         return ()
@@ -268,7 +268,7 @@ def _planned(network: ResNet, shape: tuple[int, ...], dtype: torch.dtype) -> tup
 
 def env(as_json: AsJson = False) -> None:
     """Versions, processors and the switches of torch that change numbers or speed."""
-    from ..environment import environment
+    from ..perf.environment import environment
     from ..report_html import flatten
 
     found = environment()

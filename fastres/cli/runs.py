@@ -94,9 +94,9 @@ def bench(
     """
     from ..baselines import BASELINES
     from ..bench import parse_device, run
+    from ..perf.timing import Method
     from ..presets import Preset, Spec, preset
     from ..report import SUFFIXES, check_output, started
-    from ..timing import Method
 
     chosen = [n for n, on in (("quick", quick), ("standard", standard), ("full", full)) if on]
     if len(chosen) + bool(models) != 1:

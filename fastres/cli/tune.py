@@ -12,7 +12,7 @@ from .console import ERR, OUT, AsJson, DeviceName, Size, following, numbers, pri
 if TYPE_CHECKING:
     import torch
 
-    from ..tuner import Trial, Tuned
+    from ..perf.autotune import Trial, Tuned
 
 
 def tune(
@@ -41,7 +41,7 @@ def tune(
     from ..bench import parse_device, parse_dtype
     from ..files import check_target
     from ..models.pretrained import load_network
-    from ..tuner import tune as run
+    from ..perf.autotune import tune as run
 
     kinds = [parse_dtype(name) for name in dtype.split(",")]
     batches = numbers(batch, "--batch")
@@ -85,7 +85,7 @@ def _trials(
 ) -> list[Trial]:
     from ..backends.triton import TritonOps
     from ..graph.plan import of_module
-    from ..tuner import trials
+    from ..perf.autotune import trials
 
     whole, ops = of_module(network.eval()), TritonOps(cudnn=True)
     found = [

@@ -13,10 +13,11 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import bench, cli, compare, demo, files, forecast, presets, report, roofline, timing
+from fastres import bench, cli, compare, demo, files, presets, report
 from fastres.graph.patterns import singly
 from fastres.models import summary
-from fastres.timing import Method, Samples
+from fastres.perf import forecast, roofline, timing
+from fastres.perf.timing import Method, Samples
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backends.fused import FUSED_KERNELS, FusedKernel, Sizes
-from .backends.kernel_choice import Choices, forced
-from .backends.select import triton_ops
-from .graph import plan
-from .graph.ir import Conv2d, Flatten, Linear
-from .graph.patterns import Group, Shapes
-from .graph.plan import Shape
+from ..backends.fused import FUSED_KERNELS, FusedKernel, Sizes
+from ..backends.kernel_choice import Choices, forced
+from ..backends.select import triton_ops
+from ..graph import plan
+from ..graph.ir import Conv2d, Flatten, Linear
+from ..graph.patterns import Group, Shapes
+from ..graph.plan import Shape
 from .roofline import H200, cost
 
 CLOCK = 1.755e9  # cycles per second of an H200 under load

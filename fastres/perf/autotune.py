@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.aten import AtenOps, conv_precision
-from .backends.kernel_choice import APART, Measurement, cache_path, machine, only, store
-from .backends.triton import TritonOps
-from .errors import BackendError
-from .files import check_target
-from .graph import plan
-from .graph.fold import Weights, fold_step
-from .graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
-from .graph.patterns import Case, Group, case_of, singly
-from .graph.plan import Plan, Shape, Step
-from .runtime.executor import Executor
-from .runtime.verify import rms
+from ..backends.aten import AtenOps, conv_precision
+from ..backends.kernel_choice import APART, Measurement, cache_path, machine, only, store
+from ..backends.triton import TritonOps
+from ..errors import BackendError
+from ..files import check_target
+from ..graph import plan
+from ..graph.fold import Weights, fold_step
+from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
+from ..graph.patterns import Case, Group, case_of, singly
+from ..graph.plan import Plan, Shape, Step
+from ..runtime.executor import Executor
+from ..runtime.verify import rms
 from .timing import captured, one_line
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from .graph import fold, plan, trace
-from .graph.ir import Conv2d, Flatten, Graph, Input, Linear, Operation
-from .graph.patterns import (
+from ..graph import fold, plan, trace
+from ..graph.ir import Conv2d, Flatten, Graph, Input, Linear, Operation
+from ..graph.patterns import (
     Group,
     Pattern,
     Shapes,
@@ -27,7 +27,7 @@ from .graph.patterns import (
     pool_linear,
     stem_pool,
 )
-from .graph.plan import Plan, Step
+from ..graph.plan import Plan, Step
 
 FUSIONS: dict[str, tuple[Pattern, ...]] = {
     "epilogue per convolution": (),

@@ -67,7 +67,7 @@ class Environment:
 
 def environment() -> Environment:
     """Reads the current :class:`Environment`; needs neither a GPU nor Triton."""
-    from .version import __version__
+    from ..version import __version__
 
     return Environment(
         fastres=__version__,
