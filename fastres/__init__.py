@@ -6,11 +6,12 @@
 
 from .bench import benchmark
 from .errors import FastresError
-from .export import export
+from .formats.export import export
+from .formats.fused_file import load, save
+from .formats.keras_import import from_keras
 from .frontends.dynamo import refresh
 from .frontends.optimize import FastModel, optimize
 from .graph.diagram import plot_model
-from .keras_import import from_keras
 from .models.checkpoint import load_checkpoint, save_checkpoint
 from .models.features import Features, features
 from .models.preprocess import Normalize
@@ -39,7 +40,6 @@ from .models.resnet import (
 )
 from .models.summary import Summary, summary
 from .runtime.verify import Verification, verify
-from .serialize import load, save
 from .version import __version__ as __version__
 
 __all__ = [

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import fastres
 from fastres.errors import CheckpointError, FastresError
-from fastres.keras_import import from_keras
+from fastres.formats.keras_import import from_keras
 
 LAYERS = [
     ("InputLayer", {"name": "input", "batch_shape": [None, 8, 8, 3]}),

@@ -6,8 +6,8 @@ from helpers import real_images
 
 import fastres
 from fastres.errors import CheckpointError
-from fastres.keras_import import from_keras
-from fastres.keras_layers import KerasImportError
+from fastres.formats.keras_import import from_keras
+from fastres.formats.keras_layers import KerasImportError
 
 zoo = pytest.importorskip("keras_models", exc_type=ImportError)  # it chooses Keras' backend
 h5py = pytest.importorskip("h5py")

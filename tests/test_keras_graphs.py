@@ -5,7 +5,7 @@ import torch
 from helpers import real_images
 
 import fastres
-from fastres.keras_import import from_keras
+from fastres.formats.keras_import import from_keras
 
 zoo = pytest.importorskip("keras_models", exc_type=ImportError)  # it chooses Keras' backend
 

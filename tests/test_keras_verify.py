@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastres import cli, keras_check, keras_import
-from fastres.keras_import import from_keras
+from fastres import cli
+from fastres.formats import keras_check, keras_import
+from fastres.formats.keras_import import from_keras
 
 zoo = pytest.importorskip("keras_models", exc_type=ImportError)  # it chooses Keras' backend
 

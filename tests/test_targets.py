@@ -314,7 +314,7 @@ def idle(monkeypatch):
         "fastres.demo.demo",
         "fastres.bench.run",
         "fastres.graph.diagram._boxes",
-        "fastres.serialize._describe",
+        "fastres.formats.fused_file._describe",
     ):
         monkeypatch.setattr(place, no_work)
     monkeypatch.setattr(EXPORT, "_run", no_work)

@@ -41,7 +41,7 @@ def convert(
 ) -> None:
     """Fold and fuse a network and save it, for fastres.load: one .safetensors file, no pickle."""
     from ..files import check_target
-    from ..serialize import SUFFIXES, save
+    from ..formats.fused_file import SUFFIXES, save
 
     check_target(target, SUFFIXES)
     fast = _fused(source, dtype, size, weights, checkpoint)
@@ -64,8 +64,8 @@ def export(
 
     The batch size stays open; height and width are fixed by --size.
     """
-    from ..export import check_before
-    from ..export import export as write
+    from ..formats.export import check_before
+    from ..formats.export import export as write
 
     check_before(target)
     fast = _fused(source, None, size, weights, checkpoint)
@@ -103,7 +103,7 @@ def read_network(
     if suffix in (*KERAS, FUSED) and (weights or checkpoint):
         raise ValueError(f"--weights and --checkpoint do not go with {source}, which has weights")
     if suffix in KERAS:
-        from ..keras_import import from_keras
+        from ..formats.keras_import import from_keras
 
         network = from_keras(source, input_size=None if size is None else (size, size))
         if size is not None and network.input_size != (size, size):
@@ -111,7 +111,7 @@ def read_network(
             raise ValueError(f"{source} is for images of {asked}; got --size {size}")
         return network
     if suffix == FUSED:
-        from ..serialize import load
+        from ..formats.fused_file import load
 
         return load(source)
     if Path(source).is_file():

@@ -98,7 +98,7 @@ def _verify_keras(
     as_json: bool,
 ) -> int:
     from ..bench import parse_device, random_images
-    from ..keras_check import compare_with_keras, input_shapes
+    from ..formats.keras_check import compare_with_keras, input_shapes
 
     shapes = input_shapes(path, size, batch)
     if photographs:

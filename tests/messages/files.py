@@ -15,9 +15,9 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import plan_json
 from fastres.cli.files import image_shape
-from fastres.export import export as write_export
+from fastres.formats import plan_json
+from fastres.formats.export import export as write_export
 from fastres.graph import diagram
 from fastres.models import classify, digits, weights
 from fastres.models.checkpoint import load_state_dict, read_metadata, state_dict_from_file
@@ -392,14 +392,14 @@ def _() -> None:
 @case("export: a file that answers otherwise")
 def _() -> None:
     wrong = (lambda x: torch.zeros(len(x), 5), "the program")
-    with mock.patch("fastres.export._runner", return_value=wrong):
+    with mock.patch("fastres.formats.export._runner", return_value=wrong):
         write_export(fast(), "m.pt2", images())
 
 
 @case("export: a file with other indices")
 def _() -> None:
     wrong = (lambda x: torch.full((len(x),), 7), "the program")
-    with mock.patch("fastres.export._runner", return_value=wrong):
+    with mock.patch("fastres.formats.export._runner", return_value=wrong):
         write_export(fast(Chosen().eval()), "m.pt2", images())
 
 

@@ -12,8 +12,8 @@ import h5py
 import torch
 
 from fastres.cli.models import _pixels
-from fastres.keras_check import KerasModel, input_shapes
-from fastres.keras_import import from_keras
+from fastres.formats.keras_check import KerasModel, input_shapes
+from fastres.formats.keras_import import from_keras
 from messages.provoke import add, case, without
 
 INPUT = ("InputLayer", {"name": "input", "batch_shape": [None, 8, 8, 3]})
@@ -181,7 +181,7 @@ add("from_keras: a dictionary", lambda: inside({"args": [{"input": IN}], "kwargs
 
 @case("from_keras: calls without end")
 def _() -> None:
-    with mock.patch("fastres.keras_import.MOST_CALLS", 3):
+    with mock.patch("fastres.formats.keras_import.MOST_CALLS", 3):
         keras(INPUT, *[("ReLU", {"name": name}) for name in "abcd"])
 
 

@@ -184,7 +184,7 @@ def _() -> None:
 @case("convert: a size that is not the Keras file's")
 def _() -> None:
     network = mock.Mock(input_size=(32, 48))
-    with mock.patch("fastres.keras_import.from_keras", return_value=network):
+    with mock.patch("fastres.formats.keras_import.from_keras", return_value=network):
         cli.files.read_network("model.h5", 64)
 
 

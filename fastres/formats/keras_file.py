@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, MissingDependencyError
+from ..errors import CheckpointError, MissingDependencyError
 
 # The order in which Keras 3 numbers a layer's variables.
 VARIABLES = ("kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance")

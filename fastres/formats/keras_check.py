@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .errors import CheckpointError, MissingDependencyError
-from .frontends.optimize import optimize
+from ..errors import CheckpointError, MissingDependencyError
+from ..frontends.optimize import optimize
 from .keras_file import KerasFile
 from .keras_import import from_keras
 

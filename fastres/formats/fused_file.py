@@ -1,7 +1,7 @@
 """Fused models in one safetensors file: :func:`save` and :func:`load`.
 
 The tensors are the folded weights; the plan is JSON in the file's metadata. There is no pickle, and
-reading a file runs nothing that it could name (see :mod:`fastres.plan_json` and docs/security.md).
+reading a file runs nothing that it could name (see :mod:`fastres.formats.plan_json` and docs/security.md).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..backends.select import check_backend
+from ..errors import CheckpointError
+from ..files import check_target
+from ..frontends.fast_model import FastModel, with_signature
+from ..frontends.fast_shell import FastShell
+from ..graph.ir import Call, Conv2d, Linear, Parameter
+from ..graph.plan import Plan, kept_names
+from ..models.checkpoint import read_metadata, save_checkpoint, state_dict_from_file
+from ..runtime.verify import Verification
 from . import plan_json
-from .backends.select import check_backend
-from .errors import CheckpointError
-from .files import check_target
-from .frontends.fast_model import FastModel, with_signature
-from .frontends.fast_shell import FastShell
-from .graph.ir import Call, Conv2d, Linear, Parameter
-from .graph.plan import Plan, kept_names
-from .models.checkpoint import read_metadata, save_checkpoint, state_dict_from_file
-from .runtime.verify import Verification
 
 FORMAT = 1
 SUFFIXES = (".safetensors",)

@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .errors import CheckpointError
-from .graph import ir
-from .graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
-from .graph.plan import Plan, Step, schedule
-from .models.preprocess import Centered, Normalize
+from ..errors import CheckpointError
+from ..graph import ir
+from ..graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
+from ..graph.plan import Plan, Step, schedule
+from ..models.preprocess import Centered, Normalize
 
 
 def _words(text: str) -> frozenset[str]:

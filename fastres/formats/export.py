@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, treespec_dumps
 
-from .errors import MissingDependencyError, VerificationError
-from .files import atomic_write, check_target, exiting_on_signals
-from .frontends.fast_model import FastModel, in_float64
-from .frontends.fast_shell import FastShell
-from .runtime.verify import _check_structure, compare
+from ..errors import MissingDependencyError, VerificationError
+from ..files import atomic_write, check_target, exiting_on_signals
+from ..frontends.fast_model import FastModel, in_float64
+from ..frontends.fast_shell import FastShell
+from ..runtime.verify import _check_structure, compare
 
 FORMATS = (".onnx", ".pt2")
 ONNX_DTYPES = (torch.float32, torch.float16)  # those whose convolutions onnxruntime can run

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from .errors import CheckpointError, FastresError
+from ..errors import CheckpointError, FastresError
 from .keras_file import KerasFile, layer_name, sublayers
 from .keras_layers import (
     AUGMENTATIONS,

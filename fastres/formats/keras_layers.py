@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import FastresError
+from ..errors import FastresError
 
 if TYPE_CHECKING:
     from .keras_import import Builder
