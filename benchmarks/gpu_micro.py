@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from benchmarks.gpu_contest import Case, Graphed, Setting
+from fastres.bench.probes import measured_ceilings, sustained
 from fastres.kernels._config import machine_of
 from fastres.kernels._tma import descriptor
 from fastres.perf.timing import measure
-from fastres.probes import measured_ceilings, sustained
 
 ROWS, COLUMNS, DEPTH = 128, 64, 6  # of a tile; tiles in flight
 MEGABYTES = (8, 16, 32)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Judge, Setting
-from fastres import BasicBlock, ResNet, bench, create_model, optimize
+from fastres import BasicBlock, ResNet, create_model, optimize
 from fastres.backends.aten import cudnn_benchmarking
 from fastres.backends.kernel_choice import FORCE_VARIABLE
-from fastres.baselines import CHEAP, eager
-from fastres.bench import calibrate_, random_images
+from fastres.bench import run
+from fastres.bench.baselines import CHEAP, eager
+from fastres.bench.presets import AUTOTUNED, Spec
+from fastres.bench.probes import cold_starts, peak_bytes
+from fastres.bench.run import calibrate_, random_images
 from fastres.frontends.fast_model import FastModel
 from fastres.kernels import _common
 from fastres.perf.timing import Method, measure
-from fastres.presets import AUTOTUNED, Spec
-from fastres.probes import cold_starts, peak_bytes
 
 FIRST = Method(rounds=15, budget=6.0, sample=0.03)
 RAGGED = ((33, 64), (100, 128), (255, 256))
@@ -36,7 +37,7 @@ def _bench(setting: Setting, spec: Spec, method: Method) -> dict[str, Any]:
     if setting.tiny:
         spec = Spec("resnet18", 1, size=32, baselines=("folded",))
         method = Method(rounds=1, budget=0.0, sample=0.0, warmup=0.0)
-    report = bench.run([spec], setting.device, method)
+    report = run.run([spec], setting.device, method)
     if not report.cases:
         raise RuntimeError(report.checks[0].detail)
     case = report.cases[0]
@@ -45,7 +46,7 @@ def _bench(setting: Setting, spec: Spec, method: Method) -> dict[str, Any]:
 
 
 def baseline_cases(setting: Setting) -> Iterator[Case]:
-    """ResNet-50 against everything that PyTorch holds, by ``fastres.bench``."""
+    """ResNet-50 against everything that PyTorch holds, by ``fastres.bench.run``."""
     for batch in setting.batches(256, 1, 32):
         probes = 0.0 if batch == 32 else 0.5
         spec = Spec("resnet50", batch, dtypes=("float16",), baselines=CHEAP, probes=probes)

@@ -21,8 +21,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 sys.path.insert(0, str(ROOT))
 
-from fastres.compare import load, machine  # noqa: E402
-from fastres.results import is_ours  # noqa: E402
+from fastres.bench.compare import load, machine  # noqa: E402
+from fastres.bench.results import is_ours  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 HISTORY = (

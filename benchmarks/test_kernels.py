@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastres.backends.select import AtenOps, CudnnOps, OneDNNOps, TritonOps
-from fastres.bench import fast_dtypes
+from fastres.bench.run import fast_dtypes
 from fastres.graph.ir import Conv2d, GlobalAvgPool, Linear, MaxPool2d
 
 pytest.importorskip("pytest_benchmark")

@@ -4,7 +4,7 @@
 ``fastres.optimize(model)`` makes a fused copy of any ResNet that torch.fx can trace.
 """
 
-from .bench import benchmark
+from .bench.run import benchmark
 from .errors import FastresError
 from .formats.export import export
 from .formats.fused_file import load, save

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten
 from zoo import CASES, KERAS_CASES, Case, left_names
 
 import fastres
-from fastres.baselines import Plain
+from fastres.bench.baselines import Plain
 from fastres.perf.environment import environment
 from fastres.perf.timing import Method, Samples, measure
 from fastres.runtime.verify import Verification

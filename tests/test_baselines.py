@@ -8,18 +8,19 @@ import time
 import pytest
 import torch
 
-from fastres import baselines, bench, cli, presets, probes
+from fastres import cli
 from fastres.backends.select import AtenOps, CudnnOps, conv_precision, matmul_precision
-from fastres.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
-from fastres.bench import calibrate_, compare, random_images
+from fastres.bench import baselines, presets, probes, run
+from fastres.bench.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
+from fastres.bench.presets import Spec
+from fastres.bench.report import started
+from fastres.bench.run import calibrate_, compare, random_images
 from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
 from fastres.models.resnet import create_model, list_models
 from fastres.perf.roofline import Ceilings, roofline
 from fastres.perf.timing import Method
-from fastres.presets import Spec
-from fastres.report import started
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)
 FP32 = [torch.float32]
@@ -161,7 +162,7 @@ def create_conv():
 
 def test_an_unknown_baseline_names_the_known_ones():
     with pytest.raises(ValueError, match=r"baselines must be of folded, .*; got 'magic'"):
-        bench.benchmark(["resnet18"], baselines=["magic"])
+        run.benchmark(["resnet18"], baselines=["magic"])
 
 
 def test_one_lost_case_does_not_lose_the_others(monkeypatch, tmp_path):
@@ -170,10 +171,10 @@ def test_one_lost_case_does_not_lose_the_others(monkeypatch, tmp_path):
             raise torch.OutOfMemoryError("CUDA out of memory\nand more")
         return compare(name, model, images, FP32, "random", BRIEF)
 
-    monkeypatch.setattr(bench, "compare", compare_or_run_out)
+    monkeypatch.setattr(run, "compare", compare_or_run_out)
     specs = [Spec("resnet20", 4, 32), Spec("resnet5", 1, 32), Spec("resnet20", 1, 32)]
     path = tmp_path / "new" / "run.jsonl"
-    report = bench.run(specs, method=BRIEF, on_case=started(path))
+    report = run.run(specs, method=BRIEF, on_case=started(path))
     assert [case.shape[0] for case in report.cases] == [1]
     assert [check.detail for check in report.checks] == [
         "not measured: OutOfMemoryError: CUDA out of memory",
@@ -184,7 +185,7 @@ def test_one_lost_case_does_not_lose_the_others(monkeypatch, tmp_path):
     assert head["environment"]["versions"]["torch"]
     assert case == json.loads(report.to_json())["cases"][0]
     with pytest.raises(UnknownModelError):
-        bench.run([Spec("resnet5", 1, 32)], method=BRIEF)
+        run.run([Spec("resnet5", 1, 32)], method=BRIEF)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -194,7 +195,7 @@ def test_presets_name_what_exists(name, device):
     assert chosen.specs
     for spec in chosen.specs:
         for part in spec.by_products():
-            bench._check_spec(part, torch.device(device))
+            run._check_spec(part, torch.device(device))
         assert spec.model in list_models()
 
 
@@ -217,16 +218,16 @@ def test_a_way_of_multiplying_float32_is_a_case_of_its_own():
 @pytest.mark.parametrize("kind", ["tf32", "ieee"])
 def test_products_are_set_for_a_case_and_put_back(kind):
     before = (conv_precision(), matmul_precision())
-    with bench.float32_products(kind):
+    with run.float32_products(kind):
         assert (conv_precision(), matmul_precision()) == (kind, kind)
     assert (conv_precision(), matmul_precision()) == before
-    with bench.float32_products(""):
+    with run.float32_products(""):
         assert (conv_precision(), matmul_precision()) == before
 
 
 def test_tf32_is_refused_where_there_is_none():
     with pytest.raises(ValueError, match="dtype 'tf32' needs a CUDA device, got 'cpu'"):
-        bench.benchmark(["resnet18"], dtypes=["tf32"], device="cpu")
+        run.benchmark(["resnet18"], dtypes=["tf32"], device="cpu")
 
 
 def test_max_autotune_runs_last_for_two_batches_of_one_network():

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastres import cli, demo
+from fastres import cli
+from fastres.bench import demo
+from fastres.bench.results import Check
 from fastres.perf.timing import Method
-from fastres.results import Check
 
 pytest.importorskip("sklearn")
 CPU = torch.device("cpu")

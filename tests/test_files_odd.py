@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fastres import cli, compare
+from fastres import cli
 from fastres.backends import kernel_choice
+from fastres.bench import compare
 
 ROOT = Path(__file__).parents[1]
 REPORT = next((ROOT / "benchmarks" / "results").glob("*/latest.json"), None)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from fastres import plots
+from fastres.bench import plots
 from tests.test_report import EAGER, FAST, LAYERS, STARTS, Document, full_report
 
 FRAME = re.compile(r'viewBox="0 0 (\d+) (\d+)">(.*?)</svg>', re.S)

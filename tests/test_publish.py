@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks import publish
 from fastres import cli
-from fastres.compare import compare, load
+from fastres.bench.compare import compare, load
+from fastres.bench.report import Report
+from fastres.bench.results import Case, OutputError
 from fastres.perf.timing import Comparison, Method, Samples, Timing
-from fastres.report import Report
-from fastres.results import Case, OutputError
 
 ERROR = OutputError(2e-6, 5e-6, 1.0, 3e-6, 1.0)
 

@@ -9,11 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastres.perf.environment import environment
-from fastres.perf.roofline import Ceilings
-from fastres.perf.timing import Comparison, Method, Samples, Timing
-from fastres.report import Report, check_output
-from fastres.results import (
+from fastres.bench.report import Report, check_output
+from fastres.bench.results import (
     Case,
     Check,
     ColdStart,
@@ -24,6 +21,9 @@ from fastres.results import (
     footnote,
     milliseconds,
 )
+from fastres.perf.environment import environment
+from fastres.perf.roofline import Ceilings
+from fastres.perf.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
 EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)

@@ -17,8 +17,8 @@ import torch
 from fused import small
 
 from fastres import files
+from fastres.bench.report import Report
 from fastres.models.checkpoint import load_checkpoint, save_checkpoint
-from fastres.report import Report
 
 ROOT = Path(__file__).parents[1]
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from fused import small
 
-from fastres import bench
+from fastres.bench import run
+from fastres.bench.report import Report
 from fastres.perf.timing import Method
-from fastres.report import Report
 from fastres.runtime import live
 from fastres.runtime.cuda_graph import GraphRunner
 from fastres.runtime.executor import Executor
@@ -118,7 +118,7 @@ def unproven(case):
 
 def test_row41_every_speed_stands_beside_its_error_and_agreement():
     brief = Method(rounds=1, budget=0.0, sample=0.0, warmup=0.0)
-    report = bench.benchmark(
+    report = run.benchmark(
         ("resnet18",), batches=(2,), size=32, dtypes=("float32", "bfloat16"), method=brief
     )
     assert report.ok

@@ -16,10 +16,11 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import cli, files, report
+from fastres import cli, files
 from fastres.backends import kernel_choice
+from fastres.bench import report
+from fastres.bench.report import Report
 from fastres.files import atomic_write, check_target
-from fastres.report import Report
 
 resource = pytest.importorskip("resource")
 EXPORT = importlib.import_module("fastres.export")  # fastres.export is the function
@@ -311,8 +312,8 @@ def idle(monkeypatch):
         "fastres.cli.files.read_network",
         "fastres.models.pretrained.load_network",
         "fastres.perf.autotune.tune",
-        "fastres.demo.demo",
-        "fastres.bench.run",
+        "fastres.bench.demo.demo",
+        "fastres.bench.run.run",
         "fastres.graph.diagram._boxes",
         "fastres.formats.fused_file._describe",
     ):

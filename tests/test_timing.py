@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from fastres import probes
+from fastres.bench import probes
 from fastres.perf import timing
 from fastres.perf.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
 

@@ -63,7 +63,7 @@ def verify(
         return _verify_keras(model, batch, size, device, backend, images, as_json)
     if images:
         raise ValueError(f"--images go with a Keras file; got {model!r}")
-    from ..bench import Plain, calibrate_, parse_device, parse_dtype, random_images
+    from ..bench.run import Plain, calibrate_, parse_device, parse_dtype, random_images
     from ..frontends.optimize import optimize
     from ..runtime.verify import verify as compare
     from ..runtime.verify import verify_steps
@@ -97,7 +97,7 @@ def _verify_keras(
     photographs: list[Path] | None,
     as_json: bool,
 ) -> int:
-    from ..bench import parse_device, random_images
+    from ..bench.run import parse_device, random_images
     from ..formats.keras_check import compare_with_keras, input_shapes
 
     shapes = input_shapes(path, size, batch)
@@ -180,7 +180,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """The steps that inference runs: what is fused, what is left to PyTorch and why."""
-    from ..bench import parse_device, parse_dtype
+    from ..bench.run import parse_device, parse_dtype
     from ..frontends.optimize import optimize
 
     network = _network(model, None, checkpoint).to(parse_device(device))
@@ -208,10 +208,10 @@ def roofline(
     Needs no GPU: operations and bytes are counted, and the ceilings are an H200's or, with
     --measure, this machine's.
     """
-    from ..bench import parse_device, parse_dtype
+    from ..bench.probes import measured_ceilings
+    from ..bench.run import parse_device, parse_dtype
     from ..perf.roofline import FUSIONS, H200
     from ..perf.roofline import roofline as floors
-    from ..probes import measured_ceilings
 
     kind = parse_dtype(dtype)
     ceilings = measured_ceilings(parse_device(device), kind) if measure else H200
@@ -268,8 +268,8 @@ def _planned(network: ResNet, shape: tuple[int, ...], dtype: torch.dtype) -> tup
 
 def env(as_json: AsJson = False) -> None:
     """Versions, processors and the switches of torch that change numbers or speed."""
+    from ..bench.html import flatten
     from ..perf.environment import environment
-    from ..report_html import flatten
 
     found = environment()
     if as_json:

@@ -22,8 +22,8 @@ from .console import (
 )
 
 if TYPE_CHECKING:
-    from ..report import Report
-    from ..results import Picture
+    from ..bench.report import Report
+    from ..bench.results import Picture
 
 SHADES = " ░▒▓█" if OUT.encoding.startswith("utf") else " .:*#"
 LATENCY_SECONDS = 60.0
@@ -39,8 +39,8 @@ def demo(
 
     Wrong answers end with exit code 1 and no speed.
     """
-    from ..demo import demo as run_demo
-    from ..report import check_output
+    from ..bench.demo import demo as run_demo
+    from ..bench.report import check_output
 
     check_output(report)
     with following() as follow:
@@ -92,11 +92,11 @@ def bench(
     A contender with a wrong output gets no time, and the exit code is 1. A baseline that cannot run
     is listed with the reason.
     """
-    from ..baselines import BASELINES
-    from ..bench import parse_device, run
+    from ..bench.baselines import BASELINES
+    from ..bench.presets import Preset, Spec, preset
+    from ..bench.report import SUFFIXES, check_output, started
+    from ..bench.run import parse_device, run
     from ..perf.timing import Method
-    from ..presets import Preset, Spec, preset
-    from ..report import SUFFIXES, check_output, started
 
     chosen = [n for n, on in (("quick", quick), ("standard", standard), ("full", full)) if on]
     if len(chosen) + bool(models) != 1:
@@ -136,7 +136,7 @@ def classify(
     as_json: AsJson = False,
 ) -> int:
     """Name what is in photographs, with pretrained weights and torchvision's preprocessing."""
-    from ..bench import parse_device
+    from ..bench.run import parse_device
     from ..models.classify import classify as run_classify
 
     found = run_classify(
@@ -163,7 +163,7 @@ def compare_reports(
     as_json: AsJson = False,
 ) -> int:
     """Tell what got faster or slower beyond the spread; exit code 1 if fastres got slower."""
-    from ..compare import compare, load
+    from ..bench.compare import compare, load
 
     found = compare(load(old), load(new))
     if as_json:
@@ -190,7 +190,14 @@ def deliver(report: Report, as_json: bool, paths: list[Path]) -> int:
 
 def show(report: Report) -> None:
     """A report on the terminal."""
-    from ..results import case_rows, ceiling_table, cold_table, footnote, layer_table, probe_table
+    from ..bench.results import (
+        case_rows,
+        ceiling_table,
+        cold_table,
+        footnote,
+        layer_table,
+        probe_table,
+    )
 
     for check in report.checks:
         mark = "[green]ok   [/]" if check.ok else "[red]WRONG[/]"

@@ -38,7 +38,7 @@ def tune(
     GPU and these versions, and for batch sizes within a factor of two.
     """
     from ..backends.kernel_choice import cache_path
-    from ..bench import parse_device, parse_dtype
+    from ..bench.run import parse_device, parse_dtype
     from ..files import check_target
     from ..models.pretrained import load_network
     from ..perf.autotune import tune as run

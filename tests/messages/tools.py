@@ -13,7 +13,8 @@ from fused import images, small
 from torch import nn
 
 import fastres
-from fastres import bench, cli, compare, demo, files, presets, report
+from fastres import cli, files
+from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import singly
 from fastres.models import summary
 from fastres.perf import forecast, roofline, timing
@@ -29,7 +30,7 @@ def written(content: Any) -> Path:
 
 
 def benchmark(*models: str, **kwargs: Any) -> Any:
-    return bench.benchmark(models or ("resnet18",), **kwargs)
+    return run.benchmark(models or ("resnet18",), **kwargs)
 
 
 add("benchmark: no such network", lambda: benchmark("resnet5"))

@@ -15,10 +15,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from .files import atomic_write, check_target
-from .perf.environment import Environment, environment
-from .perf.roofline import Ceilings
-from .report_html import page
+from ..files import atomic_write, check_target
+from ..perf.environment import Environment, environment
+from ..perf.roofline import Ceilings
+from .html import page
 from .results import (
     COLUMNS,
     Case,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .perf.roofline import Ceilings
-from .perf.timing import Comparison, Samples, Timing
+from ..perf.roofline import Ceilings
+from ..perf.timing import Comparison, Samples, Timing
 
 COLUMNS = (
     "contender",

@@ -19,24 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bench import (
-    BASELINE,
-    Judge,
-    Model,
-    calibrate_,
-    compare,
-    eager,
-    fast_dtypes,
-    ours,
-    parse_device,
-)
-from .errors import MissingDependencyError
-from .frontends.optimize import optimize
-from .models.digits import digits_split, load_digits_model
-from .models.resnet import ResNet, create_model
-from .perf.timing import Method, Progress, one_line
+from ..errors import MissingDependencyError
+from ..frontends.optimize import optimize
+from ..models.digits import digits_split, load_digits_model
+from ..models.resnet import ResNet, create_model
+from ..perf.timing import Method, Progress, one_line
 from .report import Report
 from .results import Case, Check, Picture
+from .run import BASELINE, Judge, Model, calibrate_, compare, eager, fast_dtypes, ours, parse_device
 
 ACCURACY = 0.98
 INTERPRETED = 32
@@ -208,7 +198,7 @@ def interpreter_check() -> Check:
     name = f"the Triton kernels, interpreted, on {INTERPRETED} digits"
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-m", "fastres.demo"],
+        [sys.executable, "-m", "fastres.bench.demo"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -19,12 +19,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .backends.select import AtenOps, CudnnOps
-from .errors import FastresError
-from .graph import plan
-from .graph.ir import Conv2d
-from .runtime.cuda_graph import GraphRunner
-from .runtime.executor import Executor
+from ..backends.select import AtenOps, CudnnOps
+from ..errors import FastresError
+from ..graph import plan
+from ..graph.ir import Conv2d
+from ..runtime.cuda_graph import GraphRunner
+from ..runtime.executor import Executor
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 

@@ -19,18 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .backends.aten import AtenOps
-from .backends.select import select_ops
+from ..backends.aten import AtenOps
+from ..backends.select import select_ops
+from ..frontends.fast_model import FastModel
+from ..graph import plan
+from ..graph.ir import Flatten, Parameter, Ref
+from ..graph.plan import Plan, Step
+from ..perf.environment import gpu_state
+from ..perf.roofline import Ceilings, roofline
+from ..perf.timing import captured
+from ..runtime.executor import Executor
 from .baselines import SHORT
-from .frontends.fast_model import FastModel
-from .graph import plan
-from .graph.ir import Flatten, Parameter, Ref
-from .graph.plan import Plan, Step
-from .perf.environment import gpu_state
-from .perf.roofline import Ceilings, roofline
-from .perf.timing import captured
 from .results import ColdStart, LayerTime, Probe
-from .runtime.executor import Executor
 
 Model = Callable[[Tensor], Tensor]
 
@@ -289,7 +289,7 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def _l2_bandwidth(device: torch.device) -> float | None:
     """Bytes per second from the L2 cache to all multiprocessors; None without Triton."""
     try:
-        from .kernels.cache_read import BLOCK, cache_read
+        from ..kernels.cache_read import BLOCK, cache_read
     except ImportError:
         return None
     x = torch.randn(L2_SET_BYTES // 4, device=device)
@@ -329,7 +329,7 @@ def _synchronize(x: Tensor) -> None:
 
 FIRST_ANSWER = """
 import torch, fastres
-from fastres.baselines import eager
+from fastres.bench.baselines import eager
 model = fastres.create_model({model!r}).eval()
 x = torch.randn(1, 3, 224, 224)
 x, model = x.to({device!r}), model.to({device!r})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..perf.timing import Method
 from .baselines import BASELINES, CHEAP, STANDARD
-from .perf.timing import Method
 
 FAMILY = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 COUSINS = ("resnext50_32x4d", "wide_resnet50_2")
@@ -23,7 +23,7 @@ class Spec:
 
     Attributes:
         dtypes: names; empty for what is fast on the device.
-        baselines: names out of :data:`fastres.baselines.BASELINES`.
+        baselines: names out of :data:`fastres.bench.baselines.BASELINES`.
         probes: seconds per contender for the latency of single calls, with which comes memory;
             0 leaves them out.
         sustained: with the probes, also throughput without a pause.

@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .files import read_text
+from ..files import read_text
 from .report import SCHEMA, SCHEMA_VERSION
 from .results import is_ours
 

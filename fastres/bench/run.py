@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends.aten import cudnn_benchmarking
+from ..backends.aten import cudnn_benchmarking
+from ..errors import UnknownModelError
+from ..frontends.fast_model import FastModel
+from ..frontends.optimize import optimize
+from ..models.resnet import BasicBlock, Bottleneck, ResNet, create_model
+from ..perf.environment import native_bf16
+from ..perf.roofline import Ceilings, roofline
+from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
+from ..runtime.verify import rms
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
-from .errors import UnknownModelError
-from .frontends.fast_model import FastModel
-from .frontends.optimize import optimize
-from .models.resnet import BasicBlock, Bottleneck, ResNet, create_model
-from .perf.environment import native_bf16
-from .perf.roofline import Ceilings, roofline
-from .perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
 from .report import Report
 from .results import Case, Check, OutputError, Probe
-from .runtime.verify import rms
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"
@@ -72,7 +72,7 @@ def benchmark(
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
         weights: name of pretrained weights; by default random ones with lively batch norms.
-        baselines: names out of :data:`fastres.baselines.BASELINES`, besides eager PyTorch.
+        baselines: names out of :data:`fastres.bench.baselines.BASELINES`, besides eager PyTorch.
         probes: seconds per contender for the latency of up to 1,000 single calls, with which come
             memory and sustained throughput; 0 leaves them out.
         progress: called with a case's title, returns the callback for its rounds.
