@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from benchmarks.gpu_contest import Case, Graphed, Setting
-from fastres.bench.probes import measured_ceilings, sustained
+from fastres.bench.probes import sustained
 from fastres.kernels._config import machine_of
 from fastres.kernels._tma import descriptor
+from fastres.perf.ceilings import measured_ceilings
 from fastres.perf.timing import measure
 
 ROWS, COLUMNS, DEPTH = 128, 64, 6  # of a tile; tiles in flight

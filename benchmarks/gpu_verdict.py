@@ -219,7 +219,7 @@ def best_rows(records: Records) -> list[tuple[str, ...]]:
 
 
 def choice_rows(records: Records) -> list[str]:
-    """Rows for ``fastres/backends/kernel_table.py``: where a kernel beat what else would serve the work."""
+    """Rows for ``fastres/backends/kernel_table.py``: where a kernel beat the others."""
     gpus = records.get(("environment", "environment"), {}).get("gpus") or [{}]
     rows = []
     for data in records.values():

@@ -2,7 +2,8 @@
 
     python examples/train_digits.py --output digits.safetensors
 
-The network never sees the held-out quarter (fastres.models.digits.digits_split) before its training is
+The network never sees the held-out quarter (fastres.models.digits.digits_split) before its training
+is
 over, and the number of epochs is fixed beforehand: the accuracies printed are of the last epoch,
 and the network saved is that of the first seed, not that of the best.
 """

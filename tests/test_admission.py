@@ -92,11 +92,11 @@ def alive(model):
 
 
 def a_bias(model, fast):
-    fast.folded.get_buffer(f"bias{step_of(fast, CONV)}")[alive(model)] += 0.2
+    fast.folded.get_parameter(f"bias{step_of(fast, CONV)}")[alive(model)] += 0.2
 
 
 def an_element(model, fast):
-    weight = fast.folded.get_buffer(f"weight{step_of(fast, CONV)}")
+    weight = fast.folded.get_parameter(f"weight{step_of(fast, CONV)}")
     channel = alive(model)
     largest = weight[channel].abs().amax()
     weight[channel] *= torch.where(weight[channel].abs() == largest, 2, 1)
@@ -107,18 +107,18 @@ def another_eps(model, fast):
     index = step_of(fast, CONV)
     factor = ((norm.running_var + norm.eps) / (norm.running_var + 0.1)).sqrt()
     for name in (f"weight{index}", f"bias{index}"):
-        values = fast.folded.get_buffer(name)
+        values = fast.folded.get_parameter(name)
         values *= factor.reshape(-1, *[1] * (values.dim() - 1)).to(values.dtype)
 
 
 def no_mean(model, fast):
     norm = model.get_submodule(NORM)
     shift = norm.running_mean * norm.weight / (norm.running_var + norm.eps).sqrt()
-    fast.folded.get_buffer(f"bias{step_of(fast, CONV)}").add_(shift.detach())
+    fast.folded.get_parameter(f"bias{step_of(fast, CONV)}").add_(shift.detach())
 
 
 def a_dead_channel(model, fast):
-    fast.folded.get_buffer(f"weight{step_of(fast, CONV)}")[alive(model)] = 0
+    fast.folded.get_parameter(f"weight{step_of(fast, CONV)}")[alive(model)] = 0
 
 
 def no_relu(model, fast):
@@ -138,13 +138,13 @@ def an_eps_misread(model, fast):
     op = fast.traced.steps[index].op
     op = replace(op, norm=replace(op.norm, eps=0.1))
     weight, bias = fold_step(op, lambda path: attribute(model, path), fast.dtype)
-    fast.folded.get_buffer(f"weight{index}").copy_(weight)
-    fast.folded.get_buffer(f"bias{index}").copy_(bias)
+    fast.folded.get_parameter(f"weight{index}").copy_(weight)
+    fast.folded.get_parameter(f"bias{index}").copy_(bias)
     with_step(fast, CONV, op=op)
 
 
 def no_classifier_bias(model, fast):
-    fast.folded.get_buffer(f"bias{step_of(fast, 'fc')}").zero_()
+    fast.folded.get_parameter(f"bias{step_of(fast, 'fc')}").zero_()
 
 
 FAULTS = [

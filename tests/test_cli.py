@@ -10,7 +10,8 @@ import torch
 
 import fastres
 from fastres import cli
-from fastres.bench import report, run
+from fastres.bench import report
+from fastres.bench import run as bench
 from fastres.bench.results import Picture
 
 ROOT = Path(__file__).parents[1]
@@ -211,13 +212,13 @@ def test_bench_writes_all_forms_and_each_case_as_it_comes(run, tmp_path):
 
 
 def test_bench_with_a_wrong_output_gives_no_speed_and_exit_code_1(run, monkeypatch):
-    honest = run.ours
+    honest = bench.ours
 
     def shifted(*arguments):
         fast = honest(*arguments)
         return lambda x: fast(x) + 1e-2
 
-    monkeypatch.setattr(run, "ours", shifted)
+    monkeypatch.setattr(bench, "ours", shifted)
     code, out, _ = run("bench", "resnet18", *QUICK)
     assert code == 1
     row = next(line for line in out.splitlines() if line.startswith("fastres fp32 "))

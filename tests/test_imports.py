@@ -9,43 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Each module may import those before it and none behind it: data only ever moves to the right.
-ORDER = (
-    *("errors", "copies", "effects", "preprocess"),
-    *("ir", "layouts", "recognise", "trace", "fold", "plan", "tuning", "roofline"),
-    *("checkpoint", "memory_format", "aten_ops", "group_kernels", "tables", "choices"),
-    *("triton_ops", "fused_experimental", "backends"),
-    *("engine", "cuda_graph", "guards", "live"),
-    *("verify", "portable", "fast_model", "shell", "optimize"),
-    "compile_backend",
-    "features",
-    *("keras_file", "keras_layers", "keras_import", "keras_check"),
-    *(
-        "plan_json",
-        "export",
-        "diagram",
-        "serialize",
-        "weights",
-        "resnet",
-        "pretrained",
-        "digits",
-        "describe",
-    ),
-    *(
-        "environment",
-        "timing",
-        "forecast",
-        "tuner",
-        "results",
-        "plots",
-        "report_html",
-        "report",
-        "compare",
-    ),
-    *("baselines", "probes", "presets", "bench", "demo", "classify"),
-    *("cli", "__main__"),
+# A package imports only from the rows above its own; those of one row are strangers.
+LAYERS = (
+    ("errors", "files", "version"),
+    ("graph",),
+    ("backends",),
+    ("runtime",),
+    ("frontends", "models", "perf"),
+    ("formats", "bench"),
+    ("cli",),
+    ("__main__",),
 )
-KNOW_THE_KERNELS = {"fused_experimental", "probes", "triton_ops"}
+FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
+KNOW_THE_KERNELS = {"backends", "perf"}
 OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py", "keras")
 
 
@@ -54,8 +30,8 @@ def sources():
     return [p for p in files if "kernels" not in p.parts and p != ROOT / "fastres/__init__.py"]
 
 
-def module_of(path):
-    """The layer that a file belongs to: its module, or its subpackage."""
+def package_of(path):
+    """The package that a file belongs to, or the module itself at the top."""
     return path.relative_to(ROOT / "fastres").with_suffix("").parts[0]
 
 
@@ -78,29 +54,51 @@ def runtime_imports(path):
             yield from ((node, node.level, name) for name in names)
 
 
-def siblings(path):
-    """Names of the top-level modules of fastres that a file imports."""
-    depth = len(path.relative_to(ROOT / "fastres").parts)
+def imported(path):
+    """``(package, module)`` of fastres that a file imports; the module is empty for a package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
     for _, level, name in runtime_imports(path):
-        if level == depth:
-            yield name.split(".")[0]
-        elif level == 0 and name.split(".")[0] == "fastres":
-            yield (name.split(".") + ["__init__"])[1]
+        full = [*parts[: len(parts) - level], *name.split(".")] if level else name.split(".")
+        if full[0] == "fastres" and len(full) > 1:
+            yield full[1], ".".join(full[2:3])
 
 
-def test_every_module_has_its_place_in_the_order():
-    assert {module_of(path) for path in sources()} <= set(ORDER)
-    assert len(ORDER) == len(set(ORDER))
+def test_every_package_has_its_floor():
+    assert {package_of(path) for path in sources()} == set(FLOOR)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_imports_go_one_way(path):
-    layer = module_of(path)
-    allowed = set(ORDER[: ORDER.index(layer)])
-    if layer in KNOW_THE_KERNELS:
-        allowed.add("kernels")
-    backwards = set(siblings(path)) - allowed
-    assert not backwards, f"{layer} imports {sorted(backwards)}, which come after it"
+    own = package_of(path)
+    below = {name for name, floor in FLOOR.items() if floor < FLOOR[own]} | {own}
+    if own in KNOW_THE_KERNELS:
+        below.add("kernels")
+    upwards = {package for package, _ in imported(path)} - below
+    assert not upwards, f"{own} imports {sorted(upwards)}, which are not below it"
+
+
+def test_no_circles_inside_a_package():
+    """Modules of one package, in an order in which each imports only those before it."""
+    waiting = {}
+    for path in sources():
+        relative = path.relative_to(ROOT / "fastres").with_suffix("")
+        if len(relative.parts) == 2:
+            own, module = relative.parts
+            inside = {name for package, name in imported(path) if package == own and name}
+            waiting[own, module] = {(own, name) for name in inside} - {(own, module)}
+    while ready := [key for key, needs in waiting.items() if not needs & waiting.keys()]:
+        for key in ready:
+            del waiting[key]
+    assert not waiting, f"these import each other: {sorted(waiting)}"
+
+
+def test_a_package_says_what_it_holds_and_exports_nothing():
+    for face in sorted((ROOT / "fastres").glob("*/__init__.py")):
+        if face.parent.name in ("kernels", "cli"):
+            continue
+        tree = ast.parse(face.read_text())
+        assert ast.get_docstring(tree), face
+        assert len(tree.body) == 1, f"{face} does more than describe its package"
 
 
 def test_the_kernels_are_imported_only_when_triton_runs():

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from fastres.kernels import _common
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = sorted((ROOT / "kernels").glob("*.py"))
+FILES = sorted((ROOT / "kernels").rglob("*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
 KERNELS = {
     node.name: node

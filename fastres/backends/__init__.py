@@ -1,6 +1,6 @@
-"""What computes one plan step, or a group of them.
+"""What computes a step of a plan, or several at once.
 
-aten is the base class and reference; onednn, cudnn and triton override it; fused holds kernels for
-groups. kernel_choice decides: forced, measured (tuning_cache), or kernel_table. select picks a
-backend for a device. Add a fused kernel as one class in fused.
+aten holds the base class, oneDNN and cuDNN; triton our kernels, fused those for several steps.
+kernel_choice decides: forced, measured, or by kernel_table. select picks a backend for a device,
+memory_format knows layouts. Add a fused kernel as one class in fused.
 """

@@ -377,7 +377,7 @@ EXPERIMENTAL: dict[str, str] = {
     "bottleneck_hwnc": "3x3 of 64 channels, expansion, sum and the next reduction, in [H, W, N, C]",
     "conv2d_hwnc": "convolution in the layout [H, W, N, C], and that layout for the whole network",
 }
-"""Kernels of :mod:`fastres.backends.fused_experimental`, which run only where FASTRES_KERNELS names them."""
+"""Kernels of ``fused_experimental``, which run only where FASTRES_KERNELS names them."""
 
 
 def conv_of(step: Step) -> Conv2d:

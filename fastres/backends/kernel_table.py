@@ -2,7 +2,8 @@
 
 A row is in force for the GPUs named in :data:`TABLES`; what no row admits is served step by step
 by ``conv2d`` and the other kernels for single operations. ``predicted`` stands for the model of
-tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a row that was measured names the
+tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a row that was measured names
+the
 GPU. What ``fastres tune`` has measured on the machine at hand goes before these rows, and the
 environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
 ``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-rot2``.

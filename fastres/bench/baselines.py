@@ -23,12 +23,12 @@ from ..backends.select import AtenOps, CudnnOps
 from ..errors import FastresError
 from ..graph import plan
 from ..graph.ir import Conv2d
+from ..perf.ceilings import SHORT
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 BUILD_SECONDS = 120.0
 AUTOTUNE_SECONDS = 240.0
 TRIALS = 10

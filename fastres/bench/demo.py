@@ -196,7 +196,7 @@ def interpreter_obstacle() -> str | None:
 def interpreter_check() -> Check:
     """The verdict of a process of its own, since TRITON_INTERPRET counts before Triton's import."""
     name = f"the Triton kernels, interpreted, on {INTERPRETED} digits"
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, "-m", "fastres.bench.demo"],
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},

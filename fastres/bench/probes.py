@@ -25,11 +25,11 @@ from ..frontends.fast_model import FastModel
 from ..graph import plan
 from ..graph.ir import Flatten, Parameter, Ref
 from ..graph.plan import Plan, Step
+from ..perf.ceilings import best_seconds
 from ..perf.environment import gpu_state
 from ..perf.roofline import Ceilings, roofline
 from ..perf.timing import captured
 from ..runtime.executor import Executor
-from .baselines import SHORT
 from .results import ColdStart, LayerTime, Probe
 
 Model = Callable[[Tensor], Tensor]
@@ -39,8 +39,6 @@ BLOCK = 10
 BLOCK_SECONDS = 0.2
 FOREIGN = ("onnxruntime", "OpenVINO", "TensorRT")
 GRAPHED = ("fastres", "cuDNN fused", "compile CUDA graphs", "max-autotune")
-COPIED_BYTES = 256 * 2**20
-L2_SET_BYTES, L2_READS = 16 * 2**20, 512
 REPEATS = 10
 SUSTAINED_SECONDS = 3.0
 COLD_SECONDS = 120.0
@@ -266,60 +264,7 @@ def _step_seconds(call: Callable[[], Any], x: Tensor) -> float:
 
 def _graph_seconds(call: Callable[[], Any]) -> float:
     """GPU seconds of one call out of a graph of several, in which launches cost least."""
-    return _best(captured([call] * REPEATS).replay, torch.device("cuda")) / REPEATS
-
-
-def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """This machine's bandwidths and matrix throughput, the best of several tries.
-
-    The copy is larger than the caches, on a GPU as on a CPU; inputs are random, since zeros are
-    faster on a GPU.
-    """
-    source = torch.randn(COPIED_BYTES // 4, device=device)
-    target = torch.empty_like(source)
-    copied = _best(lambda: target.copy_(source), device)
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiplied = _best(lambda: a @ b, device)
-    name = f"{_machine(device)}, {SHORT.get(dtype, str(dtype))}, measured"
-    cached = _l2_bandwidth(device) if device.type == "cuda" else None
-    return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied, cached)
-
-
-def _l2_bandwidth(device: torch.device) -> float | None:
-    """Bytes per second from the L2 cache to all multiprocessors; None without Triton."""
-    try:
-        from ..kernels.cache_read import BLOCK, cache_read
-    except ImportError:
-        return None
-    x = torch.randn(L2_SET_BYTES // 4, device=device)
-    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    read = _best(lambda: cache_read(x, programs, L2_READS), device)
-    return 4 * BLOCK * programs * L2_READS / read
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU with {torch.get_num_threads()} threads"
-
-
-def _best(call: Callable[[], Any], device: torch.device, tries: int = 7) -> float:
-    call()
-    times = []
-    for _ in range(tries):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-    return min(times)
+    return best_seconds(captured([call] * REPEATS).replay, torch.device("cuda")) / REPEATS
 
 
 def _synchronize(x: Tensor) -> None:
@@ -366,7 +311,7 @@ def cold_starts(
 def _cold_start(
     name: str, state: str, script: str, caches: Mapping[str, str], limit: float
 ) -> ColdStart:
-    paths = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", ""))
+    paths = (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
     variables = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | dict(caches)
     command = (sys.executable, "-c", script)
     started = time.perf_counter()

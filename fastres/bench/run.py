@@ -21,13 +21,14 @@ from ..errors import UnknownModelError
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
 from ..models.resnet import BasicBlock, Bottleneck, ResNet, create_model
+from ..perf.ceilings import measured_ceilings
 from ..perf.environment import native_bf16
 from ..perf.roofline import Ceilings, roofline
 from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
 from ..runtime.verify import rms
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
 from .presets import Spec
-from .probes import SUSTAINED_SECONDS, cold_starts, layers, measured_ceilings, probe, python_seconds
+from .probes import SUSTAINED_SECONDS, cold_starts, layers, probe, python_seconds
 from .report import Report
 from .results import Case, Check, OutputError, Probe
 

@@ -208,8 +208,8 @@ def roofline(
     Needs no GPU: operations and bytes are counted, and the ceilings are an H200's or, with
     --measure, this machine's.
     """
-    from ..bench.probes import measured_ceilings
     from ..bench.run import parse_device, parse_dtype
+    from ..perf.ceilings import measured_ceilings
     from ..perf.roofline import FUSIONS, H200
     from ..perf.roofline import roofline as floors
 

@@ -1,4 +1,5 @@
-"""Models as files: fused_file (save, load; plan_json is its plan), export (ONNX, torch.export), keras_* (from_keras).
+"""Models as files.
 
-Nothing here unpickles or evaluates what a file names.
+fused_file saves and loads (plan_json is its plan), export writes ONNX and torch.export, keras_*
+read Keras' files and check what was read. Nothing here unpickles or evaluates what a file names.
 """

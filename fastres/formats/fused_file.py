@@ -1,7 +1,7 @@
 """Fused models in one safetensors file: :func:`save` and :func:`load`.
 
 The tensors are the folded weights; the plan is JSON in the file's metadata. There is no pickle, and
-reading a file runs nothing that it could name (see :mod:`fastres.formats.plan_json` and docs/security.md).
+reading a file runs nothing that it could name (see ``plan_json`` and docs/security.md).
 """
 
 from __future__ import annotations

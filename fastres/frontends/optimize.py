@@ -85,7 +85,7 @@ def optimize(
 ) -> FastModel | FastShell:
     """Fold and fuse a module for inference; the module itself is left as it is.
 
-    What torch.fx cannot trace whole, such as a detector, becomes a FastShell (fastres.frontends.fast_shell):
+    What torch.fx cannot trace whole, such as a detector, becomes a FastShell:
     a copy with the source's own Python around its largest traceable parts.
 
     Args:

@@ -1,6 +1,6 @@
 """From an nn.Module to a plan.
 
-trace records it with torch.fx, from_fx and match turn nodes into ir operations, fold attaches batch
-norms, fuse merges epilogues, plan orders steps, patterns groups steps for one kernel. Pure: no
-weights, no devices. Add an operation in ir, match, shapes, and one method in backends/aten.
+trace records it with torch.fx and turns the nodes into operations of ir (match knows which), fold
+attaches batch norms, plan merges epilogues and orders steps, patterns finds steps for one kernel.
+Pure: no weights, no devices. Add an operation in ir, match and plan, and a method in backends.aten.
 """

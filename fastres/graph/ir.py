@@ -32,7 +32,7 @@ class BatchNorm2d:
 
 @dataclass(frozen=True)
 class Normalize:
-    """8-bit images to normalised ones, by the :class:`fastres.models.preprocess.Normalize` at a path."""
+    """8-bit images to normalised ones, by the :class:`fastres.Normalize` at a path."""
 
     module: str
 

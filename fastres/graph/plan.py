@@ -165,7 +165,7 @@ class Plan:
 
 
 def of_module(module: nn.Module, method: str = "forward", most: bool = True) -> Plan:
-    """The plan of what a module computes in eval mode; ``most`` as :func:`fastres.graph.trace.trace`.
+    """The plan of what a module computes in eval mode; ``most`` as :func:`trace.trace`.
 
     Raises:
         TraceError: torch.fx cannot trace the method.

@@ -1,6 +1,6 @@
 """Module to graph: torch.fx records the program, each recorded step becomes a typed operation.
 
-A step that is not understood stays a :class:`~fastres.graph.ir.Call` with the reason, never dropped.
+A step that is not understood stays an ``ir.Call`` with the reason, never dropped.
 In-place steps become functional where nobody can tell the difference and stay in place otherwise.
 """
 
@@ -219,7 +219,7 @@ class _Tracer(fx.Tracer):
 
 
 def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Graph:
-    """Record what a module computes as a :class:`~fastres.graph.ir.Graph`; the module is not changed.
+    """Record what a module computes as an ``ir.Graph``; the module is not changed.
 
     Modules inside whose own Python cannot be recorded stay calls, each with the reason.
 

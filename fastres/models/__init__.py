@@ -1,4 +1,6 @@
-"""Our ResNets: resnet (modules), registry (names), weights and pretrained (published files), checkpoint (safetensors), preprocess, features, digits, classify, summary.
+"""Our ResNets.
 
+resnet holds the modules and their names, weights and pretrained the published files, checkpoint
+reads and writes state dicts; preprocess, features, digits, classify and summary stand around them.
 Each network is a runtime.live.LiveModule.
 """

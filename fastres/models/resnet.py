@@ -438,7 +438,8 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
     """Build the network called ``name``.
 
     weights: None, a torchvision weights enum or its name ("DEFAULT", "IMAGENET1K_V1",
-        "ResNet50_Weights.IMAGENET1K_V2"), an entry of :mod:`fastres.models.weights`, or any object with
+        "ResNet50_Weights.IMAGENET1K_V2"), an entry of ``fastres.models.weights``, or any object
+            with
         ``get_state_dict(progress=, check_hash=)`` and ``meta``. torchvision's old
         ``pretrained=True`` is taken with a warning, and as timm does with another ``num_classes``:
         the weights are loaded and a new classifier is put in place.

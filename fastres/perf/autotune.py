@@ -1,7 +1,8 @@
 """Measures which kernel is the fastest for each distinct piece of a network on the GPU at hand.
 
 A piece is a step, or steps that one kernel can serve; equal pieces are measured once. A kernel
-whose answer is wrong gets no time. What is found goes into the cache of :mod:`fastres.backends.kernel_choice`.
+whose answer is wrong gets no time. What is found goes into the cache of
+:mod:`fastres.backends.kernel_choice`.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of the work tree that fastres is run from, or None where it is installed."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     head = _run("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
