@@ -11,9 +11,9 @@ version = release = fastres.__version__
 root_doc = "docs/index"
 include_patterns = [
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/*.md"),
-    *("benchmarks/NOTES.md", "benchmarks/results/*/latest.md"),
+    *("benchmarks/NOTES.md", "benchmarks/results/*/latest.md", "kernels/experimental/README.md"),
 ]
-exclude_patterns = [".venv*", "build", "dist", "fastres", "kernels", "out", "tests"]
+exclude_patterns = [".venv*", "build", "dist", "fastres", "out", "tests"]
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
@@ -24,7 +24,8 @@ myst_heading_anchors = 3  # links such as performance.md#when-it-is-slower
 napoleon_use_ivar = True  # Attributes: entries have no line of their own in the contents
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # nn.Module's text on forward says nothing about ours
-autodoc_typehints = "none"  # the Args: sections say types where the name does not
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:(class|exc|obj)", ".*"),  # of PyTorch and Python, whose sites this build does not read

@@ -121,6 +121,11 @@ def test_python_in_pages_compiles(page):
         compile(code, str(page), "exec")
 
 
+def test_the_citation_is_of_this_version():
+    text = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {fastres.__version__}\n" in text
+
+
 @pytest.mark.parametrize("name", ["quickstart.py", "optimize_timm.py"])
 def test_examples_run(name, capsys):
     if "timm" in name:
