@@ -1,4 +1,4 @@
-# make demo | test | check | quick | bench | gpu
+# make demo | test | check | quick | docs | bench | gpu
 #
 # Everything runs in .venv, which the first call fills from PyPI with the pinned stack of
 # .ci/constraints.txt. SETUP=0 uses $(PYTHON) as it is instead: no network, no installation.
@@ -14,17 +14,19 @@ STAMP := $(VENV)/.installed
 ifeq ($(SETUP),0)
 RUN := $(PYTHON)
 READY :=
+DOCS_READY :=
 PARALLEL :=
 else
 RUN := $(VENV)/bin/python
 READY := $(STAMP)
+DOCS_READY := $(VENV)/.docs
 PARALLEL := -n auto --dist worksteal  # as many as cores and memory allow: tests/conftest.py
 endif
 
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick lint types bench publish gpu clean
+.PHONY: help setup demo test check quick lint types docs bench publish gpu clean
 .PHONY: fuzz mutants fault-matrix gpu-kernels gpu-sanitize
 
 help:
@@ -32,6 +34,7 @@ help:
 	@echo "make test    every test that this machine can run"
 	@echo "make check   formatting, lint, types and the CPU tests that are not slow"
 	@echo "make quick   one pass through each front door, in under a minute"
+	@echo "make docs    these pages and the API reference as a site, $(OUT)/site; warnings are errors"
 	@echo "make bench   time fastres against PyTorch, write $(OUT)/bench.{json,md,html}"
 	@echo "make publish the same, kept under benchmarks/results and shown in README.md"
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
@@ -49,6 +52,10 @@ $(STAMP): pyproject.toml .ci/constraints.txt
 		|| { echo "error: fastres needs Python 3.10 or newer; set PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(VENV)/bin/python -m pip install --quiet -c .ci/constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV)/.docs: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet -c .ci/constraints.txt -e '.[docs]'
 	@touch $@
 
 demo: $(READY)
@@ -69,6 +76,9 @@ check: lint types
 
 quick: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -q tests/test_tiny.py tests/test_imports.py $(PYTEST_ARGS)
+
+docs: $(READY) $(DOCS_READY)
+	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -c docs -d $(OUT)/doctrees . $(OUT)/site
 
 bench: $(READY)
 	$(RUN) -m fastres bench --standard --output $(OUT)/bench
