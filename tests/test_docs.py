@@ -13,7 +13,7 @@ import torch
 import fastres
 
 ROOT = next(p for p in Path(__file__).parents if (p / "pyproject.toml").exists())
-OLD = ("fault-matrix.md", "mutants.md", "CHANGELOG.md")  # what was once there may have gone
+OLD = ("fault-matrix.md", "mutants.md", "CHANGELOG.md", "NOTES.md")  # some of it has gone since
 PAGES = sorted(
     [
         *ROOT.glob("*.md"),
@@ -68,6 +68,29 @@ def exists(dotted: str) -> bool:
 def test_names_exist(page):
     names = set(NAME.findall(page.read_text("utf-8")))
     assert {name for name in names if not exists(name)} - {".report", ".report.lines"} == set()
+
+
+PLACE = re.compile(r"`((?:fastres|kernels|tests|benchmarks|docs|examples|\.ci)/[\w./-]*)[`:]")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in OLD], ids=lambda p: p.name)
+def test_files_exist(page):
+    places = set(PLACE.findall(page.read_text("utf-8")))
+    assert {place for place in places if not (ROOT / place).exists()} == set()
+
+
+def test_the_modules_of_the_architecture_exist():
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    layers = {path.parent.name for path in (ROOT / "fastres").glob("*/__init__.py")} - {"kernels"}
+    assert set(re.findall(r"^\| \d \| `(\w+)/`", text, re.M)) == layers
+    named = re.findall(rf"`((?:{'|'.join(layers)})(?:\.\w+)+)`", text)
+    assert len(named) > 10
+    assert {name for name in named if not exists(name)} == set()
+
+
+def test_contributing_shows_a_kernels_class_as_it_is():
+    (shown, _) = blocks(ROOT / "CONTRIBUTING.md")
+    assert shown in (ROOT / "fastres" / "backends" / "fused.py").read_text("utf-8")
 
 
 def test_the_reference_has_every_public_name():

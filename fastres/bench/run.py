@@ -65,7 +65,7 @@ def benchmark(
     Args:
         models: names that :func:`fastres.create_model` knows.
         batches: batch sizes.
-        dtypes: of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
+        dtypes: any of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
             device. On CUDA also ``"tf32"`` and ``"ieee"``: float32 with all products made so, in a
             run of its own; plain ``"float32"`` does what torch's flags say. Plain eager float32 is
             the baseline in any case.
@@ -73,12 +73,13 @@ def benchmark(
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
         weights: name of pretrained weights; by default random ones with lively batch norms.
-        baselines: names out of :data:`fastres.bench.baselines.BASELINES`, besides eager PyTorch.
+        baselines: names of contenders besides eager PyTorch: ``"folded"``, ``"onnxruntime"``,
+            ``"inductor freezing"`` and others; an unknown name is answered by the list.
         probes: seconds per contender for the latency of up to 1,000 single calls, with which come
             memory and sustained throughput; 0 leaves them out.
-        progress: called with a case's title, returns the callback for its rounds.
-        on_case: called with each case as it is done.
-        kwargs: arguments of the model, e.g. ``num_classes``.
+        progress: called with the title of each case; returns the callback for its rounds.
+        on_case: called with each case when it is done.
+        kwargs: arguments of the network, such as ``num_classes``.
 
     Raises:
         ValueError: for an unknown dtype or device, a size or batch below 1, or if no model is

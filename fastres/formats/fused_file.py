@@ -39,6 +39,10 @@ PathLike = str | os.PathLike[str]
 def save(model: FastModel | FastShell, path: PathLike) -> None:
     """Write a fused model to a ``.safetensors`` file, whole or not at all.
 
+    Args:
+        model: made by :func:`optimize` from a module that could be recorded as a whole.
+        path: ends in ``.safetensors``.
+
     Raises:
         TypeError: ``model`` is not a FastModel.
         ValueError: another suffix, or a step left to PyTorch that needs code which no file can
@@ -70,7 +74,11 @@ def save(model: FastModel | FastShell, path: PathLike) -> None:
 
 
 def load(path: PathLike, *, device: torch.device | str = "cpu") -> FastModel:
-    """Read a fused model that :func:`save` has written.
+    """Read a fused model that :func:`save` has written. Nothing in the file is run.
+
+    Args:
+        path: the file.
+        device: where the weights go.
 
     Raises:
         FileNotFoundError: there is no such file.

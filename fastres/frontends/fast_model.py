@@ -38,7 +38,7 @@ class FastModel(nn.Module):
     Args:
         traced: the plan.
         folded: weight and bias of each convolution and linear step, by the step's index.
-        kept: what the steps left to PyTorch need, under :func:`fastres.graph.plan.kept_names`.
+        kept: what the steps left to PyTorch need.
         dtype: of weights and activations.
         source_dtype: the source's; tensors of it are taken and cast.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``.
@@ -46,9 +46,10 @@ class FastModel(nn.Module):
         names: the source's other attributes and modules.
 
     Attributes:
-        signature: that of the source's forward.
+        signature: the signature of the source's forward.
         positional: whether all of its parameters can be given by position.
-        verification: the measured comparison with the source; None until it has run.
+        verification: the measured comparison with the source; None before the first call, and
+            for ``verify=False``.
     """
 
     signature: ClassVar[inspect.Signature]

@@ -92,14 +92,25 @@ def load_checkpoint(
 ) -> tuple[str, ...]:
     """Load the file at ``path`` into ``model``, all of it or nothing.
 
-    strip: prefixes (or one) taken off the names, as DataParallel, DDP, torch.compile put them on.
-    num_classes_mismatch: "error", or "reinit" to load the rest and initialise the classifier anew
-        where the file's has another number of classes.
-    use_ema: take the averaged weights where the file has some, as timm does; a warning says it.
+    Nothing in the file is run: safetensors, or ``torch.load(weights_only=True)``.
 
-    Returns the names that were initialised anew. Raises FileNotFoundError; ValueError for an
-    unknown ``num_classes_mismatch``; CheckpointError for an unreadable file, or one listing every
-    missing, unexpected, misshapen or non-finite entry. The model is then as it was.
+    Args:
+        model: any module.
+        path: a ``.safetensors`` file, or a state dict or training checkpoint of ``torch.save``.
+        strip: prefixes (or one) taken off the names, as DataParallel, DDP and torch.compile put
+            them on.
+        num_classes_mismatch: ``"error"``, or ``"reinit"`` to load the rest and initialise the
+            classifier anew where the file has another number of classes.
+        use_ema: take the averaged weights where the file has some, as timm does; a warning says it.
+
+    Returns:
+        names of the parameters that were initialised anew.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: an unknown ``num_classes_mismatch``.
+        CheckpointError: the file cannot be read, or does not fit; the message lists every missing,
+            unexpected, misshapen or non-finite entry. The model is then as it was.
     """
     return load_state_dict(
         model,
@@ -149,8 +160,15 @@ def save_checkpoint(
 ) -> None:
     """Write the parameters and buffers to a safetensors file, whole or not at all.
 
-    Raises ValueError for another suffix than ``.safetensors``; CheckpointError for what is no plain
-    tensor; OSError where it cannot be written.
+    Args:
+        model: a module, or tensors by name.
+        path: ends in ``.safetensors``.
+        metadata: strings that the file carries beside its tensors.
+
+    Raises:
+        ValueError: another suffix.
+        CheckpointError: something is no plain tensor.
+        OSError: the file cannot be written.
     """
     check_target(path, (".safetensors",))
     state = model.state_dict() if isinstance(model, nn.Module) else model

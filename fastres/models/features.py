@@ -43,8 +43,9 @@ class Features(LiveModule):
     state_dict has the network's keys. In inference it runs fused.
 
     Attributes:
-        feature_info: names, channels and reductions of the maps.
-        out_channels: channels of the last map, as torchvision's detectors ask for them.
+        feature_info: for each map its module, number of channels and reduction (pixels of the
+            image for one of the map, along a side).
+        out_channels: number of channels of the last map, as torchvision's detectors read it.
     """
 
     def __init__(

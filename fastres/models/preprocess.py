@@ -31,14 +31,14 @@ class Normalize(nn.Module):
     ``nn.Sequential(Normalize(mean, std), network)``.
 
     Args:
-        mean: of each channel, for images in [0, 1].
-        std: of each channel, for images in [0, 1].
-        layout: ``"NCHW"`` or ``"NHWC"``, as the images come.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
+        layout: memory order of the images, ``"NCHW"`` or ``"NHWC"``.
 
     Raises:
         TypeError: mean or std is no sequence of numbers.
-        ValueError: different numbers of channels or none, an unknown layout, a number that is not
-            finite, or a std that is not positive.
+        ValueError: mean and std have different lengths or none, the layout is unknown, a number is
+            not finite, or a std is not positive.
     """
 
     def __init__(
@@ -64,7 +64,12 @@ class Normalize(nn.Module):
 
     @classmethod
     def like(cls, transforms: Any, *, layout: str = "NCHW") -> Normalize:
-        """With the mean and std of torchvision's presets, timm's data configuration or a processor.
+        """The module with the mean and std of somebody else's preprocessing.
+
+        Args:
+            transforms: torchvision's ``weights.transforms()``, timm's data configuration, or a
+                processor of Hugging Face.
+            layout: memory order of the images, ``"NCHW"`` or ``"NHWC"``.
 
         Raises:
             TypeError: there is no mean and std in it.

@@ -87,9 +87,21 @@ class ZeroPadShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """relu(x + bn2(conv2(relu(bn1(conv1(x)))))) with two 3x3 convolutions; the first is strided.
 
-    (N, inplanes, H, W) -> (N, planes, H/stride, W/stride). ``dilation`` is that of the first
-    convolution, ``out_dilation`` (by default the same) that of the second.
-    Raises ValueError for groups or a base width, which this block does not have.
+    (N, inplanes, H, W) -> (N, planes, H/stride, W/stride). The arguments are torchvision's.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the output.
+        stride: stride of the first convolution and of the shortcut.
+        downsample: the shortcut's module; None for the input itself.
+        groups: 1; this block has no other.
+        base_width: 64; this block has no other.
+        dilation: dilation of the first convolution.
+        norm_layer: makes the norms; None for ``nn.BatchNorm2d``.
+        out_dilation: dilation of the second convolution; None for that of the first.
+
+    Raises:
+        ValueError: another number of groups or another base width.
     """
 
     expansion: int = 1
@@ -136,10 +148,23 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1 reduce, 3x3, 1x1 expand, each with a batch norm, around an identity shortcut.
 
-    (N, inplanes, H, W) -> (N, 4 * planes, H/stride, W/stride). ``stride_on="3x3"`` is the
-    placement of torchvision ("v1.5"), ``"1x1"`` that of the paper (on the first 1x1).
-    ``dilation`` is that of the 3x3 before the stride takes effect, ``out_dilation`` (by default
-    the same) after it.
+    (N, inplanes, H, W) -> (N, 4 * planes, H/stride, W/stride). The arguments are torchvision's.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the 3x3 convolution, for 64 channels of base width and one group.
+        stride: stride of the block and of its shortcut.
+        downsample: the shortcut's module; None for the input itself.
+        groups: groups of the 3x3 convolution.
+        base_width: the 3x3 convolution has ``planes * base_width / 64 * groups`` channels.
+        dilation: dilation of the 3x3 convolution before the stride takes effect.
+        norm_layer: makes the norms; None for ``nn.BatchNorm2d``.
+        out_dilation: dilation after the stride; None for ``dilation``.
+        stride_on: the convolution with the stride: ``"3x3"`` (v1.5, torchvision) or ``"1x1"``
+            (v1, the paper).
+
+    Raises:
+        ValueError: another ``stride_on``.
     """
 
     expansion: int = 4
@@ -191,19 +216,31 @@ class Bottleneck(nn.Module):
 class ResNet(LiveModule):
     """A residual network: stem, up to four stages of blocks, global average pool, classifier.
 
-    (N, in_chans, H, W) floating-point images -> (N, num_classes) logits.
+    (N, in_chans, H, W) floating-point images -> (N, num_classes) logits. The network is live: in
+    eval mode and without gradients it runs fused, with the weights that it has at each call.
 
-    The positional arguments are torchvision's. ``layers`` counts the blocks of each stage; a
-    stage that is absent or has none is an empty ``nn.Sequential``. The rest:
+    Args:
+        block: :class:`BasicBlock`, :class:`Bottleneck` or a class with their arguments.
+        layers: number of blocks of each stage, 1 to 4 numbers; a stage without blocks is an empty
+            ``nn.Sequential``.
+        num_classes: length of the logits; 0 returns the pooled features.
+        zero_init_residual: start each block as its shortcut.
+        groups: groups of the 3x3 convolutions of a Bottleneck.
+        width_per_group: channels of each group in the first stage.
+        replace_stride_with_dilation: for each of the last three stages, whether its stride becomes
+            a dilation; None for no stage.
+        norm_layer: makes the norms; None for ``nn.BatchNorm2d``.
+        in_chans: channels of the images.
+        planes: width of the first stage; each later stage has twice the width of the one before.
+        stem: ``"imagenet"`` (7x7 stride 2, max pool) or ``"cifar"`` (3x3 stride 1, no pool).
+        stride_on: the strided convolution of a Bottleneck, ``"3x3"`` (v1.5, torchvision) or
+            ``"1x1"`` (v1, the paper).
+        shortcut: where shapes differ, ``"B"`` projects by a 1x1 convolution and ``"A"`` pads with
+            zeros.
+        backend: what may compute inference, ``"auto"``, ``"triton"`` or ``"torch"``.
 
-    in_chans: channels of the input images.
-    planes: width of the first stage; every later stage has twice its predecessor's.
-    stem: "imagenet" (7x7 stride 2, max pool) or "cifar" (3x3 stride 1, no pool).
-    stride_on: where a Bottleneck is strided, "3x3" (v1.5, torchvision) or "1x1" (v1, the paper).
-    shortcut: where shapes differ, "B" projects (1x1 convolution), "A" pads with zeros.
-    backend: "auto", "triton" or "torch": what may serve inference.
-
-    Raises ValueError naming the argument for every value that is not one of these.
+    Raises:
+        ValueError: a value that is not one of these; the message names the argument.
     """
 
     def __init__(
@@ -356,17 +393,20 @@ class ResNet(LiveModule):
 
     @torch.jit.unused
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
-        """The module that turns pooled features into logits, or its name."""
+        """The classifier, which turns pooled features into logits; or its name."""
         return "fc" if name_only else self.fc
 
     @torch.jit.unused
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Put a new, freshly initialised classifier in place; 0 leaves the pooled features.
 
-        global_pool: "avg", or "" for the feature map as it is, which needs ``num_classes=0``;
-            None keeps what there is.
+        Args:
+            num_classes: length of the logits; 0 for no classifier.
+            global_pool: ``"avg"``, or ``""`` for the feature map as it is, which needs
+                ``num_classes=0``; None keeps the pooling that there is.
 
-        Raises ValueError for a negative number of classes, another pooling, or classes without one.
+        Raises:
+            ValueError: a negative number of classes, another pooling, or classes without pooling.
         """
         _check_at_least("num_classes", num_classes, 0)
         if global_pool is not None:
@@ -430,25 +470,31 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that :func:`create_model` knows, in the table's order, filtered by a shell pattern."""
+    """Names that :func:`create_model` knows, in the order of its table.
+
+    Args:
+        pattern: a shell pattern, such as ``"resnext*"``.
+    """
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 
 
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Build the network called ``name``.
 
-    weights: None, a torchvision weights enum or its name ("DEFAULT", "IMAGENET1K_V1",
-        "ResNet50_Weights.IMAGENET1K_V2"), an entry of ``fastres.models.weights``, or any object
-            with
-        ``get_state_dict(progress=, check_hash=)`` and ``meta``. torchvision's old
-        ``pretrained=True`` is taken with a warning, and as timm does with another ``num_classes``:
-        the weights are loaded and a new classifier is put in place.
-    progress: show a progress bar while downloading.
-    kwargs: arguments of :class:`ResNet`.
+    Args:
+        name: one of :func:`list_models`.
+        weights: a torchvision weights enum or its name (``"DEFAULT"``, ``"IMAGENET1K_V1"``,
+            ``"ResNet50_Weights.IMAGENET1K_V2"``), or any object with
+            ``get_state_dict(progress=, check_hash=)`` and ``meta``; None for random weights.
+            torchvision's old ``pretrained=True`` is taken with a warning, and as timm does with
+            another ``num_classes``: the weights are loaded and a new classifier is put in place.
+        progress: show a progress bar while downloading.
+        kwargs: arguments of :class:`ResNet`.
 
-    Raises UnknownModelError (a ValueError) with the closest names for a name not in the table;
-    ValueError where an argument contradicts the variant or its weights; WeightsError where the
-    weights cannot be fetched.
+    Raises:
+        UnknownModelError: no such name; the message has the closest ones.
+        ValueError: an argument contradicts the variant or its weights.
+        WeightsError: the weights cannot be fetched, or their hash is wrong.
     """
     if name not in VARIANTS:
         close = difflib.get_close_matches(str(name), VARIANTS, n=3)

@@ -14,7 +14,14 @@ from ..errors import MissingDependencyError
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of modules, and the totals. ``flop`` counts a multiply-add as two operations."""
+    """A table of modules, and the totals.
+
+    Attributes:
+        table: the text of the table.
+        parameters: number of parameters.
+        flop: operations of one call; a multiply-add counts as two.
+        input_size: shape of the input, (N, C, H, W).
+    """
 
     table: str
     parameters: int
@@ -31,10 +38,14 @@ class Summary:
 
 
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
-    """Describe ``model`` as it is, unfused, for inputs of ``input_size``, (N, C, H, W).
+    """Describe a module as it is, unfused.
+
+    Args:
+        model: any module that takes one image tensor.
+        input_size: shape of its input, (N, C, H, W).
 
     Raises:
-        MissingDependencyError: without torchinfo.
+        MissingDependencyError: torchinfo is not installed.
     """
     try:
         import torchinfo

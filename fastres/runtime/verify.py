@@ -63,16 +63,17 @@ class Verification:
     """What was measured when a candidate was compared with its reference.
 
     Attributes:
-        ok: the candidate passed.
-        reason: why not, or what the judgement rests on.
+        ok: whether the candidate passed.
+        reason: why not, or the measured error and the allowed one.
         max_abs: largest absolute difference between candidate and reference.
         rms: root mean square of the candidate's error against float64 (against the reference where
             float64 could not be run, or is the reference's own dtype).
         reference_rms: the reference's own error against float64, which for a float64 model is that
             of its float32 copy, so much smaller as its unit is; None where nothing measured it.
         scale: root mean square of the outputs.
-        agreement: share of rows with the same largest entry; None for outputs that are not (N, K).
-        finite: no output is infinite or NaN where the reference's is not.
+        agreement: share of images with the same largest output; None for outputs that are not
+            (N, K).
+        finite: whether no output is infinite or NaN where the reference is finite.
         shape: shape of the first input.
         dtype: dtype of the outputs.
     """
@@ -103,8 +104,8 @@ def verify(
     numbers.
 
     Args:
-        a: the reference, a module in eval mode (or any function of the inputs).
-        b: the candidate.
+        a: the reference, a module in eval mode or any function of the inputs.
+        b: the candidate, likewise.
         inputs: one tensor, or the positional arguments of both.
         same_form: the containers must be of the same types too, and what is no tensor equal.
 
