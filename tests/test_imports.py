@@ -22,7 +22,7 @@ LAYERS = (
 )
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 KNOW_THE_KERNELS = {"backends", "perf"}
-OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "torchinfo", "h5py", "keras")
+OPTIONAL = ("triton", "torchvision", "sklearn", "PIL", "timm", "h5py", "keras")
 
 
 def sources():

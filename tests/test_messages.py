@@ -13,7 +13,6 @@ import pytest
 pytest.importorskip("h5py")
 pytest.importorskip("PIL")
 pytest.importorskip("sklearn")
-pytest.importorskip("torchinfo")
 pytest.importorskip("torchvision")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")

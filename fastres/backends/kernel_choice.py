@@ -288,8 +288,7 @@ def _plain(machines: Mapping[str, Measured]) -> dict[str, Any]:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Only one process at a time; the lock ends with its holder, however that ends."""
-    import fcntl
+    from filelock import FileLock
 
-    with open(path.with_name(path.name + ".lock"), "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(path.with_name(path.name + ".lock")):
         yield

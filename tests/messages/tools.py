@@ -16,7 +16,6 @@ import fastres
 from fastres import cli, files
 from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import singly
-from fastres.models import summary
 from fastres.perf import forecast, roofline, timing
 from fastres.perf.timing import Method, Samples
 from messages.models import Branching, fast
@@ -111,12 +110,6 @@ add(
 def _() -> None:
     (group, *_) = singly(fast().traced.steps)
     forecast.predicted_seconds([group], dict.fromkeys([*group.inputs, group.steps[0].name]))
-
-
-@case("summary: without torchinfo")
-def _() -> None:
-    with without("torchinfo"):
-        summary.summary(small(), (1, 3, 8, 8))
 
 
 @case("demo: without scikit-learn")
