@@ -327,7 +327,8 @@ def with_edit(module: types.ModuleType, old: str, new: str, folder: Path) -> typ
     assert text.count(old) == 1
     path = folder / "broken.py"  # a file, because Triton reads the source of what it compiles
     path.write_text(text.replace(old, new))
-    spec = importlib.util.spec_from_file_location("fastres.kernels.broken", path)
+    name = f"{module.__name__}_broken"  # in the module's own package, as its relative imports need
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     broken = importlib.util.module_from_spec(spec)

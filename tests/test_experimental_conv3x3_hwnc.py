@@ -139,7 +139,7 @@ def test_other_convolutions_are_refused_and_nothing_is_launched(device, name):
     w, geometry = OTHERS[name]
     x = torch.randn(4, 4, 64, w.shape[1], device=device, dtype=w.dtype)
     before = LAUNCHES.total()
-    with pytest.raises(ValueError, match="config must be a GemmConfig for this convolution, got S"):
+    with pytest.raises(ValueError, match="must be a GemmConfig for this convolution, got Conv3x3"):
         conv2d_hwnc(x, w.to(device), config=FIRST, **geometry)
     assert LAUNCHES.total() == before
 
