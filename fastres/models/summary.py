@@ -43,13 +43,13 @@ class Summary:
 def summary(model: nn.Module, input_size: Sequence[int]) -> Summary:
     """Describe a module as it is, unfused.
 
-    Args:
-        model: any module that takes one image tensor.
-        input_size: shape of its input, (N, C, H, W).
-
     Shapes are found on a copy without memory (PyTorch's meta device), so nothing is computed and
     the model is not touched. Operations are those that torch.utils.flop_counter knows: matrix
     products and convolutions.
+
+    Args:
+        model: any module that takes one image tensor.
+        input_size: shape of its input, (N, C, H, W).
     """
     from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
