@@ -499,7 +499,7 @@ def test_row55_an_exported_program_is_taken_though_it_has_no_eval(dynamic):
 def test_row55_the_reason_where_int8_layers_differ():
     from torch.ao.nn.quantized.dynamic import Linear as Int8
 
-    of_int8 = importlib.import_module("fastres.optimize")._of_int8
+    of_int8 = importlib.import_module("fastres.frontends.optimize")._of_int8
     source = nn.Sequential(Net(), Int8(5, 4)).eval()
     assert "1 computes in int8" in of_int8(source)
     assert of_int8(source[0]) == ""

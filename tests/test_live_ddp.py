@@ -1,6 +1,7 @@
 """Two ranks of DistributedDataParallel on gloo, each checked against ordinary PyTorch."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -14,10 +15,20 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def rank_main(rank: int, store: str) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def second_rank(_: int, store: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    run_rank(1, store)
+
+
+def run_rank(rank: int, store: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(minutes=5),  # where the other rank has failed
+    )
     try:
         train_and_evaluate(rank)
     finally:
@@ -66,4 +77,9 @@ def agree(out: torch.Tensor) -> bool:
 
 
 def test_two_ranks(tmp_path):
-    multiprocessing.spawn(rank_main, args=(str(tmp_path / "store"),), nprocs=2)
+    """This process is the first rank: importing torch and what DDP needs takes CPU seconds."""
+    store = str(tmp_path / "store")
+    other = multiprocessing.spawn(second_rank, args=(store,), nprocs=1, join=False, daemon=True)
+    run_rank(0, store)
+    while not other.join():
+        pass

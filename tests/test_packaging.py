@@ -20,8 +20,8 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = ("fastres", "kernels", "tests", "benchmarks", "docs", "examples", ".ci") + (
-    *("pyproject.toml", "MANIFEST.in", "Makefile"),
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"),
+    *("pyproject.toml", "MANIFEST.in", "Makefile", ".pre-commit-config.yaml"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md", "CITATION.cff"),
 )
 CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info")
 LIGHT = ("numpy", "safetensors", "typer", "rich")
@@ -135,7 +135,8 @@ def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
     modules = {n for n in names if n.endswith(".py") and n.startswith(("fastres/", "kernels/"))}
     assert {n if n.startswith("fastres") else f"fastres/{n}" for n in modules} == modules_in(ROOT)
     assert not [n for n in modules if n.startswith("fastres/kernels")]
-    assert {"LICENSE", "README.md", "fastres/py.typed"} <= set(names)
+    roots = {Path(name).parts[0] for name in names if name}
+    assert set(SOURCES) <= roots
 
 
 @pytest.mark.slow
@@ -179,7 +180,7 @@ def test_the_wheel_names_its_licence_extras_and_command(built):
     assert triton
     assert all("extra ==" in line for line in triton)
     extras = {line.partition(": ")[2] for line in lines if line.startswith("Provides-Extra")}
-    assert {"vision", "train", "report", "serve", "dev"} <= extras
+    assert {"vision", "train", "report", "serve", "docs", "dev"} <= extras
     assert "fastres = fastres.cli:main" in commands
 
 

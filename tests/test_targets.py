@@ -23,7 +23,7 @@ from fastres.bench.report import Report
 from fastres.files import atomic_write, check_target
 
 resource = pytest.importorskip("resource")
-EXPORT = importlib.import_module("fastres.export")  # fastres.export is the function
+EXPORT = importlib.import_module("fastres.formats.export")  # fastres.export is the function
 
 
 @pytest.fixture(scope="module")

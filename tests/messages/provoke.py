@@ -151,11 +151,11 @@ UNREACHABLE = {
     "Unavailable": "the report lists the baseline with this as its reason: test_baselines.py",
     "_Leave": "the graph is left to PyTorch with this as the reason: test_compile_backend.py",
     "typer.Exit": "how --version ends",
-    "baselines.py FasterOfTwo.conv RuntimeError": "of a baseline, during the capture of a graph",
-    "fused_file.py _encode_modules ValueError": "torch.fx keeps what is no tensor as a constant",
-    "export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
-    "fused.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
-    "fast_shell.py _build_parts TraceError": "caught two lines below: the parts inside are tried",
+    "bench/baselines.py FasterOfTwo.conv RuntimeError": "of a baseline, during a capture",
+    "formats/fused_file.py _encode_modules ValueError": "torch.fx makes it a constant",
+    "formats/export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
+    "backends/fused.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
+    "frontends/fast_shell.py _build_parts TraceError": "caught two lines below",
 }
 """By what is raised, or by the place: why no user meets this ``raise``."""
 
