@@ -95,8 +95,8 @@ def stubbed_graphs() -> ModuleType:
     source = Path(spec.origin).read_text()
     if '"cuda"' not in source:
         raise RuntimeError("fastres.runtime.cuda_graph no longer asks for the device 'cuda'")
-    module = ModuleType("fastres.cuda_graph_stubbed")
-    module.__package__ = "fastres"
+    module = ModuleType(f"{spec.name}_stubbed")
+    module.__package__ = spec.parent
     sys.modules[module.__name__] = module  # dataclasses look it up
     exec(compile(source.replace('"cuda"', '"cpu"'), spec.origin, "exec"), module.__dict__)
     module.__dict__["torch"] = _Torch()

@@ -134,4 +134,3 @@ def test_row66_a_step_without_inputs_is_no_case():
     (group,) = patterns.singly([constant])
     shapes = traced.shapes((1, 8, 4, 4))
     assert patterns.case_of(group, shapes, "half") is None
-    assert patterns.network_case(traced, shapes, "half") is None
