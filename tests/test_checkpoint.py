@@ -254,7 +254,7 @@ def test_row38_saving_is_whole_or_not_at_all(source, tmp_path, monkeypatch):
     def full(_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space left"):
         save_checkpoint(small(seed=9), path)
     assert path.read_bytes() == first
