@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -34,6 +36,57 @@ def relu_keeping_nan(x):
 
 INTERPRETED = not isinstance(relu_keeping_nan, triton.JITFunction)
 """Whether kernels run in Triton's interpreter, decided when triton was imported."""
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """What runs kernels on tensors of the CPU: Triton's interpreter, or a GPU in software.
+
+    It shows as ``sms`` multiprocessors of this compute ``capability``, each block with up to
+    ``shared_limit`` bytes of shared memory. ``run(kernel, grid, args, meta)`` launches.
+    """
+
+    capability: tuple[int, int]
+    sms: int
+    shared_limit: int
+    run: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
+    gluon: bool = True  # whether it knows kernels in Gluon
+    early: bool = False  # whether it launches kernels before the ones before them have ended
+
+
+def _start(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+    kernel[(grid,)](*args, **meta)
+
+
+# The interpreter plays the copy engine, and counts as one wide SM, so that it gets large tiles.
+_INTERPRETER = Host((9, 0), sms=1, shared_limit=227 * 1024, run=_start, gluon=False)
+_host = _INTERPRETER if INTERPRETED else None
+
+
+def host(device: torch.device) -> Host | None:
+    """What runs kernels on ``device`` if it is the CPU; None for a GPU and where nothing does."""
+    return _host if device.type == "cpu" else None
+
+
+@contextmanager
+def hosted(by: Host) -> Iterator[None]:
+    """Inside, ``by`` runs the kernels on tensors of the CPU, in every thread."""
+    global _host
+    before, _host = _host, by
+    try:
+        yield
+    finally:
+        _host = before
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability behind ``device``; (0, 0) where it is not NVIDIA's or none."""
+    if (stand_in := host(device)) is not None:
+        return stand_in.capability
+    if device.type != "cuda" or torch.version.hip is not None:
+        return 0, 0
+    return torch.cuda.get_device_capability(device)
+
 
 # The interpreter neither multiplies nor rounds bfloat16, and multiplies float32 in full.
 _EMULATED = tl.constexpr(INTERPRETED)
@@ -88,13 +141,19 @@ def await_producers(PDL: tl.constexpr):
         gdc_launch_dependents()
 
 
-@cache
 def launches_early(device: torch.device) -> bool:
     """Whether kernels on ``device`` are launched before the ones before them have ended, which is
     asked for by FASTRES_PDL=1 and takes a GPU of compute capability 9.0 or newer."""
-    if os.environ.get("FASTRES_PDL") != "1" or INTERPRETED or device.type != "cuda":
+    if (stand_in := host(device)) is not None:
+        return stand_in.early
+    return _gpu_launches_early(device)
+
+
+@cache
+def _gpu_launches_early(device: torch.device) -> bool:
+    if os.environ.get("FASTRES_PDL") != "1" or INTERPRETED:
         return False
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) -> None:
@@ -106,11 +165,13 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
     LAUNCHES[kernel.__name__] += 1
     if launches_early(device) and "PDL" in kernel.arg_names:
         meta |= {"PDL": True, "launch_pdl": True}
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if (stand_in := host(device)) is not None:
+        stand_in.run(kernel, grid, args, meta)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[(grid,)](*args, **meta)
+            _start(kernel, grid, args, meta)
     else:
-        kernel[(grid,)](*args, **meta)
+        _start(kernel, grid, args, meta)
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
@@ -213,7 +274,7 @@ def check_precision(precision: str) -> None:
 
 def check_device(x: Tensor) -> None:
     """Kernels run on CUDA tensors, or on the CPU in the interpreter."""
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and INTERPRETED):
+    if x.device.type != "cuda" and host(x.device) is None:
         raise RuntimeError(
             f"x is on {x.device}; Triton kernels take CUDA tensors, or CPU tensors when "
             "TRITON_INTERPRET=1 was set before triton was imported"

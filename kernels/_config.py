@@ -13,7 +13,7 @@ from math import ceil
 
 import torch
 
-from ._common import INTERPRETED
+from ._common import host
 
 _LARGEST_SPLIT = 64 * 128  # elements of a tile
 _SPLIT_WAVES = 2  # programs per SM, at most, of a split reduction
@@ -193,11 +193,15 @@ def split_elements(machine: Machine) -> int:
     return _SPLIT_WAVES * machine.sms * _LARGEST_SPLIT
 
 
-@cache
 def machine_of(device: torch.device) -> Machine:
-    """The GPU behind ``device``; the interpreter counts as one wide SM, so it gets large tiles."""
-    if INTERPRETED:
-        return Machine(sms=1, shared_limit=227 * 1024)
+    """The GPU behind ``device``, or what stands in for one on the CPU."""
+    if (stand_in := host(device)) is not None:
+        return Machine(stand_in.sms, stand_in.shared_limit)
+    return _gpu(device)
+
+
+@cache
+def _gpu(device: torch.device) -> Machine:
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin", 0)
     return Machine(properties.multi_processor_count, limit or properties.shared_memory_per_block)

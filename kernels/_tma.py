@@ -6,23 +6,18 @@ tensor is read as zero and not written.
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._common import INTERPRETED, check_contiguous, check_like, check_tensor, describe
+from ._common import capability, check_contiguous, check_like, check_tensor, describe
 
 _UNIT = 16  # bytes
 
 
-@cache
 def has_copy_engine(device: torch.device) -> bool:
     """Whether the GPU has the copy engine; the interpreter plays it."""
-    if device.type == "cpu":
-        return INTERPRETED
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability(device) >= (9, 0)
 
 
 def fits_descriptor(columns: int, dtype: torch.dtype) -> bool:

@@ -92,6 +92,7 @@ def switched(monkeypatch):
     """``switched(value, capability)``: the switch as it is read on such a GPU."""
 
     def read(value, capability=(9, 0), device=CUDA, interpreted=False):
+        monkeypatch.setattr(_common, "_host", None)
         monkeypatch.setattr(_common, "INTERPRETED", interpreted)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.version, "hip", None)
@@ -99,7 +100,7 @@ def switched(monkeypatch):
             monkeypatch.delenv("FASTRES_PDL", raising=False)
         else:
             monkeypatch.setenv("FASTRES_PDL", value)
-        return _common.launches_early.__wrapped__(device)
+        return _common._gpu_launches_early.__wrapped__(device)
 
     return read
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from math import ceil
 from typing import Any
 
@@ -37,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .._common import INTERPRETED, await_producers, launch, relu_keeping_nan
+from .._common import await_producers, capability, host, launch, relu_keeping_nan
 from .._config import MULTIPLY_ADDS, Machine, l2_bandwidth
 
 # Triton 3.7 and later have other names for the same.
@@ -111,15 +110,14 @@ def supports(
     )
 
 
-@cache
 def runs_on(device: torch.device) -> bool:
     """Whether the GPU has warpgroup products: sm_90 alone. The interpreter does not know Gluon,
     and with Triton 3.9 each product waits for the one before (ptxas warns C7512)."""
-    if device.type != "cuda" or torch.version.hip is not None or INTERPRETED:
+    if (stand_in := host(device)) is not None and not stand_in.gluon:
         return False
     if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
         return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return capability(device)[0] == 9
 
 
 def columns_of(width: int) -> int:
