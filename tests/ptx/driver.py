@@ -1,0 +1,158 @@
+"""Triton without a GPU: kernels are compiled for a named target and run by the machine.
+
+    with running("sm_90") as gpu:
+        y = conv2d(x, w, b)  # tensors of the CPU
+
+ptxas does not run: what it makes is the compile gate's. Must not share a process with Triton's
+interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastres.kernels import _common
+
+from .copies import PLACE, TensorMap
+from .global_memory import Memory, Order
+from .instructions import decode
+from .machine import Fault, Machine, Step
+from .parse import Program, parse
+
+LANES = 8192  # threads that run at once
+TARGETS = {
+    "sm_80": ((8, 0), 108, 163 * 1024),
+    "sm_90": ((9, 0), 132, 227 * 1024),
+}
+
+
+class Driver:
+    """As much of a GPU driver as compiling takes."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass
+class Gpu:
+    """A GPU in software. ``edit`` may change the PTX; launches are counted by kernel."""
+
+    target: str
+    seed: int = 0
+    edit: Callable[[str], str] | None = None
+    profile: Counter[str] | None = None
+    blocks: int | None = None  # at most so many of each launch, for counting
+    launches: Counter[str] = field(default_factory=Counter)
+    executed: Counter[str] = field(default_factory=Counter)
+    programs: dict[str, tuple[Program, list[Step]]] = field(default_factory=dict)
+
+    def host(self, early: bool = False) -> _common.Host:
+        capability, sms, shared = TARGETS[self.target]
+        return _common.Host(capability, sms, shared, self.run, early=early)
+
+    def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        compiled = kernel.warmup(*args, grid=(grid,), **meta)
+        self.launches[kernel.__name__] += 1
+        memory = Memory(self.profile)
+        values = list(arguments(memory, compiled, kernel, args))
+        self.start(compiled.asm["ptx"], memory, values, grid, compiled.metadata)
+
+    def start(
+        self, text: str, memory: Memory, values: list[int], grid: int, metadata: Any
+    ) -> None:
+        """Run the blocks of a grid, as many at a time as there are threads for."""
+        if self.edit is not None:
+            text = self.edit(text)
+        if text not in self.programs:
+            program = parse(text)
+            self.programs[text] = program, [decode(program, i) for i in program.code]
+        program, steps = self.programs[text]
+        given = itertools.chain(values, itertools.repeat(0))  # Triton's own scratch comes last
+        named = dict(zip(program.parameters, given, strict=False))
+        threads = program.threads or 32 * metadata.num_warps
+        if any(i.opcode.startswith("atom") for i in program.code):
+            memory.order = Order(grid, threads // 32)
+        rng = np.random.default_rng(self.seed)
+        order = rng.permutation(grid)[: self.blocks]
+        for chunk in np.split(order, range(0, len(order), max(1, LANES // threads))[1:]):
+            machine = Machine(
+                program, steps, named, memory, chunk, grid, threads, metadata.shared, rng
+            )
+            try:
+                machine.run()
+            except Fault as fault:
+                raise Fault(f"{program.name}, seed {self.seed}: {fault}") from None
+            if self.profile is not None:
+                for pc, count in machine.executed.items():
+                    self.executed[program.code[int(pc)].opcode] += count
+
+
+def arguments(memory: Memory, compiled: Any, kernel: Any, args: tuple[Any, ...]) -> Iterator[int]:
+    """What the launcher would pass, a tensor map as its place in ``memory.maps``."""
+    metas = iter(compiled.metadata.tensordesc_meta or [])
+    for name, value in zip(kernel.arg_names, args, strict=False):
+        if compiled.src.signature.get(name) == "constexpr":
+            continue
+        if isinstance(value, TensorDescriptor):
+            meta = next(metas)
+            place = PLACE + 128 * len(memory.maps)
+            memory.maps[place] = tensor_map(value, meta)
+            memory.kept.append(value.base)
+            yield from (place, *map(int, value.shape), *map(int, value.strides))
+        elif isinstance(value, torch.Tensor):
+            yield memory.add(name, value)
+        elif isinstance(value, float):
+            yield int(np.float32(value).view(np.uint32))
+        elif value is not None:
+            yield int(value)
+
+
+def tensor_map(value: TensorDescriptor, meta: dict[str, Any]) -> TensorMap:
+    """The map that the driver makes of a descriptor: boxes are no wider than the swizzle."""
+    base, mode, box = value.base, meta["swizzle"], list(meta["block_size"])
+    if base.data_ptr() % 16:
+        raise Fault("tensor map: the base must be aligned to 16 bytes")
+    bits = base.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[base.element_size()])
+    flat = bits.as_strided((base.untyped_storage().nbytes() // base.element_size(),), (1,), 0)
+    values = flat.numpy()[base.storage_offset() :]
+    return TensorMap(values, list(value.shape), list(value.strides), box, mode)
+
+
+def only_ptx(backend: Any, stages: dict[str, Any], *rest: Any) -> None:
+    stages["cubin"] = lambda source, metadata: b""
+
+
+@contextlib.contextmanager
+def running(target: str, early: bool = False, **options: Any) -> Iterator[Gpu]:
+    """Inside, a GPU of this ``target`` runs our kernels on tensors of the CPU."""
+    gpu = Gpu(target, **options)
+    before = knobs.runtime.add_stages_inspection_hook
+    triton.runtime.driver.set_active(Driver(TARGETS[target][0]))
+    knobs.runtime.add_stages_inspection_hook = only_ptx
+    try:
+        with _common.hosted(gpu.host(early)):
+            yield gpu
+    finally:
+        knobs.runtime.add_stages_inspection_hook = before
+        triton.runtime.driver._active = None
