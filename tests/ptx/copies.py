@@ -453,5 +453,3 @@ def bulk_groups(program: Program, i: Instruction, match: re.Match[str]) -> Step:
         return lambda m: m.copies.bulk_commit()
     left = int(i.operands[0], 0)
     return lambda m: m.copies.bulk_settle(left)
-
-

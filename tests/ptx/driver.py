@@ -78,9 +78,7 @@ class Gpu:
         values = list(arguments(memory, compiled, kernel, args))
         self.start(compiled.asm["ptx"], memory, values, grid, compiled.metadata)
 
-    def start(
-        self, text: str, memory: Memory, values: list[int], grid: int, metadata: Any
-    ) -> None:
+    def start(self, text: str, memory: Memory, values: list[int], grid: int, metadata: Any) -> None:
         """Run the blocks of a grid, as many at a time as there are threads for."""
         if self.edit is not None:
             text = self.edit(text)

@@ -286,7 +286,7 @@ def extract(program: Program, i: Instruction, match: re.Match[str]) -> Step:
     unsigned, signed = UNSIGNED[width], TYPES[f"s{width}"]
     x = source(program, i.operands[1], unsigned)
     first, length = (int(text, 0) for text in i.operands[2:])
-    if not (0 < length and first + length <= width):
+    if not (length > 0 and first + length <= width):
         raise ValueError("a field outside the register")
 
     def step(m: Machine) -> None:

@@ -10,7 +10,6 @@ group is waited for.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -253,9 +252,7 @@ def described(
     m: Machine, lane: int, descriptor: int, shape: tuple[int, int, int], across: int
 ) -> np.ndarray:
     """Addresses of the operand of a matrix descriptor."""
-    start, lead, stride = (
-        (descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32)
-    )
+    start, lead, stride = ((descriptor >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
     if descriptor >> 49 & 7:
         raise Fault("a base offset in a matrix descriptor, which the machine does not know")
     mode = descriptor >> 62 & 3
@@ -265,9 +262,7 @@ def described(
     return found
 
 
-@form(
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(f16|bf16|tf32)\.\3"
-)
+@form(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(8|16)\.f32\.(f16|bf16|tf32)\.\3")
 def wgmma(program: Program, i: Instruction, match: re.Match[str]) -> Step:
     from .instructions import predicate, source, target
 
