@@ -89,7 +89,7 @@ class TensorMap:
             self.view[inside] = data.reshape(-1).view(self.view.dtype).reshape(self.box)[there]
 
 
-@dataclass
+@dataclass(eq=False)
 class Copy:
     """cp.async of one instruction: group of each thread, -1 before its commit."""
 
@@ -99,7 +99,7 @@ class Copy:
     group: np.ndarray
 
 
-@dataclass
+@dataclass(eq=False)
 class Arriving:
     """A bulk load on its way."""
 
@@ -109,7 +109,7 @@ class Arriving:
     pieces: np.ndarray
 
 
-@dataclass
+@dataclass(eq=False)
 class Barrier:
     """An mbarrier: arrivals and bytes that its phase still waits for."""
 
@@ -126,7 +126,7 @@ class Barrier:
     done: tuple[np.ndarray, np.ndarray] | None = None  # clocks of the last complete phase
 
 
-@dataclass
+@dataclass(eq=False)
 class Outgoing:
     """A bulk store that still reads shared memory."""
 

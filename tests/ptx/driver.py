@@ -10,7 +10,6 @@ interpreter.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,12 +25,10 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastres.kernels import _common
 
 from .copies import PLACE, TensorMap
-from .global_memory import Memory, Order
-from .instructions import decode
-from .machine import Fault, Machine, Step
-from .parse import Program, parse
+from .global_memory import Memory
+from .launch import launch
+from .machine import Fault
 
-LANES = 8192  # threads that run at once
 TARGETS = {
     "sm_80": ((8, 0), 108, 163 * 1024),
     "sm_90": ((9, 0), 132, 227 * 1024),
@@ -65,7 +62,6 @@ class Gpu:
     blocks: int | None = None  # at most so many of each launch, for counting
     launches: Counter[str] = field(default_factory=Counter)
     executed: Counter[str] = field(default_factory=Counter)
-    programs: dict[str, tuple[Program, list[Step]]] = field(default_factory=dict)
 
     def host(self, early: bool = False) -> _common.Host:
         capability, sms, shared = TARGETS[self.target]
@@ -76,34 +72,11 @@ class Gpu:
         self.launches[kernel.__name__] += 1
         memory = Memory(self.profile)
         values = list(arguments(memory, compiled, kernel, args))
-        self.start(compiled.asm["ptx"], memory, values, grid, compiled.metadata)
-
-    def start(self, text: str, memory: Memory, values: list[int], grid: int, metadata: Any) -> None:
-        """Run the blocks of a grid, as many at a time as there are threads for."""
-        if self.edit is not None:
-            text = self.edit(text)
-        if text not in self.programs:
-            program = parse(text)
-            self.programs[text] = program, [decode(program, i) for i in program.code]
-        program, steps = self.programs[text]
-        given = itertools.chain(values, itertools.repeat(0))  # Triton's own scratch comes last
-        named = dict(zip(program.parameters, given, strict=False))
-        threads = program.threads or 32 * metadata.num_warps
-        if any(i.opcode.startswith("atom") for i in program.code):
-            memory.order = Order(grid, threads // 32)
-        rng = np.random.default_rng(self.seed)
-        order = rng.permutation(grid)[: self.blocks]
-        for chunk in np.split(order, range(0, len(order), max(1, LANES // threads))[1:]):
-            machine = Machine(
-                program, steps, named, memory, chunk, grid, threads, metadata.shared, rng
-            )
-            try:
-                machine.run()
-            except Fault as fault:
-                raise Fault(f"{program.name}, seed {self.seed}: {fault}") from None
-            if self.profile is not None:
-                for pc, count in machine.executed.items():
-                    self.executed[program.code[int(pc)].opcode] += count
+        text = compiled.asm["ptx"] if self.edit is None else self.edit(compiled.asm["ptx"])
+        shared = compiled.metadata.shared
+        self.executed += launch(
+            text, memory, values, grid=grid, shared=shared, seed=self.seed, blocks=self.blocks
+        )
 
 
 def arguments(memory: Memory, compiled: Any, kernel: Any, args: tuple[Any, ...]) -> Iterator[int]:

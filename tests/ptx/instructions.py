@@ -124,7 +124,12 @@ def address(program: Program, text: str) -> Source:
     base = base.strip()
     wide = program.registers.get(base, (32, 0))[0] == 64
     start, shift = source(program, base, np.uint64 if wide else np.uint32), int(offset or "0", 0)
-    return lambda m: start(m).astype(np.int64) + shift
+
+    def get(m: Machine) -> np.ndarray:
+        place = np.asarray(start(m).astype(np.int64) + shift)
+        return place if place.ndim else np.full(m.lanes, place)
+
+    return get
 
 
 def quietly(step: Step) -> Step:

@@ -31,7 +31,7 @@ class Fault(AssertionError):
     """The program does what hardware would not allow, or not always get right."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Group:
     """Threads that are at one instruction. ``turn`` orders blocks after an atomic."""
 
@@ -42,7 +42,7 @@ class Group:
     granted: bool = False  # may execute the atomic that it is at
 
 
-@dataclass
+@dataclass(eq=False)
 class Arrival:
     """Threads that wait at a barrier, for ``due`` in all (None: the block's), then go to ``pc``."""
 
@@ -201,7 +201,7 @@ class Machine:
         if self.mask is not None and not self.mask.any():
             return True
         if self.memory.profile is not None:
-            self.executed[str(pc)] += int(self.on().reshape(-1, WARP).any(1).sum())
+            self.executed[instruction.opcode] += int(self.on().reshape(-1, WARP).any(1).sum())
         if name in ("bar", "barrier") and "warp" not in instruction.opcode:
             return self.barrier(group, instruction)
         if "try_wait" in instruction.opcode:

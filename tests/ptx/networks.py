@@ -1,0 +1,79 @@
+"""Whole networks through the machine, judged by the rule of two."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+import fastres
+from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.triton import TritonOps
+from fastres.graph import plan
+from fastres.runtime.executor import Executor
+
+from .driver import running
+
+FORCED = ("stem", "gemm", "gemm_pair", "rot2", "head")
+BATCH = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    error: float  # of the largest output, against float64
+    allowed: float  # twice what PyTorch's own error is, and four units in the last place
+    launches: Counter[str]
+    seconds: float
+
+
+def judged(
+    name: str, size: int, dtype: torch.dtype, target: str, forced: bool, early: bool = False
+) -> Verdict:
+    """The network ``name`` on images of this size; float32 is multiplied as TF32."""
+    torch.manual_seed(0)
+    model = getattr(fastres, name)(num_classes=10).train()
+    with torch.no_grad():
+        model(torch.randn(8, 3, size, size))
+        model.eval().to(dtype)
+        x = torch.randn(BATCH, 3, size, size).to(dtype)
+        choices = only(*FORCED, architecture=target) if forced else Choices(target)
+        started = time.process_time()
+        tf32 = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = True
+        try:
+            with running(target, early=early) as gpu:
+                made = plan.of_module(model, "_forward_impl")
+                out = Executor(made, model, TritonOps(choices=choices), dtype).run([x])
+        finally:
+            torch.backends.cudnn.allow_tf32 = tf32
+        seconds = time.process_time() - started
+        plain = with_tf32(model, x) if dtype is torch.float32 else model._forward_impl(x)
+        due = model.double()._forward_impl(x.double())
+    floor = 4 * torch.finfo(dtype).eps * float(due.abs().max())
+    allowed = 2 * float((plain.double() - due).abs().max()) + floor
+    return Verdict(float((out.double() - due).abs().max()), allowed, gpu.launches, seconds)
+
+
+def with_tf32(model: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """PyTorch with the operands of products rounded to TF32's ten bits."""
+
+    def cut(t: torch.Tensor) -> torch.Tensor:
+        return ((t.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            hooks.append(module.register_forward_pre_hook(lambda m, given: (cut(given[0]),)))
+    kept = {name: p.clone() for name, p in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            module.weight.copy_(cut(module.weight))
+    try:
+        return model._forward_impl(x)  # type: ignore[operator]
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, p in model.named_parameters():
+            p.copy_(kept[name])

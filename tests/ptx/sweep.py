@@ -1,0 +1,105 @@
+"""The command: cases, networks and counters through the machine, and against a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import cases
+from .driver import TARGETS, running
+from .machine import Fault
+from .parse import Unknown
+
+
+@dataclass
+class Result:
+    kernel: str
+    case: str
+    target: str
+    problem: str
+    seconds: float
+
+
+def judge(case: cases.Case, target: str, seed: int = 0, early: bool = False) -> Result:
+    """Run one case on the machine."""
+    started = time.process_time()
+    try:
+        with running(target, early=early, seed=seed):
+            problem = case.wrong(case.run())
+    except Exception as error:
+        frames = "" if isinstance(error, (Fault, Unknown)) else traceback.format_exc(limit=-2)
+        problem = f"{type(error).__name__}: {error} {frames}".strip()
+    seconds = time.process_time() - started
+    return Result(case.kernel, case.name(), target, problem, round(seconds, 2))
+
+
+def sweep(options: argparse.Namespace) -> Iterator[Result]:
+    for target in options.target or TARGETS:
+        chosen = cases.sample(target) if options.sample else cases.every(target)
+        for case in chosen:
+            if case.kernel in (options.kernel or [case.kernel]):
+                for seed in range(options.seeds):
+                    yield judge(case, target, seed, options.pdl and target != "sm_80")
+
+
+def against_gpu(options: argparse.Namespace) -> Iterator[Result]:
+    """Each case on the GPU that is here and on the machine, bit for bit."""
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU here: there is nothing to compare the machine with")
+    target = "sm_90" if torch.cuda.get_device_capability() >= (9, 0) else "sm_80"
+    chosen = list(cases.sample(target) if options.sample else cases.every(target))
+    real = [[out.cpu() for out in case.run("cuda")] for case in chosen]
+    for case, there in zip(chosen, real, strict=True):
+        started = time.process_time()
+        try:
+            with running(target):
+                here = case.run()
+            same = all(map(torch.equal, here, there))
+            problem = "" if same else "the machine and the GPU differ"
+        except (Fault, Unknown) as error:
+            problem = str(error)
+        seconds = time.process_time() - started
+        yield Result(case.kernel, case.name(), target, problem, round(seconds, 2))
+
+
+def table(results: list[Result]) -> str:
+    """Kernel x target: cases that came out right of those run, and their time."""
+    rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        rows[result.kernel, result.target].append(result)
+    lines = ["| kernel | target | cases | equal | CPU s |", "|---|---|---:|---:|---:|"]
+    for (kernel, target), found in rows.items():
+        good, seconds = sum(not r.problem for r in found), sum(r.seconds for r in found)
+        lines.append(f"| `{kernel}` | {target} | {len(found)} | {good} | {seconds:.0f} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Run the kernels' PTX on the CPU.")
+    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
+    parser.add_argument("--kernel", action="append", help="only this kernel, such as conv2d")
+    parser.add_argument("--sample", action="store_true", help="one case of each kernel")
+    parser.add_argument("--seeds", type=int, default=1, help="orders of the blocks to try")
+    parser.add_argument("--pdl", action="store_true", help="for programmatic dependent launch")
+    parser.add_argument("--json", action="store_true", help="results as JSON")
+    parser.add_argument("--gpu", action="store_true", help="compare the machine with the GPU here")
+    options = parser.parse_args()
+    results = []
+    for result in against_gpu(options) if options.gpu else sweep(options):
+        results.append(result)
+        if not options.json:
+            shown = result.problem or "equal"
+            print(f"{result.target} {result.seconds:6.2f} s  {result.case}: {shown}", flush=True)
+    failed = [r for r in results if r.problem]
+    if options.json:
+        print(json.dumps([asdict(r) for r in results], indent=1))
+    else:
+        print(f"\n{table(results)}\n\n{len(results)} run, {len(failed)} failed")
+    return 1 if failed or not results else 0
