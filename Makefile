@@ -27,7 +27,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check quick lint types docs bench publish gpu clean
-.PHONY: fuzz mutants fault-matrix gpu-kernels gpu-sanitize
+.PHONY: ptx fuzz mutants fault-matrix gpu-kernels gpu-sanitize
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
@@ -40,6 +40,7 @@ help:
 	@echo "make gpu     all that only a GPU can show, in under 8 minutes"
 	@echo "make gpu-kernels  each kernel against what it replaces, in one call of nine minutes: $(OUT)/gpu"
 	@echo "make fuzz    random cases for MINUTES=30; what fails is kept in tests/regressions"
+	@echo "make ptx     the kernels' PTX on a GPU in software, every shipped row: docs/ptx.md"
 	@echo "make mutants inject known bugs, one by one; the tests must notice each: docs/mutants.md"
 	@echo "make fault-matrix  what can go wrong, and the tests that would notice: docs/fault-matrix.md"
 	@echo "make gpu-sanitize  the kernels under compute-sanitizer: memory, races, initialisation"
@@ -98,6 +99,11 @@ SEED ?= 0
 
 fuzz: $(READY)
 	$(TEST_ENV) $(RUN) tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
+
+PTX_ARGS ?=
+
+ptx: $(READY)
+	$(TEST_ENV) $(RUN) tests/ptx $(PTX_ARGS)
 
 MUTANTS_ARGS ?=
 

@@ -273,7 +273,7 @@ def check_precision(precision: str) -> None:
 
 
 def check_device(x: Tensor) -> None:
-    """Kernels run on CUDA tensors, or on the CPU in the interpreter."""
+    """Kernels run on CUDA tensors, or on the CPU where something runs them there."""
     if x.device.type != "cuda" and host(x.device) is None:
         raise RuntimeError(
             f"x is on {x.device}; Triton kernels take CUDA tensors, or CPU tensors when "

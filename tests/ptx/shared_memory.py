@@ -85,6 +85,10 @@ class Shared:
         self.count_banks(lanes, address, size)
         self.put(lanes, address, data)
         self.mark(lanes, pieces)
+        if (self.writer[pieces] != self.machine.warp[lanes][:, None]).any():
+            numbers = (self.machine.block[lanes] * self.stride + address) // size
+            if (self.views[size][numbers].view(np.uint8).reshape(-1, size) != data).any():
+                raise Fault("shared memory written by two warps at once, with different values")
 
     def put(self, lanes: np.ndarray, address: np.ndarray, data: np.ndarray) -> None:
         size = data.shape[1]

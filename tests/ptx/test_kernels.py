@@ -1,0 +1,63 @@
+"""Our kernels, compiled for GPUs that are not here, run by the machine and compared.
+
+The command runs in a process of its own: Triton's interpreter and its compiler cannot share one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+COMMON = {"conv2d", "add_relu", "relu", "max_pool2d", "avg_pool2d", "global_avg_pool", "head"}
+EVERYWHERE = COMMON | {"stem"}
+COPIED = {"gemm", "gemm_pair", "rot2", "conv2d_hwnc"}
+
+
+def command(*arguments: str) -> list[dict]:
+    """The results that the command prints."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(HERE), "--json", *arguments],
+        env=environment | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=3000,
+    )
+    assert done.stdout.startswith("["), done.stderr
+    return json.loads(done.stdout)
+
+
+def passed(*arguments: str) -> set[str]:
+    """The kernels that came out right, and none did not."""
+    results = command(*arguments)
+    failed = [result for result in results if result["problem"]]
+    assert not failed, json.dumps(failed, indent=1)
+    return {result["kernel"] for result in results}
+
+
+def only(kernels: set[str]) -> list[str]:
+    return [word for kernel in sorted(kernels) for word in ("--kernel", kernel)]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_case_of_each_kernel(target):
+    assert passed("--sample", "--target", target, *only(EVERYWHERE)) == EVERYWHERE
+
+
+def test_a_case_of_each_kernel_of_the_copy_engine():
+    assert passed("--sample", "--target", "sm_90", "--pdl", *only(COPIED)) == COPIED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_every_case(target):
+    due = EVERYWHERE | COPIED if target == "sm_90" else EVERYWHERE
+    assert passed("--target", target) == due
