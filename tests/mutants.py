@@ -220,11 +220,14 @@ def keep(verdicts: Verdicts) -> None:
 
 def page(mutants: list[Mutant], verdicts: Verdicts) -> str:
     """docs/mutants.md."""
-    found = [verdicts[m.key] for m in mutants]
-    killed = sum(bool(v.killer) for v in found)
-    lines = [f"{HEAD}{killed} of {len(found)} killed.", ""]
+    found = [verdicts.get(m.key) for m in mutants]
+    killed = sum(bool(v and v.killer) for v in found)
+    lines = [f"{HEAD}{killed} of {len(found)} killed, {found.count(None)} not judged yet.", ""]
     lines += ["| file | bug | noticed by | s |", "|---|---|---|---|"]
     for mutant, verdict in zip(mutants, found, strict=True):
+        if verdict is None:
+            lines.append(f"| {mutant.file} | {mutant.name} | not judged yet | |")
+            continue
         what = f"`{verdict.killer}`" if verdict.killer else f"**survived**: {verdict.reason}"
         what = what.replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {mutant.file} | {mutant.name} | {what} | {verdict.seconds:.0f} |")
@@ -246,8 +249,7 @@ def main() -> int:
     judged = [known[m.key] for m in MUTANTS if m.key in known]
     killed = sum(bool(v.killer) for v in judged)
     print(f"{killed} of {len(MUTANTS)} killed, {len(MUTANTS) - len(judged)} not judged yet")
-    if len(judged) == len(MUTANTS):
-        PAGE.write_text(page(MUTANTS, known))
+    PAGE.write_text(page(MUTANTS, known))
     return 0 if killed == len(MUTANTS) else 1
 
 
