@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False  # nn.Module's text on forward says nothing about ours
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
+suppress_warnings = ["toc.not_included"]  # a page may be reached by links alone
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:(class|exc|obj)", ".*"),  # of PyTorch and Python, whose sites this build does not read

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fused import assert_close, assert_fused, assert_plain, executions, images, plain, small
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastres import ResNet
 from fastres.models import resnet
@@ -201,6 +202,15 @@ def test_row23_threads_share_a_model():
         for x, outs in zip(inputs, answers, strict=True):
             assert_close(outs[0], model, x)
             assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_row23_a_mode_of_another_thread_changes_nothing_here():
+    """Building a plan enters one, while other threads call."""
+    model, x = used(), images()
+    with ThreadPoolExecutor(1) as pool, executions() as ran, FakeTensorMode(), torch.no_grad():
+        out = pool.submit(torch.inference_mode()(model), x).result()
+    assert len(ran) == 1
+    assert_close(out, model, x)
 
 
 def test_grad_mode_of_the_caller_is_left_alone():

@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 import fastres
 from fastres.errors import VerificationError
+from fastres.graph import fold
 
 
 def torchvision_model(name):
@@ -97,7 +98,7 @@ def test_the_copy_is_frozen():
 @pytest.mark.parametrize("when", ["example", "first call", "bfloat16"])
 def test_verification_fails_and_goes_on_failing(monkeypatch, source, when):
     model = small() if source == "ours" else torchvision_model("resnet18")
-    affine = fastres.fold._affine
+    affine = fold._affine
 
     def without_mean(norm, lookup, channels, device):
         scale, shift = affine(norm, lookup, channels, device)
@@ -120,7 +121,7 @@ def test_verification_fails_and_goes_on_failing(monkeypatch, source, when):
 
 def test_half_precision_is_verified_by_steps(monkeypatch):
     """A dropped bias of the classifier moves bfloat16 logits less than rounding does."""
-    linear = fastres.fold.folded_linear
+    linear = fold.folded_linear
 
     def shifted(op, lookup, dtype):
         weight, bias = linear(op, lookup, dtype)

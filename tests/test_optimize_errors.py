@@ -105,7 +105,7 @@ def two_dtypes():
         (replaced_forward, {}, ValueError, "forward was replaced"),
         (negative_variance, {}, FoldError, r"layer2\.0\.bn2\.running_var\[1\] is -1"),
         (small, {"dtype": torch.int8}, TypeError, "dtype must be one of .*got torch.int8"),
-        (small, {"dtype": "float16"}, TypeError, "dtype must be one of .*got 'float16'"),
+        (small, {"dtype": "float17"}, TypeError, "dtype must be one of .*got 'float17'"),
         (small, {"backend": "cuda"}, ValueError, "backend must be one of .*got 'cuda'"),
         (small, {"example_input": real_images(1, 8)[0]}, ValueError, "must be 4-D"),
         (small, {"example_input": real_images(1, 8).double()}, TypeError, "got torch.float64"),

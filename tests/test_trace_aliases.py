@@ -13,7 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastres
 from fastres import ResNet
+from fastres.graph.fold import fold
 from fastres.graph.ir import Call, Conv2d
+from fastres.graph.plan import build
 from fastres.graph.trace import trace
 
 
@@ -268,7 +270,7 @@ def test_assignments_are_recorded():
 def test_torchvision_style_blocks_lose_nothing():
     """``out += identity`` and in-place ReLU everywhere, and every sum is fused."""
     graph = trace(ResNet(fastres.BasicBlock, [1, 1], stem="cifar").eval(), "_forward_impl")
-    plan = fastres.plan.build(fastres.fold.fold(graph))
+    plan = build(fold(graph))
     assert not plan.left
     assert kinds(plan).count(Conv2d) == 6
     assert sum(getattr(step.op, "residual", False) for step in plan.steps) == 2

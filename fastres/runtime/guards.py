@@ -20,7 +20,6 @@ from torch.nn.modules import module as nn_module
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ..graph.ir import attribute
 
@@ -48,7 +47,7 @@ def ambient_reason(x: Any) -> str | None:
         return f"the input is on {x.device.type}"
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return "the model is being compiled or traced"
-    if is_in_torch_dispatch_mode() or _in_function_mode():
+    if torch._C._len_torch_dispatch_stack() > 0 or _in_function_mode():  # of this thread alone
         return "a dispatch or function mode is active"
     if in_functorch():
         return "a functorch transform is active"
