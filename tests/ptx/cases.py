@@ -186,13 +186,13 @@ def product_cases(target: str) -> Iterator[Case]:
             short = kind if kind != "half" else str(used)[6:]
 
             def single(used=used):
-                x, w = whole(200, 96, dtype=used), whole(136, 96, dtype=used)
+                x, w = whole(200, 328, dtype=used), whole(136, 328, dtype=used)
                 residual = whole(200, 136, dtype=used, most=9)
                 return (x, w, whole(136, dtype=FLOAT)), {"residual": residual, "relu": True}
 
             def pair(used=used):
-                x, w = whole(2 * 3 * 4, 64, dtype=used), whole(72, 64, dtype=used)
-                x2, w2 = whole(2 * 5 * 7, 96, dtype=used), whole(72, 96, dtype=used)
+                x, w = whole(2 * 3 * 4, 328, dtype=used), whole(72, 328, dtype=used)
+                x2, w2 = whole(2 * 5 * 7, 200, dtype=used), whole(72, 200, dtype=used)
                 given = (x, w, x2, w2, whole(72, dtype=FLOAT))
                 return given, {"images": (2, 5, 7, 1), "stride": 2, "relu": True}
 

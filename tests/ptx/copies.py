@@ -144,6 +144,7 @@ class Copies:
         self.groups = np.zeros(machine.lanes, np.int64)  # committed by each thread
         self.barriers: dict[tuple[int, int], Barrier] = {}
         self.agents = [0] * machine.count
+        self.polled = np.zeros(machine.lanes // WARP, bool)  # warps whose last try_wait failed
         self.outgoing: list[Outgoing] = []
         self.stored = np.zeros(machine.lanes, np.int64)  # bulk groups committed by each thread
 
@@ -250,42 +251,58 @@ class Copies:
         place = np.broadcast_to(address(program, instruction.operands[1])(machine), machine.lanes)
         parity = source(program, instruction.operands[2], np.uint32)(machine)
         parity = np.broadcast_to(parity, machine.lanes)
-        done = np.zeros(machine.lanes, bool)
-        lanes = machine.active()
+        done, lanes = np.zeros(machine.lanes, bool), machine.active()
+        stay = done.copy()
         for first in lanes[np.unique(lanes // WARP, return_index=True)[1]]:
-            self.wait_warp(first, place, parity, done)
+            self.wait_warp(int(first), place, parity, done, stay)
         on = machine.on()
         target(program, instruction.operands[0])(machine, done)
-        if done[on].all():
+        if not stay.any():
             return True
-        if (on & done).any():
-            machine.groups.append(Group(group.pc, on & done, group.turn))
-            group.lanes = group.lanes & ~done
+        if (on & ~stay).any():
+            machine.groups.append(Group(group.pc, on & ~stay, group.turn))
+            group.lanes = group.lanes & (stay | ~on)
         group.pc -= 1
         group.parked = True
         return False
 
     def wait_warp(
-        self, first: int, place: np.ndarray, parity: np.ndarray, done: np.ndarray
+        self, first: int, place: np.ndarray, parity: np.ndarray, done: np.ndarray, stay: np.ndarray
     ) -> None:
-        """The threads of the warp of ``first`` that wait."""
+        """The threads of the warp of ``first`` that wait: ``done``, told to try again, or to
+        ``stay`` until something happens. The first try fails where the phase is not complete."""
         machine, shared = self.machine, self.machine.shared
-        start = first // WARP * WARP
+        warp_number = first // WARP
         mine = np.zeros(machine.lanes, bool)
-        mine[start : start + WARP] = machine.on()[start : start + WARP]
+        mine[warp_number * WARP : (warp_number + 1) * WARP] = True
+        mine &= machine.on()
         if len({*zip(place[mine].tolist(), parity[mine].tolist(), strict=True)}) > 1:
             raise Fault("threads of a warp wait for different phases")
         barrier = self.barrier(first, int(place[first]))
         complete = barrier.phase != parity[first] & 1
+        if not complete and not self.polled[warp_number]:
+            self.polled[warp_number] = True
+            return
         if not complete and barrier.pending == 0:
             self.land(barrier)
             complete = barrier.phase != parity[first] & 1
-        if complete:
-            done |= mine
-            if barrier.done is not None:
-                block, warp = machine.block[first], machine.warp[first]
-                for clocks, given in zip((shared.seen, shared.fenced), barrier.done, strict=True):
-                    np.maximum(clocks[block, warp], given, out=clocks[block, warp])
+        if not complete:
+            stay |= mine
+            return
+        self.polled[warp_number] = False
+        done |= mine
+        if barrier.done is not None:
+            block, warp = machine.block[first], machine.warp[first]
+            for clocks, given in zip((shared.seen, shared.fenced), barrier.done, strict=True):
+                np.maximum(clocks[block, warp], given, out=clocks[block, warp])
+
+    def check_end(self, lanes: np.ndarray) -> None:
+        """These threads end; shared memory goes with the last of a block."""
+        if any(lanes[store.lane] for store in self.outgoing):
+            raise Fault("a thread ends while its bulk store still reads shared memory")
+        ended = ~self.machine.live.reshape(self.machine.count, -1).any(1)
+        if any(ended[block] and b.copies for (block, _), b in self.barriers.items()):
+            raise Fault("a block ends while a bulk copy to it is on its way")
 
     # Bulk copies
 

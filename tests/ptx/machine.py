@@ -92,7 +92,7 @@ class Machine:
         self.groups = [Group(0, self.live.copy())]
         self.executed: Counter[str] = Counter()  # warps that executed each instruction
         self.total = self.events = 0
-        waits = any(i.opcode == "griddepcontrol.wait" for i in program.code)
+        waits = any(i.opcode.startswith("griddepcontrol") for i in program.code)
         self.waited = np.full(self.lanes, not waits)
         self.shared = Shared(self, shared)
         self.copies = Copies(self)
@@ -230,6 +230,7 @@ class Machine:
     def leave(self, group: Group) -> bool:
         gone = group.lanes & self.on()
         self.live &= ~gone
+        self.copies.check_end(gone)
         group.lanes = group.lanes & ~gone
         if group.lanes.any():
             return False

@@ -172,11 +172,14 @@ class Products:
                 warps = self.warps() if warps is None else warps
                 if (warps & reading.warps).any():
                     raise Fault(f"{min(clash)} belongs to a wgmma that has not been waited for")
-        if instruction.opcode.startswith("mov."):  # between names: ptxas gives both one register
-            return
+        warps = self.warps() if warps is None else warps
+        moved = instruction.opcode.startswith("mov.") and instruction.operands[1]
         for name in instruction_writes(instruction):
             found = self.touched.setdefault(name, np.zeros(len(self.groups), bool))
-            found |= self.warps() if warps is None else warps
+            if moved and moved in self.machine.program.registers:  # ptxas gives both one place
+                found[warps] = self.touched[moved][warps] if moved in self.touched else False
+            else:
+                found |= warps
 
     def fence(self) -> None:
         warps = self.warps()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from .driver import running
 
 FORCED = ("stem", "gemm", "gemm_pair", "rot2", "head")
 BATCH = 2
+SIZES = {"resnet18": 32, "resnet50": 64}
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class Verdict:
     allowed: float  # twice what PyTorch's own error is, and four units in the last place
     launches: Counter[str]
     seconds: float
+
+
+def cases(target: str) -> Iterator[tuple[str, torch.dtype, bool]]:
+    """(network, dtype, whether the fused kernels are forced) of a target."""
+    for name in SIZES:
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            yield name, dtype, False
+            if target != "sm_80" and dtype is not torch.float32:  # rot2 takes halves
+                yield name, dtype, True
 
 
 def judged(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import cases
+from . import cases, counters, mutants, networks
 from .driver import TARGETS, running
 from .machine import Fault
 from .parse import Unknown
@@ -69,6 +69,31 @@ def against_gpu(options: argparse.Namespace) -> Iterator[Result]:
         yield Result(case.kernel, case.name(), target, problem, round(seconds, 2))
 
 
+def of_mutants(options: argparse.Namespace) -> Iterator[Result]:
+    """Mutants of real kernels; what passes without a reason is a failure."""
+    for target in options.target or TARGETS:
+        started = time.process_time()
+        for mutant, noticed in mutants.judged(target, options.mutants):
+            reason = mutants.HARMLESS.get(mutant.kind, "")
+            problem = "" if noticed or reason else "nothing notices it"
+            case = f"{mutant.kind}, line {mutant.line} of {mutant.kernel}"
+            case += f": {noticed}" if noticed else f": harmless, {reason}"
+            seconds, started = time.process_time() - started, time.process_time()
+            kind = mutant.kind if noticed else f"{mutant.kind} (harmless)"
+            yield Result(kind, case, target, problem, round(seconds, 2))
+
+
+def of_networks(options: argparse.Namespace) -> Iterator[Result]:
+    """ResNet-18 at 32 and ResNet-50 at 64, as planned and with the fused kernels forced."""
+    for target in options.target or TARGETS:
+        for name, dtype, forced in networks.cases(target):
+            found = networks.judged(name, networks.SIZES[name], dtype, target, forced)
+            shown = f"{name} {dtype} {'forced' if forced else 'as planned'}"
+            case = f"{shown}: error {found.error:.2g}, allowed {found.allowed:.2g}"
+            problem = "" if found.error <= found.allowed else "more than twice PyTorch's error"
+            yield Result(name, case, target, problem, round(found.seconds, 1))
+
+
 def table(results: list[Result]) -> str:
     """Kernel x target: cases that came out right of those run, and their time."""
     rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
@@ -90,9 +115,22 @@ def main() -> int:
     parser.add_argument("--pdl", action="store_true", help="for programmatic dependent launch")
     parser.add_argument("--json", action="store_true", help="results as JSON")
     parser.add_argument("--gpu", action="store_true", help="compare the machine with the GPU here")
+    parser.add_argument("--mutants", type=int, metavar="N", help="N of each kind, of real kernels")
+    parser.add_argument("--networks", action="store_true", help="whole networks")
+    parser.add_argument("--counters", action="store_true", help="what a profiler would count")
     options = parser.parse_args()
+    if options.counters:
+        print("\n\n".join(counters.table(target) for target in options.target or TARGETS))
+        return 0
+    chosen = sweep
+    for wanted, other in (
+        (options.gpu, against_gpu),
+        (options.mutants, of_mutants),
+        (options.networks, of_networks),
+    ):
+        chosen = other if wanted else chosen
     results = []
-    for result in against_gpu(options) if options.gpu else sweep(options):
+    for result in chosen(options):
         results.append(result)
         if not options.json:
             shown = result.problem or "equal"

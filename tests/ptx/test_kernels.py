@@ -61,3 +61,19 @@ def test_a_case_of_each_kernel_of_the_copy_engine():
 def test_every_case(target):
     due = EVERYWHERE | COPIED if target == "sm_90" else EVERYWHERE
     assert passed("--target", target) == due
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_mutants_of_real_kernels_are_noticed(target):
+    """Each kind in at least one place; where one passes, mutants.HARMLESS says why."""
+    kinds = passed("--mutants", "2", "--target", target)
+    assert {kind for kind in kinds if not kind.endswith("(harmless)")} >= {
+        kind.removesuffix(" (harmless)") for kind in kinds
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_whole_networks_by_the_rule_of_two(target):
+    assert passed("--networks", "--target", target) == {"resnet18", "resnet50"}
