@@ -97,6 +97,6 @@ def table(target: str) -> str:
     for row in counted(target):
         lines.append(
             f"| {row.step} | `{row.kernel}` | {row.load:.2f} | {row.store:.2f} | {row.banks:.2f} "
-            f"| {row.others:.1f} | {row.bytes:.0f} |"
+            f"| {row.others:.1f} | {row.kibibytes:.0f} |"
         )
     return "\n".join(lines)
