@@ -401,15 +401,14 @@ def test_row46_watches_are_not_kept_alive():
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
 def test_row46_accelerate(folds):
-    from accelerate.optimizer import AcceleratedOptimizer
-    from accelerate.state import AcceleratorState
+    from accelerate import Accelerator
 
-    AcceleratorState(cpu=True)
+    accelerator = Accelerator(cpu=True)
     model, x = frozen(), images()
     answers(model, model, x)
     folds.clear()
     owned = with_gradients([model.fc.bias])
-    AcceleratedOptimizer(torch.optim.AdamW(owned, lr=0.1, fused=True)).step()
+    accelerator.prepare_optimizer(torch.optim.AdamW(owned, lr=0.1, fused=True)).step()
     answers(model, model, x)
     assert names(folds, model) == ["fc.weight"]
 

@@ -87,6 +87,8 @@ def of_networks(options: argparse.Namespace) -> Iterator[Result]:
     """ResNet-18 at 32 and ResNet-50 at 64, as planned and with the fused kernels forced."""
     for target in options.target or TARGETS:
         for name, dtype, forced in networks.cases(target):
+            if name not in (options.network or name) or options.dtype not in str(dtype):
+                continue
             found = networks.judged(name, networks.SIZES[name], dtype, target, forced)
             shown = f"{name} {dtype} {'forced' if forced else 'as planned'}"
             case = f"{shown}: error {found.error:.2g}, allowed {found.allowed:.2g}"
@@ -117,6 +119,8 @@ def main() -> int:
     parser.add_argument("--gpu", action="store_true", help="compare the machine with the GPU here")
     parser.add_argument("--mutants", type=int, metavar="N", help="N of each kind, of real kernels")
     parser.add_argument("--networks", action="store_true", help="whole networks")
+    parser.add_argument("--network", help="only this one of them")
+    parser.add_argument("--dtype", default="", help="only this dtype of them")
     parser.add_argument("--counters", action="store_true", help="what a profiler would count")
     options = parser.parse_args()
     if options.counters:

@@ -16,6 +16,9 @@ import pytest
 pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+sweep = pytest.mark.skipif(
+    os.environ.get("FASTRES_SWEEP") != "1", reason="takes many minutes: set FASTRES_SWEEP=1"
+)
 COMMON = {"conv2d", "add_relu", "relu", "max_pool2d", "avg_pool2d", "global_avg_pool", "head"}
 EVERYWHERE = COMMON | {"stem"}
 COPIED = {"gemm", "gemm_pair", "rot2", "conv2d_hwnc"}
@@ -56,6 +59,7 @@ def test_a_case_of_each_kernel_of_the_copy_engine():
     assert passed("--sample", "--target", "sm_90", "--pdl", *only(COPIED)) == COPIED
 
 
+@sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_every_case(target):
@@ -63,6 +67,7 @@ def test_every_case(target):
     assert passed("--target", target) == due
 
 
+@sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_mutants_of_real_kernels_are_noticed(target):
@@ -73,7 +78,15 @@ def test_mutants_of_real_kernels_are_noticed(target):
     }
 
 
+@sweep
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_whole_networks_by_the_rule_of_two(target):
     assert passed("--networks", "--target", target) == {"resnet18", "resnet50"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_a_whole_network_by_the_rule_of_two(target):
+    arguments = ("--networks", "--target", target, "--network", "resnet18", "--dtype", "float16")
+    assert passed(*arguments) == {"resnet18"}
