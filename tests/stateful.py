@@ -86,7 +86,8 @@ class Pair(RuleBasedStateMachine):
 
     def fusible(self) -> bool:
         """Whether inference without gradients should run the engine."""
-        training = any(m.training for m in self.theirs.modules())
+        norms = (m for m in self.theirs.modules() if isinstance(m, nn.BatchNorm2d))
+        training = any(m.training for m in (self.theirs, *norms))  # the others do not heed it
         return not (training or self.handles or self.parametrized())
 
     @invariant()

@@ -19,6 +19,7 @@ from fused import assert_close, assert_fused, executions, images, plain, small
 from torch import nn
 
 import fastres
+from fastres.bench.run import parse_device
 from fastres.errors import BackendError
 
 ROOT = Path(__file__).parents[1]
@@ -95,12 +96,14 @@ def test_row22_an_input_elsewhere_is_one_error_and_nothing_runs(model):
 
 
 class Blocking(nn.Module):
-    """Its forward waits half-way, while whoever records it holds torch.fx's hooks."""
+    """Its forward waits half-way, while whoever records it holds torch.fx's hooks.
+
+    Its class holds the events: a forward that changes what the module holds is not recorded."""
 
     def __init__(self):
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 1)
-        self.reached, self.go_on = Event(), Event()
+        Blocking.reached, Blocking.go_on = Event(), Event()
 
     def forward(self, x):
         x = self.first(x)
@@ -266,7 +269,7 @@ def test_row28_cuda_asked_for_without_a_gpu(capsys):
     assert error.startswith("error: device cuda is not here")
     assert error.count("\n") == 1
     with pytest.raises(ValueError, match="device cuda is not here"):
-        fastres.bench.parse_device("cuda")
+        parse_device("cuda")
     assert issubclass(BackendError, RuntimeError)
 
 

@@ -203,7 +203,7 @@ def _assemble(described: _Description, tensors: dict[str, Tensor]) -> FastModel:
     model = with_signature(described.signature)(
         plan,
         folded,
-        _kept(plan, described.modules, tensors),
+        _kept(plan, described.modules, tensors, dtype),
         dtype=dtype,
         source_dtype=described.source_dtype,
         backend=described.backend,
@@ -228,7 +228,9 @@ def _encode_modules(model: FastModel) -> dict[str, Any]:
     return found
 
 
-def _kept(plan: Plan, modules: dict[str, nn.Module], tensors: dict[str, Tensor]) -> nn.Module:
+def _kept(
+    plan: Plan, modules: dict[str, nn.Module], tensors: dict[str, Tensor], dtype: torch.dtype
+) -> nn.Module:
     """What the steps left to PyTorch need: modules, parameters and buffers."""
     kept = nn.Module()
     for path, name in kept_names(plan).items():
@@ -238,8 +240,9 @@ def _kept(plan: Plan, modules: dict[str, nn.Module], tensors: dict[str, Tensor])
             continue
         own = {}
         for key, value in module.state_dict().items():
-            dtype = None if value.is_floating_point() else value.dtype
-            own[key] = _checked(tensors, f"kept.{path}.{key}", tuple(value.shape), dtype)
+            wanted = None if value.is_floating_point() else value.dtype
+            own[key] = _checked(tensors, f"kept.{path}.{key}", tuple(value.shape), wanted)
+        module.to(dtype)  # what a file does not hold: the numbers of a normalisation
         module.load_state_dict(own, assign=True)
         kept.add_module(name, module)
     return kept.eval()

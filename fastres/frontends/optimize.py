@@ -198,7 +198,7 @@ def _folded(model: nn.Module, traced: Plan, dtype: torch.dtype, backend: str) ->
     return with_signature(inspect.signature(model.forward))(
         traced,
         folded,
-        _keep(model, traced, None if dtype is source_dtype else dtype),
+        _keep(model, traced, dtype, casts=dtype is not source_dtype),
         dtype=dtype,
         source_dtype=source_dtype,
         backend=backend,
@@ -342,22 +342,25 @@ def _weight_dtype(source: nn.Module, traced: Plan) -> torch.dtype:
     return next(floating, torch.get_default_dtype())
 
 
-def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype | None) -> nn.Module:
-    """Copies, under names of our own, of what the steps left to PyTorch still need; without a dtype
-    each in its own."""
+def _keep(source: nn.Module, traced: Plan, dtype: torch.dtype, casts: bool) -> nn.Module:
+    """Copies, under names of our own, of what the steps left to PyTorch still need; each in its own
+    dtype unless ``casts``, but for centred images, which a convolution of ours reads."""
+    images = [s.op.images for s in traced.steps if isinstance(s.op, Conv2d) and s.op.images]
+    centered = {f"{normalize.module}.centered" for normalize in images}
     kept = nn.Module()
     for path, name in plan.kept_names(traced).items():
         value = attribute(source, path)
         if isinstance(value, nn.Module):
             copied = duplicate(value)
-            copied = copied if dtype is None else copied.to(dtype)
+            if casts or path in centered:
+                copied = copied.to(dtype)
             for parameter in copied.parameters():  # torch.jit's modules refuse requires_grad_
                 parameter.detach_()
             kept.add_module(name, copied)
         elif isinstance(value, Tensor):
             value = value.detach().clone()
-            casts = dtype is not None and value.is_floating_point()
-            kept.register_buffer(name, value.to(dtype) if casts else value)
+            cast = casts and value.is_floating_point()
+            kept.register_buffer(name, value.to(dtype) if cast else value)
         else:
             setattr(kept, name, copy.deepcopy(value))
     return kept.eval()
