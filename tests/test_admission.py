@@ -333,6 +333,23 @@ def test_row86_a_float64_network_of_any_depth_is_admitted(depth):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_row86_the_float64_backbone_of_a_detector_is_admitted(seed):
+    """Its many convolutions without norms round four times as much in channels_last, where both
+    the copy and the float32 network that it is measured by run."""
+    detection = pytest.importorskip("torchvision.models.detection")
+    torch.manual_seed(seed)
+    sizes = {"num_classes": 5, "min_size": 96, "max_size": 128}
+    model = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, **sizes)
+    model = model.backbone.double().eval()
+    x = torch.randn(1, 3, 96, 128, dtype=torch.float64)
+    fast = fastres.optimize(model, example_input=x)
+    with torch.no_grad():
+        for ours, theirs in zip(fast(x).values(), model(x).values(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize(("layers", "size", "outputs"), [([2, 2, 2, 2], 32, 1000), ([1, 1], 16, 1)])
 def test_row68_files_of_small_images_are_admitted(layers, size, outputs, suffix, tmp_path):

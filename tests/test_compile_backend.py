@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from fused import plain
 from helpers import hostile_, real_images
 from torch import nn
 from tutorials import MnistResNet18
 
-from fastres import Bottleneck, ResNet
+from fastres import BasicBlock, Bottleneck, ResNet
 from fastres.frontends.dynamo import fastres as backend
 
 ROOT = Path(__file__).parents[1]
@@ -235,3 +236,85 @@ def test_the_entry_point(tmp_path):
     )
     assert done.stdout.split() == ["2", "4", "6", "6"], done.stderr
     assert "graph of 1 steps, 0 left to PyTorch" in done.stderr
+
+
+def few_outputs(outputs, seed, dtype):
+    torch.manual_seed(seed)
+    model = ResNet(BasicBlock, [1, 1], num_classes=outputs, stem="cifar", planes=8).eval()
+    return model.to(dtype), torch.randn(1, 3, 16, 16, dtype=dtype)
+
+
+@pytest.fixture
+def run_compiled():
+    """Folds, checks and runs what Dynamo records of a small network, at any seed: it is recorded
+    once, and another network's weights are copied into it."""
+    recorded = []
+
+    def run(outputs, seed, dtype):
+        model, x = few_outputs(outputs, seed, dtype)
+        with torch.no_grad():
+            if not recorded:
+                compiled = torch.compile(
+                    model, backend=lambda *given: recorded.extend((*given, model)) or given[0]
+                )
+                compiled(x)
+            graph, inputs, owner = recorded
+            owner.load_state_dict(model.state_dict())
+            inputs = [x if value.shape == x.shape else value for value in inputs]
+            (found,), expected = backend(graph, inputs)(*inputs), plain(model, x)
+        # Far above rounding, also of the little that one output is where terms cancel; the smallest
+        # of the faults below moves each by more.
+        atol = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 0.02}[dtype]
+        torch.testing.assert_close(found, expected, rtol=0, atol=atol)
+
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 2, 1000])
+def test_row45_right_graphs_are_admitted_at_every_seed(outputs, dtype, run_compiled, recwarn):
+    for seed in range(5 if dtype is torch.float32 else 2):
+        run_compiled(outputs, seed, dtype)
+    assert not [str(w.message) for w in recwarn if "leaves this graph" in str(w.message)]
+
+
+FAULTS = {
+    "a bias": lambda weight, bias: (weight, bias + 0.05),
+    "a channel": lambda weight, bias: (weight.index_fill(0, torch.tensor([1]), 0), bias),
+    "a scale": lambda weight, bias: (weight * 1.01, bias),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("outputs", [1, 1000])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_row45_wrong_graphs_are_left_to_pytorch(fault, outputs, dtype, run_compiled, monkeypatch):
+    from fastres.runtime import executor
+
+    real = executor.fold_step
+
+    def damaged(op, *args):
+        weight, bias = real(op, *args)
+        return FAULTS[fault](weight, bias) if weight.shape[:2] == (8, 8) else (weight, bias)
+
+    monkeypatch.setattr(executor, "fold_step", damaged)
+    with pytest.warns(UserWarning, match="leaves this graph to PyTorch"):
+        run_compiled(outputs, 0, dtype)
+
+
+def test_row45_a_graph_that_also_returns_indices(recwarn):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = few_outputs(1000, 0, torch.float32)[0]
+
+        def forward(self, x):
+            y = self.net(x)
+            return y, y.argmax(1)
+
+    model, x = Both().eval(), torch.randn(2, 3, 16, 16)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for ours, theirs in zip(compiled(x), model(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert not [w for w in recwarn if "leaves this graph" in str(w.message)]

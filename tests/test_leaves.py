@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastres
+from fastres.frontends.fast_shell import FastShell
 from fastres.graph.ir import Conv2d, Linear
 from fastres.graph.trace import TraceError
 
@@ -359,6 +361,60 @@ def test_row60_a_fused_model_inside_another():
     fast = check(outer, X, fastres.optimize(fused, example_input=X))
     assert left(fast)["2"] == "is fused already"
     assert convolutions(fast)[0].norm
+
+
+class Branching(nn.Module):
+    """What torch.fx cannot trace, around a module and two layers of its own."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.before = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))
+        self.inner = inner
+        self.after = nn.Sequential(nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        return self.after(self.inner(self.before(x))) if x.sum() < 1e9 else x
+
+
+def shell_inside(kind):
+    """A module, and the same with its part in the middle fused before: a FastShell, which another
+    module holds that can be traced whole, or that cannot, itself or a level below."""
+    inner = Branching(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)))
+    inner.after = nn.Sequential(nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5))
+    body = nn.Sequential(inner, nn.Identity()) if kind == "below" else inner
+    layers = (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), body)
+    outer = hostile(nn.Sequential(*layers) if kind == "traceable" else Branching(body))
+    fused = copy.deepcopy(outer)
+    shell = fastres.optimize(inner, example_input=X)
+    assert isinstance(shell, FastShell)
+    if kind == "traceable":
+        fused[2] = shell
+    elif kind == "below":
+        fused.inner[0] = shell
+    else:
+        fused.inner = shell
+    return outer, fused, shell
+
+
+@pytest.mark.parametrize("kind", ["traceable", "untraceable", "below"])
+def test_row60_a_fused_shell_inside_another_module(kind):
+    outer, fused, shell = shell_inside(kind)
+    fast = fastres.optimize(fused, example_input=X)
+    assert isinstance(fast, FastShell) == (kind != "traceable")
+    for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), outer(X), rtol=1e-4, atol=1e-4)
+    reasons = [reason for step, reason in fast.plan().left if step.where.startswith(("inner", "2"))]
+    assert set(reasons) == {"is fused already"}
+    assert fast.plan().fused
+    assert list(shell.parts) == ["before", "inner", "after"]  # the user's own is as it was
+
+
+@pytest.mark.parametrize("kind", ["traceable", "untraceable", "below"])
+def test_row60_a_fused_shell_inside_keeps_its_dtype(kind):
+    _, fused, _ = shell_inside(kind)
+    with pytest.raises(TypeError, match=r"the dtype of a FastShell is fixed .*optimize\(source"):
+        fastres.optimize(fused, dtype=torch.bfloat16)
 
 
 class Cast(nn.Module):

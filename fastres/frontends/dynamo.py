@@ -19,18 +19,19 @@ from typing import Any, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from ..backends.select import check_backend, select_ops
-from ..errors import FoldError
+from ..errors import FoldError, VerificationError
 from ..graph import fold, plan, trace
 from ..graph.ir import Call, Conv2d, Ref, attribute
-from ..graph.modules import unwrapped
+from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
 from ..runtime.guards import WATCHES, Change, Watch
 from ..runtime.live import LiveModule
-from ..runtime.verify import judge
+from ..runtime.verify import Recast, check_steps, compare, undisturbed
 from .fast_model import FastModel
 from .fast_shell import FastShell
 
@@ -105,8 +106,12 @@ class _Folded:
         program.bind(arguments)
         if self._watch.change() is not Change.NONE:
             self._refold()
-        output = self._run([arguments[i] for i in program.dynamic])
-        return output if self.verified else self._verify(arguments, output)
+        dynamic = [arguments[i] for i in program.dynamic]
+        if not self.verified:
+            self.wrong = self._is_wrong(arguments)
+            if self.wrong:
+                return self.eager(*arguments)
+        return self._run(dynamic)
 
     def _run(self, arguments: list[Any]) -> Any:
         with torch.no_grad():
@@ -116,18 +121,63 @@ class _Folded:
                 output = self._runner.executor.run(arguments)
         return (output,) if self.single else output
 
-    def _verify(self, arguments: Sequence[Any], actual: Any) -> Any:
-        """The first call runs both ways; a graph whose answers differ is left to PyTorch."""
-        expected = self.eager(*arguments)
-        pairs = [p for p in zip(expected, actual, strict=True) if isinstance(p[0], Tensor)]
-        pairs = [(a, b) for a, b in pairs if a.is_floating_point() and a.numel()]
-        self.verified = bool(pairs)
-        verdict = judge([a for a, _ in pairs], [b for _, b in pairs], None) if pairs else None
-        if verdict is None or verdict.ok:
-            return actual
-        self.wrong = True
-        warnings.warn(f"fastres leaves this graph to PyTorch: {verdict.reason}", stacklevel=3)
-        return expected
+    def _is_wrong(self, arguments: Sequence[Any]) -> bool:
+        """The first call compares both, as :func:`fastres.optimize` does; a graph whose answers
+        differ is left to PyTorch."""
+        executor = self._runner.executor
+        dynamic = [arguments[i] for i in self.program.dynamic]
+        try:
+            with undisturbed(), torch.no_grad():
+                self.verified = self._compare(executor, self._eager_with(arguments), dynamic)
+                check_steps(executor, executor.module, dynamic)
+                if executor.dtype in (torch.float16, torch.bfloat16):
+                    self._compare_in_float32(executor.dtype, dynamic)
+        except VerificationError as error:
+            warnings.warn(f"fastres leaves this graph to PyTorch: {error}", stacklevel=3)
+            return True
+        return False
+
+    def _eager_with(self, arguments: Sequence[Any]) -> Compiled:
+        """What Dynamo recorded, as a function of the inputs that are no weights."""
+
+        def eager(*dynamic: Any) -> Any:
+            whole = list(arguments)
+            for index, value in zip(self.program.dynamic, dynamic, strict=True):
+                whole[index] = value
+            return self.eager(*whole)
+
+        return eager
+
+    def _compare(self, executor: Executor, reference: Compiled, inputs: Sequence[Any]) -> bool:
+        """The rule of two for the floating-point outputs; False if there are none to compare.
+
+        Raises:
+            VerificationError: the answers differ.
+        """
+        expected = _Floats(reference)
+        if not expected(*inputs):
+            return False
+        less = torch.float32 if executor.dtype is torch.float64 else torch.float64
+        exact = Recast(_Floats(fx.GraphModule(executor.module, self.program.graph)), less)
+        found = compare(
+            expected, _Floats(lambda *values: executor.run(values)), exact, tuple(inputs)
+        )
+        if not found.ok:
+            raise VerificationError(found.reason)
+        return True
+
+    def _compare_in_float32(self, dtype: torch.dtype, inputs: Sequence[Any]) -> None:
+        """The same plan, of which half precision hides what its rounding is larger than."""
+        holder = duplicate(self.program.holder).float()
+        ops = select_ops("torch", self._home, torch.float32)
+        cast = [v.float() if isinstance(v, Tensor) and v.dtype is dtype else v for v in inputs]
+        try:
+            executor = Executor(self.plan, holder, ops, torch.float32)
+            self._compare(executor, fx.GraphModule(holder, self.program.graph), cast)
+        except VerificationError:
+            raise
+        except RuntimeError:  # of code between the steps that needs its own dtype
+            pass
 
     def _fold(self) -> None:
         weight = attribute(self.program.holder, self.paths[0])
@@ -157,6 +207,19 @@ class _Folded:
         norms = [op.norm for op in convolutions if op.norm is not None]
         paths = [path for norm in norms for path in (norm.mean, norm.var)]
         return {path: attribute(self.program.holder, path).detach().clone() for path in paths}
+
+
+class _Floats(nn.Module):
+    """The floating-point outputs of a function."""
+
+    def __init__(self, function: Compiled) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *arguments: Any) -> list[Tensor]:
+        outputs = tree_leaves(self.function(*arguments))
+        floats = (t for t in outputs if isinstance(t, Tensor) and t.is_floating_point())
+        return [t for t in floats if t.numel()]
 
 
 class _Program:

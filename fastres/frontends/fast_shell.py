@@ -239,10 +239,12 @@ class FastShell(nn.Module):
             return self.body(*args, **kwargs)
 
     def plan(self) -> Plan:
-        """The steps of all parts, and the modules that stay PyTorch calls around them."""
+        """The steps of all parts, and the modules that stay calls around them: PyTorch's, or of
+        copies that the source held already."""
         steps: list[Step] = []
         servers: list[str] = []
-        reasons: dict[int, str] = {}
+        fused = (m for m in self.body.modules() if isinstance(m, (FastModel, FastShell)))
+        reasons = {id(m): "is fused already" for found in fused for m in found.modules()}
         for part in self._parts:
             why = part.reason()
             reasons.update({id(module): why for module in part.module.modules()})

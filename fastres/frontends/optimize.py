@@ -23,7 +23,7 @@ from ..graph.ir import Conv2d, Linear, attribute
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan, parameter_paths
 from ..runtime.guards import Change, Watch, heeds_training
-from ..runtime.verify import Verification, copied, undisturbed, verify, verify_steps
+from ..runtime.verify import Verification, check_steps, copied, undisturbed, verify
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fast_shell import FastShell
 
@@ -220,13 +220,7 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
     arguments = _few(arguments)
     same = [_to(value, model.source_dtype, model.dtype) for value in arguments]
     found = _check_whole(source, model, same)
-    wrong = [e for e in verify_steps(model.executor(), source, same) if not e.ok]
-    if wrong:
-        worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
-        raise VerificationError(
-            f"step {worst.step} ({worst.what}) is wrong: "
-            f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
-        )
+    check_steps(model.executor(), source, same)
     if model.dtype in (torch.float16, torch.bfloat16):
         wide = [_to(value, model.dtype, torch.float32) for value in same]
         try:

@@ -84,6 +84,9 @@ def features(
 ) -> Features:
     """The feature maps of a network, (N, C, h, w) each, for images (N, in_chans, H, W).
 
+    torch.jit.script takes neither these nor their torch.fx traces: script what torchvision's
+    ``create_feature_extractor`` makes of the network.
+
     Args:
         model: a ResNet of fastres, torchvision or timm, or any module that torch.fx can trace;
             (Distributed)DataParallel and torch.compile are looked through.
