@@ -176,7 +176,7 @@ class Pair(RuleBasedStateMachine):
             optimizer.step()
         self.same_state()
 
-    @rule(path=paths, training=st.booleans())
+    @rule(path=paths | norms, training=st.booleans())
     def mode(self, path: str, training: bool) -> None:
         for m in self.parts(path):
             m.train(training)
