@@ -9,6 +9,7 @@ import torch
 from helpers import hostile_, real_images
 from torch import Tensor, nn
 
+import fastres
 from fastres import BasicBlock, ResNet
 from fastres.graph.plan import Plan
 from fastres.runtime.executor import Executor
@@ -18,6 +19,14 @@ def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:
     """(N, 3, H, W) -> (N, 5): two stages of one block, one with a downsample; hostile weights."""
     arguments = {"num_classes": 5, "stem": "cifar", "planes": 8, **kwargs}
     return hostile_(cls(BasicBlock, [1, 1], **arguments), seed)
+
+
+def shallow(name: str, blocks: int, **kwargs) -> ResNet:
+    """A network with so many blocks a stage: the others are of the same kinds."""
+    model = fastres.create_model(name, **kwargs)
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        setattr(model, stage, getattr(model, stage)[:blocks])
+    return hostile_(model)
 
 
 def images(n: int = 2, size: int = 16) -> Tensor:

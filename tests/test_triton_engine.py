@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from fused import assert_close, plain, rms, small
+from fused import assert_close, plain, rms, shallow, small
 from helpers import hostile_, real_images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,8 +76,8 @@ def run(model, x):
     return out, recorded.seen, runner.executor.plan
 
 
-def assert_whole_network(name, size, device, launches, convolutions, **kwargs):
-    model = hostile_(fastres.create_model(name, backend="triton", **kwargs)).to(device)
+def assert_whole_network(model, size, device, launches, convolutions):
+    model.to(device)
     x = real_images(1, size).to(device)
     with torch.inference_mode():
         out, seen, plan = run(model, x)
@@ -96,16 +96,21 @@ def assert_whole_network(name, size, device, launches, convolutions, **kwargs):
 
 
 def test_resnet18(device, launches):
-    assert_whole_network("resnet18", 32, device, launches, 20)
+    assert_whole_network(
+        shallow("resnet18", 1, planes=32, backend="triton"), 32, device, launches, 12
+    )
 
 
 @pytest.mark.slow
 def test_resnet50(device, launches):
-    assert_whole_network("resnet50", 64, device, launches, 53)
+    assert_whole_network(
+        shallow("resnet50", 2, planes=32, backend="triton"), 32, device, launches, 29
+    )
 
 
 def test_cifar_network_with_projections(device, launches):
-    assert_whole_network("resnet20", 16, device, launches, 21, shortcut="B")
+    model = hostile_(fastres.create_model("resnet20", backend="triton", shortcut="B"))
+    assert_whole_network(model, 16, device, launches, 21)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
