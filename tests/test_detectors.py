@@ -1,5 +1,6 @@
 """torchvision's detectors, whole: the boxes of a fused copy are the source's."""
 
+import gc
 import warnings
 
 import pytest
@@ -45,6 +46,13 @@ def detector(name):
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
         options = {**options, "anchor_generator": anchors}
     return hostile_(cls(backbone, **{**SMALL, **options}))
+
+
+@pytest.fixture(autouse=True)
+def _freed():
+    """A shell and its routed modules hold each other, hundreds of megabytes of them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
