@@ -1,5 +1,6 @@
 """torchvision's detectors, whole: the boxes of a fused copy are the source's."""
 
+import gc
 import warnings
 
 import pytest
@@ -44,7 +45,24 @@ def detector(name):
         sizes = tuple((s, int(s * 2**0.5)) for s in (16, 32, 64, 128, 256))
         anchors = detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
         options = {**options, "anchor_generator": anchors}
+    if "rcnn" in name:  # narrow heads: the usual ones take most of the memory
+        options = {**options, "num_classes": None}
+        options["box_head"] = detection.faster_rcnn.TwoMLPHead(256 * 7 * 7, 64)
+        options["box_predictor"] = detection.faster_rcnn.FastRCNNPredictor(64, 5)
+    if name == "maskrcnn":
+        options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(256, 64, 5)
+    if name == "keypointrcnn":
+        head = detection.keypoint_rcnn.KeypointRCNNHeads(256, (64, 64))
+        predictor = detection.keypoint_rcnn.KeypointRCNNPredictor(64, 3)
+        options |= {"keypoint_head": head, "keypoint_predictor": predictor, "num_keypoints": None}
     return hostile_(cls(backbone, **{**SMALL, **options}))
+
+
+@pytest.fixture(autouse=True)
+def _freed():
+    """A shell and its routed modules hold each other, hundreds of megabytes of them."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
