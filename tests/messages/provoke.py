@@ -151,6 +151,7 @@ UNREACHABLE = {
     "Unavailable": "the report lists the baseline with this as its reason: test_baselines.py",
     "_Leave": "the graph is left to PyTorch with this as the reason: test_compile_backend.py",
     "typer.Exit": "how --version ends",
+    "frontends/dynamo.py _Folded._compare VerificationError": "a warning: test_compile_backend.py",
     "bench/baselines.py FasterOfTwo.conv RuntimeError": "of a baseline, during a capture",
     "formats/fused_file.py _encode_modules ValueError": "torch.fx makes it a constant",
     "formats/export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
