@@ -29,10 +29,16 @@ def to_contiguous(value: Any) -> Any:
     return value.contiguous() if is_channels_last(value) else value
 
 
+def images_to_channels_last(value: Any) -> Any:
+    """NHWC memory for 4-D tensors of any dtype; anything else as it is."""
+    is_image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
+
+
 def to_channels_last(value: Any) -> Any:
     """NHWC memory for 4-D floating-point tensors; anything else as it is."""
-    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return images_to_channels_last(value) if floating else value
 
 
 def unchanged(value: Any) -> Any:

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ..backends.memory_format import is_channels_last, to_contiguous
+from ..backends.memory_format import (
+    images_to_channels_last,
+    is_channels_last,
+    to_contiguous,
+)
 from ..errors import FrozenError, VerificationError
 from ..graph.effects import outside_owners
 from ..graph.ir import Call
@@ -409,13 +413,8 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _run_nhwc(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    args, kwargs = tree_map(_to_channels_last, (args, kwargs))
+    args, kwargs = tree_map(images_to_channels_last, (args, kwargs))
     return tree_map(to_contiguous, module(*args, **kwargs))
-
-
-def _to_channels_last(value: Any) -> Any:
-    is_image = isinstance(value, Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
 def _same(output: Any, other: Any) -> bool:

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from ..backends.aten import conv_precision, cudnn_benchmarking, matmul_precision
+from ..backends.memory_format import images_to_channels_last
 from ..errors import VerificationError
 from ..graph.fold import unnormalised_conv
 from ..graph.ir import BatchNorm2d, Conv2d, Linear, attribute
@@ -221,7 +222,7 @@ class _Draws:
             return found
         with unfused(), cudnn_benchmarking(False):
             for arguments in self.inputs[len(self.reordered) :]:
-                nhwc = tree_map(_to_channels_last, arguments)
+                nhwc = tree_map(images_to_channels_last, arguments)
                 self.reordered.append(_tensors(self.reference(*_copies(nhwc))))
                 if self.coarse:  # float32 shows what the layout costs in float32 alone
                     self.reordered_coarse.append(self._exact(nhwc) or [])
@@ -597,11 +598,6 @@ def _is_float(value: Any) -> bool:
 def _first_float(values: Sequence[Any]) -> torch.dtype | None:
     floats = (v.dtype for v in values if _is_float(v))
     return next(floats, None)
-
-
-def _to_channels_last(value: Any) -> Any:
-    is_image = isinstance(value, Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
