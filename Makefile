@@ -98,7 +98,7 @@ MINUTES ?= 30
 SEED ?= 0
 
 fuzz: $(READY)
-	$(TEST_ENV) $(RUN) tests/fuzz.py --minutes $(MINUTES) --seed $(SEED)
+	$(TEST_ENV) $(RUN) tests/tools/fuzz.py --minutes $(MINUTES) --seed $(SEED)
 
 PTX_ARGS ?=
 
@@ -108,10 +108,10 @@ ptx: $(READY)
 MUTANTS_ARGS ?=
 
 mutants: $(READY)
-	$(TEST_ENV) $(RUN) tests/mutants.py $(MUTANTS_ARGS)
+	$(TEST_ENV) $(RUN) tests/tools/mutants.py $(MUTANTS_ARGS)
 
 fault-matrix: $(READY)
-	$(TEST_ENV) $(RUN) tests/fault_matrix.py
+	$(TEST_ENV) $(RUN) tests/tools/fault_matrix.py
 
 SANITIZER := compute-sanitizer --error-exitcode 1 --launch-timeout 120
 

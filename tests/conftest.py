@@ -42,6 +42,21 @@ GIGABYTES = 2.0  # that a test process may take; make test starts no more than m
 GUARD = 64  # elements on each side of a guarded tensor
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fault", type=int, help="only tests of this row of docs/fault-matrix.md")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if row := config.getoption("--fault"):
+        marks = {item: item.get_closest_marker("fault") for item in items}
+        config.hook.pytest_deselected(items=[i for i in items if not serves(marks[i], row)])
+        items[:] = [item for item in items if serves(marks[item], row)]
+
+
+def serves(mark: pytest.Mark | None, row: int) -> bool:
+    return mark is not None and row in mark.args
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The interpreter is off where there is a GPU, so kernels take no CPU tensors there."""
     on_cpu = "device" not in getattr(item, "fixturenames", ())

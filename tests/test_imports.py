@@ -156,7 +156,8 @@ def test_the_kernels_refuse_a_second_name():
     assert "import it as 'fastres.kernels'" in done.stderr
 
 
-def test_row77_the_kernels_folder_is_not_hugging_faces_package():
+@pytest.mark.fault(77)
+def test_the_kernels_folder_is_not_hugging_faces_package():
     """At the root of a checkout, where transformers asks for a package of the folder's name."""
     pytest.importorskip("transformers")
     done = run(
@@ -178,12 +179,13 @@ def get_kernel(name): return name
 """
 
 
+@pytest.mark.fault(77)
 @pytest.mark.parametrize(
     ("root", "first"),
     [(ROOT, "import fastres.kernels"), (ROOT, "pass"), (ROOT / "fastres", "pass")],
     ids=["ours first", "theirs first", "from the package's folder"],
 )
-def test_row77_an_installed_package_of_that_name_is_found(first, root, tmp_path):
+def test_an_installed_package_of_that_name_is_found(first, root, tmp_path):
     package = tmp_path / "kernels"
     package.mkdir()
     (package / "__init__.py").write_text(INSTALLED)
@@ -201,7 +203,8 @@ def test_row77_an_installed_package_of_that_name_is_found(first, root, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
-def test_row77_without_one_nothing_of_ours_goes_by_that_name():
+@pytest.mark.fault(77)
+def test_without_one_nothing_of_ours_goes_by_that_name():
     """A second copy of a kernel would register its custom operator twice."""
     done = run("import kernels; assert not hasattr(kernels, '__version__'); import kernels.conv")
     assert "ModuleNotFoundError: No module named 'kernels.conv'" in done.stderr

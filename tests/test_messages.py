@@ -1,6 +1,6 @@
-"""Every message that a user can provoke, against tests/messages/snapshot.txt, and exit codes.
+"""Every message that a user can provoke, against tests/tools/messages/snapshot.txt, and exit codes.
 
-``python tests/messages`` writes the snapshot anew, for a reader to judge.
+``python tests/tools/messages`` writes the snapshot anew, for a reader to judge.
 """
 
 import re
@@ -46,7 +46,7 @@ def test_every_raise_is_provoked_or_known_to_be_unreachable(found):
         for site in sites()
         if reachable(site) and not any((site.module, line) in met for line in site.lines)
     ]
-    assert missing == [], "add a case to tests/messages, or the reason to UNREACHABLE"
+    assert missing == [], "add a case to tests/tools/messages, or the reason to UNREACHABLE"
 
 
 def test_what_is_called_unreachable_exists():

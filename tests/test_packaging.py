@@ -72,7 +72,8 @@ def floors(requirements: list[str]) -> dict[str, str]:
     return {match[1]: match[2] for match in reversed(found)}
 
 
-def test_row76_row78_what_every_user_installs_is_torch_and_little_else():
+@pytest.mark.fault(76, 78)
+def test_what_every_user_installs_is_torch_and_little_else():
     """Triton, 0.7 GB, is torch's own requirement where torch is for CUDA."""
     lowest = floors(PROJECT["project"]["dependencies"])
     assert set(lowest) == {"torch", *LIGHT}
@@ -80,7 +81,8 @@ def test_row76_row78_what_every_user_installs_is_torch_and_little_else():
     assert floors(PROJECT["project"]["optional-dependencies"]["triton"]).keys() == {"triton"}
 
 
-def test_row76_continuous_integration_tries_the_lowest_versions():
+@pytest.mark.fault(76)
+def test_continuous_integration_tries_the_lowest_versions():
     lines = (ROOT / ".ci" / "lowest.txt").read_text().splitlines()
     tried = floors([line for line in lines if not line.startswith("#")])
     allowed = floors(PROJECT["project"]["dependencies"])
@@ -103,7 +105,8 @@ def commands() -> list[tuple[str, ...]]:
     return below(get_command(app), ())
 
 
-def test_row76_every_command_prints_its_help(capsys):
+@pytest.mark.fault(76)
+def test_every_command_prints_its_help(capsys):
     """With the installed typer and click, whichever they are."""
     from fastres.cli import run
 
@@ -139,8 +142,9 @@ def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
     assert set(SOURCES) <= roots
 
 
+@pytest.mark.fault(78)
 @pytest.mark.slow
-def test_row78_the_tests_of_the_sdist_run(built, tmp_path):
+def test_the_tests_of_the_sdist_run(built, tmp_path):
     """All are collected; those of a few files, which need conftest and helpers, run."""
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -160,10 +164,12 @@ def test_row78_the_tests_of_the_sdist_run(built, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    here = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    here = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
     collected = tests("--collect-only")
-    assert {name for name in here if f"tests/{name}" not in collected} == set()
-    assert "failed" not in tests("tests/test_tiny.py", "tests/test_fold.py", "-k", "not keras")
+    assert {name for name in here if f"/{name}" not in collected} == set()
+    assert "failed" not in tests(
+        "tests/test_tiny.py", "tests/graph/test_fold.py", "-k", "not keras"
+    )
 
 
 def test_the_wheel_names_its_licence_extras_and_command(built):

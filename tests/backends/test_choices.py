@@ -159,7 +159,7 @@ def test_two_processes_lose_nothing(tmp_path):
     assert set(found) == {f"{name} {i}" for name in ("first", "second") for i in range(25)}
 
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOOD = {"format": 1, "machines": {MACHINE: {"k": {"1": {"seconds": {"a": 1.0}, "excluded": {}}}}}}
 
 

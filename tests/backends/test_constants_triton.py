@@ -96,8 +96,9 @@ MODELS = {
 }
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
-def test_row66_learned_constants(make, rule_of_two):
+def test_learned_constants(make, rule_of_two):
     model, x = hostile_(make()), torch.randn(2, 8, 6, 6)
     fast = fastres.optimize(model, example_input=x, backend="triton")
     with torch.no_grad():
@@ -109,7 +110,8 @@ def test_row66_learned_constants(make, rule_of_two):
         rule_of_two(out, pt, ref)
 
 
-def test_row66_a_live_network_with_a_constant(rule_of_two):
+@pytest.mark.fault(66)
+def test_a_live_network_with_a_constant(rule_of_two):
     class Net(fastres.ResNet):
         def __init__(self):
             super().__init__(fastres.BasicBlock, [1], num_classes=3, stem="cifar", planes=4)
@@ -126,7 +128,8 @@ def test_row66_a_live_network_with_a_constant(rule_of_two):
         rule_of_two(out, pt, copy.deepcopy(model).double()._forward_impl(x.double()))
 
 
-def test_row66_a_step_without_inputs_is_no_case():
+@pytest.mark.fault(66)
+def test_a_step_without_inputs_is_no_case():
     from fastres.graph import plan
 
     traced = plan.of_module(Scaled().eval())

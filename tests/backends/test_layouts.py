@@ -87,10 +87,11 @@ CASES = {
 }
 
 
+@pytest.mark.fault(87)
 @pytest.mark.filterwarnings("ignore:nothing of")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", CASES)
-def test_row87_the_order_that_a_step_reads_is_the_sources(name, layout):
+def test_the_order_that_a_step_reads_is_the_sources(name, layout):
     source = hostile_(Net(CASES[name])).eval()
     x = X.contiguous(memory_format=layout)
     try:
@@ -107,8 +108,9 @@ def test_row87_the_order_that_a_step_reads_is_the_sources(name, layout):
     assert same or layout is torch.channels_last
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("layer", [nn.MaxPool3d((4, 1, 1)), nn.AvgPool3d((2, 1, 1)), Reader()])
-def test_row87_modules_that_may_read_the_order(layer):
+def test_modules_that_may_read_the_order(layer):
     parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), layer)
     source = hostile_(nn.Sequential(*parts)).eval()
     with torch.no_grad():
@@ -128,8 +130,9 @@ FREE = {
 }
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("name", FREE)
-def test_row87_known_steps_are_not_converted_for(name):
+def test_known_steps_are_not_converted_for(name):
     fast = fastres.optimize(hostile_(Net(FREE[name])).eval(), example_input=X)
     calls = [step.op for step in fast.plan().steps if isinstance(step.op, Call)]
     assert calls
@@ -144,8 +147,9 @@ ONE = """add sub mul square neg exp sigmoid tanh relu clamp_min gelu silu softma
 hardswish hardsigmoid cumsum sqrt round"""
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize("name", ONE.split())
-def test_row87_what_is_said_to_keep_the_order_does(name):
+def test_what_is_said_to_keep_the_order_does(name):
     """For operators of one tensor, or two: same values in both orders, and a plain result."""
     more = {"add": (1.5,), "sub": (2.0,), "mul": (3.0,), "clamp_min": (0.1,), "softmax": (1,)}
     function = getattr(torch, name, None) or getattr(F, name)
@@ -157,7 +161,8 @@ def test_row87_what_is_said_to_keep_the_order_does(name):
     assert plain(got)
 
 
-def test_row87_the_tables_name_functions_of_torch():
+@pytest.mark.fault(87)
+def test_the_tables_name_functions_of_torch():
     places = (torch, torch.Tensor, F, torch._C._nn, __import__("operator"), torch.ops.aten)
     for name in memory_order._FUNCTIONS:
         assert any(hasattr(p, n) for p in places for n in (name, f"{name}_", f"__{name}__"))

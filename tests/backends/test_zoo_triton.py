@@ -86,10 +86,11 @@ SLOW = (
 )
 
 
+@pytest.mark.fault(66)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in MODELS]
 )
-def test_row66_models_of_the_zoo(name):
+def test_models_of_the_zoo(name):
     side = 64 if name.endswith("_bit") else 32  # its group norms refuse maps of a single pixel
     model, x = hostile_(MODELS[name]()), torch.randn(1, 3, side, side)
     fast = fastres.optimize(model, backend="triton", example_input=x)
@@ -106,8 +107,9 @@ def test_row66_models_of_the_zoo(name):
     assert "_gn" in name or any("triton" in server for server in served), served
 
 
+@pytest.mark.fault(66)
 @pytest.mark.slow
-def test_row66_standardised_weights_are_as_exact_as_pytorch_in_the_same_layout():
+def test_standardised_weights_are_as_exact_as_pytorch_in_the_same_layout():
     """Their convolutions are PyTorch calls, so that the two differ by what is around them alone.
     In NCHW the same calls are three times as exact."""
     model, x = hostile_(bit()), torch.randn(1, 3, 64, 64)

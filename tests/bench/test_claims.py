@@ -24,12 +24,13 @@ from fastres.runtime import live
 from fastres.runtime.cuda_graph import GraphRunner
 from fastres.runtime.executor import Executor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("allowed", [False, True])
-def test_row17_a_report_records_torchs_flags(allowed):
+def test_a_report_records_torchs_flags(allowed):
     backends = torch.backends.cudnn, torch.backends.cuda.matmul
     saved = [b.allow_tf32 for b in backends]
     try:
@@ -48,7 +49,8 @@ def on_gpu():
     return SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32, shape=(2, 3, 8, 8))
 
 
-def test_row25_folding_inside_a_capture_is_refused(monkeypatch):
+@pytest.mark.fault(25)
+def test_folding_inside_a_capture_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="call it once outside the capture"):
         live._refuse_during_capture(on_gpu())
@@ -57,7 +59,8 @@ def test_row25_folding_inside_a_capture_is_refused(monkeypatch):
     live._refuse_during_capture(on_gpu())
 
 
-def test_row25_a_users_own_capture_gets_the_steps_and_no_graph_in_it(monkeypatch):
+@pytest.mark.fault(25)
+def test_a_users_own_capture_gets_the_steps_and_no_graph_in_it(monkeypatch):
     model, x = small(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         expected = model(x)
@@ -74,15 +77,17 @@ def test_row25_a_users_own_capture_gets_the_steps_and_no_graph_in_it(monkeypatch
     assert not captured.shapes
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
-def test_row25_no_kernel_is_tuned_by_timing(path):
+def test_no_kernel_is_tuned_by_timing(path):
     """Tiles come from a table and a formula, so that a capture never meets a measurement."""
     names = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
     assert not names & {"autotune", "Autotuner", "do_bench", "perf_counter", "elapsed_time"}
 
 
+@pytest.mark.fault(29)
 @pytest.mark.interpreter
-def test_row29_what_the_sanitizer_runs_is_exact_and_holds_every_kernel():
+def test_what_the_sanitizer_runs_is_exact_and_holds_every_kernel():
     """In a process of its own: Triton's interpreter must be on before triton is imported."""
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -116,7 +121,8 @@ def unproven(case):
     return [n for n in timed if not {"rms", "max_abs", "agreement"} <= set(errors.get(n, {}))]
 
 
-def test_row41_every_speed_stands_beside_its_error_and_agreement():
+@pytest.mark.fault(41)
+def test_every_speed_stands_beside_its_error_and_agreement():
     brief = Method(rounds=1, budget=0.0, sample=0.0, warmup=0.0)
     report = run.benchmark(
         ("resnet18",), batches=(2,), size=32, dtypes=("float32", "bfloat16"), method=brief
@@ -137,7 +143,8 @@ def test_row41_every_speed_stands_beside_its_error_and_agreement():
 PUBLISHED = sorted((ROOT / "benchmarks" / "results").rglob("latest.json"))
 
 
-def test_row41_published_speeds_have_their_proof():
+@pytest.mark.fault(41)
+def test_published_speeds_have_their_proof():
     for path in PUBLISHED:
         report = json.loads(path.read_text())
         assert report["ok"], path
@@ -150,7 +157,8 @@ def test_row41_published_speeds_have_their_proof():
 ACCURACY = re.compile(r"(?i)(accuracy|top-?[15]|acc@[15])[^|\n]{0,40}\d\d\.\d+ ?%?")
 
 
-def test_row41_no_accuracy_is_claimed_that_was_not_run():
+@pytest.mark.fault(41)
+def test_no_accuracy_is_claimed_that_was_not_run():
     assert ACCURACY.search("reaches a top-1 accuracy of 76.13 % on ImageNet")
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     claims = [f"{p.name}: {m[0]}" for p in pages for m in ACCURACY.finditer(p.read_text())]

@@ -5,9 +5,9 @@ import math
 import re
 
 import pytest
+from test_report import EAGER, FAST, LAYERS, STARTS, Document, full_report
 
 from fastres.bench import plots
-from tests.test_report import EAGER, FAST, LAYERS, STARTS, Document, full_report
 
 FRAME = re.compile(r'viewBox="0 0 (\d+) (\d+)">(.*?)</svg>', re.S)
 TEXT = re.compile(r'<text x="([-\d.]+)" y="([-\d.]+)"(?: text-anchor="(\w+)")?>([^<]+)</text>')

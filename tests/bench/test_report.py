@@ -25,7 +25,7 @@ from fastres.perf.environment import environment
 from fastres.perf.roofline import Ceilings
 from fastres.perf.timing import Comparison, Method, Samples, Timing
 
-DOCUMENTED = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
 EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)
 FAST = Timing("fastres fp32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0)
 BROKEN = Timing("fastres bf16", failure="wrong output: RMS error 1.2e+00")

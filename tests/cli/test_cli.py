@@ -14,7 +14,7 @@ from fastres.bench import report
 from fastres.bench import run as bench
 from fastres.bench.results import Picture
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "bench", "verify", "classify", "summary", "plan", "roofline", "env")
 QUICK = (
     *("--rounds", "1", "--seconds", "0", "--size", "32", "--batch", "2"),

@@ -71,9 +71,10 @@ def refused(capsys, arguments, message):
     assert message in said.err
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("case", CONTRADICTIONS)
-def test_row59_a_size_that_is_not_the_files(folder, monkeypatch, capsys, command, case):
+def test_a_size_that_is_not_the_files(folder, monkeypatch, capsys, command, case):
     if command == "summary" and ".safetensors" in case:
         pytest.skip("fused files have no summary")
     monkeypatch.chdir(folder)
@@ -83,17 +84,19 @@ def test_row59_a_size_that_is_not_the_files(folder, monkeypatch, capsys, command
     assert not list(folder.glob("out*"))
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize("case", OTHERS)
-def test_row59_other_contradictions(folder, monkeypatch, capsys, case):
+def test_other_contradictions(folder, monkeypatch, capsys, case):
     monkeypatch.chdir(folder)
     refused(capsys, case.split(), OTHERS[case])
     assert not list(folder.glob("out*"))
 
 
+@pytest.mark.fault(59)
 @pytest.mark.parametrize(
     "case", ["flat.h5 --size 32", "oblong.h5", "open.keras --size 20", "flat.safetensors --size 32"]
 )
-def test_row59_sizes_that_fit_are_taken(folder, monkeypatch, capsys, case):
+def test_sizes_that_fit_are_taken(folder, monkeypatch, capsys, case):
     monkeypatch.chdir(folder)
     source, *options = case.split()
     assert cli.run(["plot", source, "drawn.svg", *options]) == 0

@@ -95,6 +95,7 @@ def left(folder):
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".lock")
 
 
+@pytest.mark.fault(70)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "before"),
@@ -103,7 +104,7 @@ def left(folder):
         *((name, "nothing") for name in WRITERS if name not in EXPORTS),
     ],
 )
-def test_row70_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path, fast, name, before):
+def test_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path, fast, name, before):
     """A limit on the size of files stands for the disk: the write itself fails, in the kernel."""
     path = tmp_path / name
     if before != "nothing":
@@ -119,9 +120,10 @@ def test_row70_a_full_disk_is_one_error_and_leaves_what_was_there(tmp_path, fast
     assert before == "nothing" or path.read_bytes() == b"{}"
 
 
+@pytest.mark.fault(70)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", COMMANDS)
-def test_row70_a_full_disk_is_one_line_and_exit_code_2(tmp_path, fused, capsys, name):
+def test_a_full_disk_is_one_line_and_exit_code_2(tmp_path, fused, capsys, name):
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))
         code = cli.run(command(fused, tmp_path / name))
@@ -135,7 +137,8 @@ def test_row70_a_full_disk_is_one_line_and_exit_code_2(tmp_path, fused, capsys, 
     assert left(tmp_path) == []
 
 
-def test_row70_a_full_disk_leaves_whole_lines_of_finished_cases(tmp_path):
+@pytest.mark.fault(70)
+def test_a_full_disk_leaves_whole_lines_of_finished_cases(tmp_path):
     path = tmp_path / "cases.jsonl"
     case = type("Case", (), {"to_dict": lambda self: {"a": "b" * 5000}})()
 
@@ -153,8 +156,9 @@ def test_row70_a_full_disk_leaves_whole_lines_of_finished_cases(tmp_path):
     assert text.count("\n") == 2
 
 
+@pytest.mark.fault(70)
 @pytest.mark.filterwarnings("ignore")
-def test_row70_an_onnx_file_in_two_parts(tmp_path, fast, monkeypatch):
+def test_an_onnx_file_in_two_parts(tmp_path, fast, monkeypatch):
     """As above the limit of one file: written and checked beside the target, then moved there."""
     onnxruntime = pytest.importorskip("onnxruntime")
     monkeypatch.setattr(EXPORT, "PROTOBUF_LIMIT", 0)
@@ -186,6 +190,7 @@ def killing_at_fsync(monkeypatch, number):
     monkeypatch.setattr(files.os, "fsync", lambda _: os.kill(os.getpid(), number))
 
 
+@pytest.mark.fault(71)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "number"),
@@ -194,23 +199,25 @@ def killing_at_fsync(monkeypatch, number):
         *((n, s) for n in ("weights.safetensors", "report.json", "tuned.json") for s in SIGNALS),
     ],
 )
-def test_row71_signals_while_writing_leave_nothing(tmp_path, fast, monkeypatch, name, number):
+def test_signals_while_writing_leave_nothing(tmp_path, fast, monkeypatch, name, number):
     killing_at_fsync(monkeypatch, number)
     assert ended(lambda: WRITERS[name](tmp_path / name, fast)) == SIGNALS[number]
     assert left(tmp_path) == []
 
 
+@pytest.mark.fault(71)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-def test_row71_commands_end_with_the_signals_code(tmp_path, fused, monkeypatch, number):
+def test_commands_end_with_the_signals_code(tmp_path, fused, monkeypatch, number):
     killing_at_fsync(monkeypatch, number)
     monkeypatch.setattr("sys.argv", ["fastres", *command(fused, tmp_path / "a.safetensors")])
     assert ended(cli.main) == SIGNALS[number]
     assert left(tmp_path) == []
 
 
+@pytest.mark.fault(71)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_row71_signals_during_the_work_of_a_command(fused, tmp_path, monkeypatch, number):
+def test_signals_during_the_work_of_a_command(fused, tmp_path, monkeypatch, number):
     """Also where torch.onnx wraps what the signal raised in an error of its own."""
 
     def exporter(*_, **__):
@@ -225,7 +232,8 @@ def test_row71_signals_during_the_work_of_a_command(fused, tmp_path, monkeypatch
     assert left(tmp_path) == []
 
 
-def test_row71_handlers_of_the_program_stay(tmp_path):
+@pytest.mark.fault(71)
+def test_handlers_of_the_program_stay(tmp_path):
     seen = []
     before = signal.signal(signal.SIGTERM, lambda *_: seen.append("ours"))
     try:
@@ -241,6 +249,7 @@ def test_row71_handlers_of_the_program_stay(tmp_path):
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.fault(72)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "dangling"),
@@ -249,7 +258,7 @@ def test_row71_handlers_of_the_program_stay(tmp_path):
         *((name, True) for name in WRITERS if name not in EXPORTS),
     ],
 )
-def test_row72_a_link_is_written_through(tmp_path, fast, name, dangling):
+def test_a_link_is_written_through(tmp_path, fast, name, dangling):
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     real, link, between = folder / "real", tmp_path / name, tmp_path / "between"
@@ -287,9 +296,10 @@ ODD = {
 }
 
 
+@pytest.mark.fault(72)
 @pytest.mark.parametrize("kind", [k for k in ODD if k != "a link to a missing folder"])
 @pytest.mark.parametrize("name", WRITERS)
-def test_row72_what_is_no_file_is_refused(tmp_path, fast, monkeypatch, name, kind):
+def test_what_is_no_file_is_refused(tmp_path, fast, monkeypatch, name, kind):
     make, message = ODD[kind]
     path = tmp_path / name
     make(path)
@@ -333,9 +343,10 @@ COMMANDS_THAT_WRITE = [
 ]
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("arguments", COMMANDS_THAT_WRITE, ids=" ".join)
-def test_row73_targets_are_looked_at_before_any_work(
+def test_targets_are_looked_at_before_any_work(
     tmp_path, monkeypatch, idle, capsys, arguments, target
 ):
     monkeypatch.chdir(tmp_path)
@@ -348,6 +359,7 @@ def test_row73_targets_are_looked_at_before_any_work(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.fault(73)
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -363,7 +375,7 @@ def test_row73_targets_are_looked_at_before_any_work(
     ],
     ids=" ".join,
 )
-def test_row73_suffixes_reports_and_measurements(tmp_path, monkeypatch, idle, capsys, arguments):
+def test_suffixes_reports_and_measurements(tmp_path, monkeypatch, idle, capsys, arguments):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
@@ -375,7 +387,8 @@ def test_row73_suffixes_reports_and_measurements(tmp_path, monkeypatch, idle, ca
     assert left(tmp_path) == ["file", "folder", "out.jsonl"]
 
 
-def test_row73_write_protection_is_seen_before_any_work(tmp_path, fast, monkeypatch, idle):
+@pytest.mark.fault(73)
+def test_write_protection_is_seen_before_any_work(tmp_path, fast, monkeypatch, idle):
     """Root may write everything, so the answer of the system is put into its mouth."""
     path = tmp_path / "m.svg"
     path.write_bytes(b"old")
@@ -389,7 +402,8 @@ def test_row73_write_protection_is_seen_before_any_work(tmp_path, fast, monkeypa
             write(tmp_path / f"new-{name}", fast)
 
 
-def test_row73_names_at_the_limit_of_the_file_system(tmp_path):
+@pytest.mark.fault(73)
+def test_names_at_the_limit_of_the_file_system(tmp_path):
     longest = tmp_path / f"{'n' * 250}.json"
     atomic_write(longest, b"data")
     assert longest.read_bytes() == b"data"
@@ -397,7 +411,8 @@ def test_row73_names_at_the_limit_of_the_file_system(tmp_path):
         check_target(tmp_path / f"{'n' * 300}.json")
 
 
-def test_row73_missing_packages_are_noticed_before_any_work(tmp_path, idle, capsys, monkeypatch):
+@pytest.mark.fault(73)
+def test_missing_packages_are_noticed_before_any_work(tmp_path, idle, capsys, monkeypatch):
     for arguments, package in (
         (("export", "resnet18", "m.onnx"), "onnxscript"),
         (("plot", "resnet18", "m.png"), "PIL"),

@@ -142,8 +142,9 @@ def made(kind):
     return model, fastres.optimize(model, verify=False)
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize(("kind", "form"), CASES, ids=lambda v: getattr(v, "__name__", v))
-def test_row57_programs_answer_as_the_source(tmp_path, kind, form):
+def test_programs_answer_as_the_source(tmp_path, kind, form):
     model, fast = made(kind)
     found = fastres.export(fast, tmp_path / "m.pt2", given(form, 3))
     assert found.checked_by == "torch.export"
@@ -155,12 +156,13 @@ def test_row57_programs_answer_as_the_source(tmp_path, kind, form):
         assert_close(tree_leaves(answer), right(model, arguments))
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize(
     ("kind", "form"),
     [(k, f) for k, f in [*CASES, (Named, "one")] if k in (Ordered, Named, Same, Index, Keyword)],
     ids=lambda v: getattr(v, "__name__", v),
 )
-def test_row57_onnx_files_answer_as_the_source(tmp_path, kind, form):
+def test_onnx_files_answer_as_the_source(tmp_path, kind, form):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     model, fast = made(kind)
@@ -223,8 +225,9 @@ REFUSED = {
 }
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize("name", REFUSED)
-def test_row57_what_cannot_be_exported_is_one_error_before_work(tmp_path, monkeypatch, name):
+def test_what_cannot_be_exported_is_one_error_before_work(tmp_path, monkeypatch, name):
     kind, arguments, error, message = REFUSED[name]
     _, fast = made(kind)
     monkeypatch.setattr(torch.export, "export", None)
@@ -234,7 +237,8 @@ def test_row57_what_cannot_be_exported_is_one_error_before_work(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_row57_what_pytorch_cannot_export_is_one_line(tmp_path):
+@pytest.mark.fault(57)
+def test_what_pytorch_cannot_export_is_one_line(tmp_path):
     class Fixed(Base):
         def forward(self, x):
             return self.c(x).view(3, -1)
@@ -246,8 +250,9 @@ def test_row57_what_pytorch_cannot_export_is_one_line(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.fault(57)
 @pytest.mark.parametrize("wrong", [0, 1])
-def test_row57_each_output_of_the_file_is_judged(tmp_path, monkeypatch, wrong):
+def test_each_output_of_the_file_is_judged(tmp_path, monkeypatch, wrong):
     _, fast = made(Index)
     real = torch.export.load
 

@@ -78,8 +78,9 @@ def check(data: bytes, suffix: str) -> None:
         assert all(bool(v.isfinite().all()) for v in loaded.values())
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("suffix", FILES)
-def test_row37_good_files_load(suffix):
+def test_good_files_load(suffix):
     loaded = load(FILES[suffix], suffix)
     assert all(torch.equal(loaded[k], v) for k, v in good().items())
 
@@ -102,16 +103,18 @@ def check_damage(case: dict) -> None:
     check(bytes(data), case["suffix"])
 
 
+@pytest.mark.fault(37)
 @settings(max_examples=200)
 @given(damage)
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_row37_damaged_files_are_read_or_refused(case):
+def test_damaged_files_are_read_or_refused(case):
     check_damage(case)
 
 
+@pytest.mark.fault(37)
 @settings(max_examples=100)
 @given(suffix=st.sampled_from(list(FILES)), data=st.binary(max_size=200))
-def test_row37_any_bytes_are_refused(suffix, data):
+def test_any_bytes_are_refused(suffix, data):
     assert load(data, suffix) is None
 
 
@@ -131,6 +134,7 @@ entries = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.fault(37)
 @settings(max_examples=150)
 @given(
     header=st.dictionaries(st.sampled_from(["weight", "bias", "__metadata__"]), entries),
@@ -141,11 +145,12 @@ entries = st.fixed_dictionaries(
 @example(header={"bias": ENTRY}, payload=16, length=10**8)
 @example(header={"bias": {**ENTRY, "shape": [2**31, 2**31, 2**31]}}, payload=16, length=None)
 @example(header={"bias": ENTRY, "weight": ENTRY}, payload=16, length=None)
-def test_row37_headers_that_lie(header, payload, length):
+def test_headers_that_lie(header, payload, length):
     """Lengths beyond the file, offsets that overlap or point outside, sizes past any memory."""
     check(safetensors_file(header, bytes(range(payload)), length), ".safetensors")
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize(
     "data",
     [
@@ -158,7 +163,7 @@ def test_row37_headers_that_lie(header, payload, length):
     ],
     ids=["deep", "deeper", "not text", "a name twice", "metadata of numbers", "no header"],
 )
-def test_row37_headers_that_are_no_headers(data, tmp_path):
+def test_headers_that_are_no_headers(data, tmp_path):
     assert load(data, ".safetensors") is None
     path = tmp_path / "x.safetensors"
     path.write_bytes(data)
@@ -191,9 +196,10 @@ def payloads(mark: str):
     }
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", payloads("x"))
-def test_row37_a_payload_does_not_run(name, zipped, tmp_path):
+def test_a_payload_does_not_run(name, zipped, tmp_path):
     mark = tmp_path / "ran"
     data = pickled({**good(), "extra": payloads(str(mark))[name]}, zipped)
     for suffix in (".pth", ".tar", ".bin", ".safetensors"):
@@ -207,6 +213,7 @@ def test_row37_a_payload_does_not_run(name, zipped, tmp_path):
     assert mark.exists(), "the payload must be one that works"
 
 
+@pytest.mark.fault(37)
 @settings(max_examples=100)
 @given(
     module=st.sampled_from(["os", "posix", "builtins", "subprocess", "shutil", "torch", "nt.."]),
@@ -214,7 +221,7 @@ def test_row37_a_payload_does_not_run(name, zipped, tmp_path):
     protocol=st.sampled_from(["GLOBAL", "STACK_GLOBAL", "INST"]),
     argument=st.text(max_size=5),
 )
-def test_row37_hand_made_pickles_are_refused(module, name, protocol, argument):
+def test_hand_made_pickles_are_refused(module, name, protocol, argument):
     """Opcodes that no pickler would write in this order, in a file that is otherwise a zip."""
     if protocol == "GLOBAL":
         code = f"c{module}\n{name}\n".encode()
@@ -244,9 +251,10 @@ def rezipped(changed: dict[str, bytes], renamed: dict[str, str] | None = None) -
     return buffer.getvalue()
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("name", ["../evil", "../../evil", "{}/evil", "a/../../evil", "C:\\evil"])
 @pytest.mark.parametrize("how", ["added", "renamed"])
-def test_row37_names_that_point_elsewhere_write_nothing(name, how, tmp_path, monkeypatch):
+def test_names_that_point_elsewhere_write_nothing(name, how, tmp_path, monkeypatch):
     """Neither above the file, nor above the working directory, nor at an absolute path."""
     folders = work, temporary = tmp_path / "work" / "a", tmp_path / "temporary" / "a"
     for folder in folders:
@@ -261,12 +269,14 @@ def test_row37_names_that_point_elsewhere_write_nothing(name, how, tmp_path, mon
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("size", [0, 1, 15, 17, 4096])
-def test_row37_storages_of_another_size_are_refused(size):
+def test_storages_of_another_size_are_refused(size):
     assert load(rezipped({"data/1": bytes(size)}), ".pth") is None
 
 
-def test_row37_a_symlink_loop_or_a_folder_is_no_checkpoint(tmp_path):
+@pytest.mark.fault(37)
+def test_a_symlink_loop_or_a_folder_is_no_checkpoint(tmp_path):
     loop = tmp_path / "loop.pth"
     loop.symlink_to(loop)
     for path in (loop, tmp_path):

@@ -116,13 +116,15 @@ def read(folder, data: bytes, suffix: str):
         return model(torch.ones(1, 3, 8, 8))
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])
-def test_row37_good_keras_files_are_read(files, suffix, tmp_path):
+def test_good_keras_files_are_read(files, suffix, tmp_path):
     assert read(tmp_path, files[suffix], suffix).shape == (1, 5)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])
-def test_row37_damaged_keras_files(files, suffix, tmp_path):
+def test_damaged_keras_files(files, suffix, tmp_path):
     """Cut anywhere; bytes changed in the headers of the zip and of HDF5, and in the JSON."""
     good = files[suffix]
 
@@ -168,7 +170,8 @@ def replaced(value, path, new):
     return copy
 
 
-def test_row37_forged_keras_configurations(tmp_path):
+@pytest.mark.fault(37)
+def test_forged_keras_configurations(tmp_path):
     """Anything at any place of the JSON: other sizes, kinds, types, missing layers."""
     inner = zipfile.ZipFile(io.BytesIO(keras_zip())).read("model.weights.h5")
 
@@ -194,8 +197,9 @@ def read_or_refused(folder, data: bytes, suffix: str) -> None:
     assert not refusal or any(name in refusal for name in named)
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("place", ["model_weights/conv", "model_weights/conv/conv/kernel:0"])
-def test_row37_links_to_other_files_are_not_followed(place, tmp_path):
+def test_links_to_other_files_are_not_followed(place, tmp_path):
     h5py = pytest.importorskip("h5py")
     other = tmp_path / "other"
     other.mkdir()
@@ -211,7 +215,8 @@ def test_row37_links_to_other_files_are_not_followed(place, tmp_path):
         from_keras(path)
 
 
-def test_row37_weights_kept_in_another_file_are_not_read(tmp_path):
+@pytest.mark.fault(37)
+def test_weights_kept_in_another_file_are_not_read(tmp_path):
     """HDF5 may keep a dataset's bytes in any file, such as one that only root may read."""
     h5py = pytest.importorskip("h5py")
     secret = tmp_path / "secret.bin"
@@ -239,7 +244,8 @@ def saved(tmp_path_factory):
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
-def test_row37_forged_fused_models(saved, tmp_path):
+@pytest.mark.fault(37)
+def test_forged_fused_models(saved, tmp_path):
     """Anything at any place of the plan: a model that runs or is refused, or one error."""
     header, tensors = saved
     plan = json.loads(header["__metadata__"]["fastres"])

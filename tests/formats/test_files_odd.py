@@ -14,7 +14,7 @@ from fastres import cli
 from fastres.backends import kernel_choice
 from fastres.bench import compare
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPORT = next((ROOT / "benchmarks" / "results").glob("*/latest.json"), None)
 DEEP = b'{"format": 1, "machines": ' + b"[" * 10**5
 ODD = {
@@ -62,8 +62,9 @@ def made(folder, kind):
     return path
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("kind", KINDS)
-def test_row74_measurements_that_are_none_are_ignored_with_one_warning(kind, tmp_path):
+def test_measurements_that_are_none_are_ignored_with_one_warning(kind, tmp_path):
     path = made(tmp_path, kind)
     kernel_choice._load.cache_clear()
     with pytest.warns(UserWarning, match="fastres ignores") as said:
@@ -88,8 +89,9 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("name", WRONG)
-def test_row74_measurements_of_another_form_are_ignored_with_one_warning(name, tmp_path):
+def test_measurements_of_another_form_are_ignored_with_one_warning(name, tmp_path):
     path = tmp_path / "tuned.json"
     cases = {"good": {"1": ENTRY}, "wrong": WRONG[name]}
     path.write_text(json.dumps({"format": 1, "machines": {"here": cases}}))
@@ -105,8 +107,9 @@ def compared(capsys, *paths):
     return code, capsys.readouterr().err.strip()
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("kind", KINDS)
-def test_row74_reports_that_are_none_are_refused_in_one_line(kind, tmp_path, capsys):
+def test_reports_that_are_none_are_refused_in_one_line(kind, tmp_path, capsys):
     path = made(tmp_path, kind)
     code, said = compared(capsys, path, path)
     assert code == 2
@@ -137,9 +140,10 @@ def changed(value, path, new):
     return copied
 
 
+@pytest.mark.fault(74)
 @pytest.mark.skipif(REPORT is None, reason="the checkout has no published report")
 @pytest.mark.parametrize("new", [..., None, -1, 0, "text", [], {}, [[]], {"a": 1}], ids=repr)
-def test_row74_reports_that_lack_something_are_compared_or_refused(new, tmp_path):
+def test_reports_that_lack_something_are_compared_or_refused(new, tmp_path):
     """Anything at any place that a comparison reads: a whole comparison, or one line."""
     whole = json.loads(REPORT.read_text())
     read = ("model", "shape", "device", "noise", "form", "timings")
@@ -163,7 +167,8 @@ def test_row74_reports_that_lack_something_are_compared_or_refused(new, tmp_path
     assert refused > 5
 
 
-def test_row74_the_schema_is_looked_at_first(tmp_path):
+@pytest.mark.fault(74)
+def test_the_schema_is_looked_at_first(tmp_path):
     path = tmp_path / "report.json"
     path.write_text(
         json.dumps({"schema": compare.SCHEMA, "schema_version": compare.SCHEMA_VERSION})

@@ -189,8 +189,9 @@ def use(model, images):
     return wanted
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("form", PAYLOADS)
-def test_row64_a_payload_in_every_string_alone_does_not_run(form, good, unharmed):
+def test_a_payload_in_every_string_alone_does_not_run(form, good, unharmed):
     header, description, tensors = read(good)
     images, count = real_images(2, 8), 0
     for place in places(description):
@@ -206,8 +207,9 @@ def test_row64_a_payload_in_every_string_alone_does_not_run(form, good, unharmed
     assert count > 400
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("form", PAYLOADS)
-def test_row64_a_payload_in_all_places_of_a_string_does_not_run(form, good, unharmed):
+def test_a_payload_in_all_places_of_a_string_does_not_run(form, good, unharmed):
     """So that it is consistent: a value and all that read it, a module and its tensors."""
     header, description, tensors = read(good)
     images = real_images(2, 8)
@@ -245,9 +247,10 @@ def labelled(good, tmp_path):
     )
 
 
+@pytest.mark.fault(64)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("door", ["aot_eager", "fastres", ".pt2", "jit", "fx"])
-def test_row64_labels_that_are_payloads_pass_every_compiler(door, labelled, good, unharmed):
+def test_labels_that_are_payloads_pass_every_compiler(door, labelled, good, unharmed):
     (unharmed / "good.safetensors").write_bytes(good)
     images = real_images(2, 8)
     wanted = logits(fastres.load("good.safetensors")(images))
@@ -267,6 +270,7 @@ def test_row64_labels_that_are_payloads_pass_every_compiler(door, labelled, good
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize(
     "command",
     [
@@ -275,7 +279,7 @@ def test_row64_labels_that_are_payloads_pass_every_compiler(door, labelled, good
         *("convert FILE copy.safetensors --json", "export FILE m.pt2 --size 8"),
     ],
 )
-def test_row64_on_the_command_line(command, labelled, unharmed, capsys):
+def test_on_the_command_line(command, labelled, unharmed, capsys):
     for path in (labelled, unharmed / f"{BOOM}.safetensors"):
         code = cli.run([str(path) if word == "FILE" else word for word in command.split()])
         said = capsys.readouterr().err.strip()
@@ -301,8 +305,9 @@ def of_module(description):
     return everywhere(description, evil), evil
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("door", [of_parameter, of_keyword, of_module])
-def test_row64_each_known_door_is_shut(door, good, unharmed):
+def test_each_known_door_is_shut(door, good, unharmed):
     header, description, tensors = read(good)
     forged, renamed = door(description)
     path = unharmed / "evil.safetensors"
@@ -313,7 +318,8 @@ def test_row64_each_known_door_is_shut(door, good, unharmed):
         torch.vmap(lambda x: model(x[None])["logits"])(real_images(2, 8))
 
 
-def test_row64_only_values_of_steps_are_called_and_only_listed_words_looked_up(good, unharmed):
+@pytest.mark.fault(64)
+def test_only_values_of_steps_are_called_and_only_listed_words_looked_up(good, unharmed):
     header, description, tensors = read(good)
     path = unharmed / "forged.safetensors"
     for step in description["plan"]["steps"]:
@@ -337,7 +343,8 @@ def test_row64_only_values_of_steps_are_called_and_only_listed_words_looked_up(g
             assert loaded(written(path, header, forged, tensors)) is None
 
 
-def test_row64_a_file_cannot_make_a_step_overwrite_its_input(good, unharmed):
+@pytest.mark.fault(64)
+def test_a_file_cannot_make_a_step_overwrite_its_input(good, unharmed):
     """What is overwritten and freed is decided anew, whatever the file says."""
     header, description, tensors = read(good)
     for step in description["plan"]["steps"]:
@@ -351,7 +358,8 @@ def test_row64_a_file_cannot_make_a_step_overwrite_its_input(good, unharmed):
     assert model.traced == fastres.load("good.safetensors").traced
 
 
-def test_row64_views_that_are_written_into_come_back(tmp_path):
+@pytest.mark.fault(64)
+def test_views_that_are_written_into_come_back(tmp_path):
     """Values that must stay in the source's memory order stay so in a file, too."""
 
     class Views(nn.Module):
@@ -372,7 +380,8 @@ def test_row64_views_that_are_written_into_come_back(tmp_path):
     assert torch.equal(again(real_images(2, 8)), fast(real_images(2, 8)))
 
 
-def test_row64_files_saved_before_are_read():
+@pytest.mark.fault(64)
+def test_files_saved_before_are_read():
     """Written by the release before the reader became strict, with its own answers beside."""
     path = Path(__file__).parent / "old_files" / "format1.safetensors"
     model = fastres.load(path)
@@ -403,8 +412,9 @@ class Named(nn.Module):
         return x * getattr(self, f"{self.name}9") * ops + self_ + a0 * kept
 
 
+@pytest.mark.fault(75)
 @pytest.mark.parametrize("word", WORDS)
-def test_row75_modules_and_parameters_named_by_any_word(word, tmp_path):
+def test_modules_and_parameters_named_by_any_word(word, tmp_path):
     source, x = hostile_(Named(word)), real_images(2, 8)
     wanted = copy.deepcopy(source).double()(x.double(), ops=2.0, kept=3.0).float()
     fast = fastres.optimize(source, example_input=x)
@@ -416,8 +426,9 @@ def test_row75_modules_and_parameters_named_by_any_word(word, tmp_path):
         assert word in str(model.plan())
 
 
+@pytest.mark.fault(75)
 @pytest.mark.parametrize("word", ["in", "None", 'a"b'])
-def test_row75_compiled_and_exported(word):
+def test_compiled_and_exported(word):
     source, x = hostile_(Named(word)), real_images(2, 8)
     wanted = copy.deepcopy(source).double()(x.double(), a0=3.0).float()
     fast = fastres.optimize(source, example_input=x)
@@ -427,7 +438,8 @@ def test_row75_compiled_and_exported(word):
     torch.testing.assert_close(program.module()(x, a0=3.0), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_row75_keywords_named_by_pythons_words():
+@pytest.mark.fault(75)
+def test_keywords_named_by_pythons_words():
     """A function of the user's own that is left to PyTorch."""
 
     class Asked(nn.Module):
@@ -493,8 +505,9 @@ BOMBS = {
 }
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("name", BOMBS)
-def test_row69_declared_sizes_take_no_memory(name, good, unharmed):
+def test_declared_sizes_take_no_memory(name, good, unharmed):
     header, description, tensors = read(good)
     path = written(unharmed / "bomb.safetensors", header, BOMBS[name](description), tensors)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -503,10 +516,11 @@ def test_row69_declared_sizes_take_no_memory(name, good, unharmed):
     assert grown < 200_000  # kB; the least of these bombs takes gigabytes
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize(
     "said", ['{"a":' * 10**5, "[" * 10**5, "[" * 3000 + "]" * 3000, "7", "null"]
 )
-def test_row74_json_that_is_deep_or_no_description(said, good, unharmed):
+def test_json_that_is_deep_or_no_description(said, good, unharmed):
     header, _, tensors = read(good)
     header["__metadata__"] = {"fastres": said}
     text = json.dumps(header).encode()
@@ -514,9 +528,10 @@ def test_row74_json_that_is_deep_or_no_description(said, good, unharmed):
     assert loaded(unharmed / "deep.safetensors") is None
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("kind", ["list", "dict", "tuple", "slice"])
 @pytest.mark.parametrize("place", ["output", "dtype", "described"])
-def test_row74_values_that_are_deep(kind, place, good, unharmed):
+def test_values_that_are_deep(kind, place, good, unharmed):
     header, description, tensors = read(good)
     value = {"ref": "image"}
     for _ in range(300):
@@ -537,9 +552,10 @@ def inner(value, path=()):
             yield from inner(item, (*path, key))
 
 
+@pytest.mark.fault(74)
 @pytest.mark.slow
 @pytest.mark.parametrize("junk", JUNK, ids=repr)
-def test_row74_any_other_type_at_any_place(junk, good, unharmed):
+def test_any_other_type_at_any_place(junk, good, unharmed):
     """Refused in one line, or a model that runs, or that PyTorch refuses to run."""
     header, description, tensors = read(good)
     for place in inner(description):
@@ -561,7 +577,8 @@ def objects(value, path=()):
             yield from objects(item, (*path, key))
 
 
-def test_row64_members_that_nobody_knows_are_refused(good, unharmed):
+@pytest.mark.fault(64)
+def test_members_that_nobody_knows_are_refused(good, unharmed):
     header, description, tensors = read(good)
     for place in objects(description):
         holder = description
@@ -572,8 +589,9 @@ def test_row64_members_that_nobody_knows_are_refused(good, unharmed):
         assert loaded(path) is None, place
 
 
+@pytest.mark.fault(64)
 @pytest.mark.parametrize("word", ["class", "None", "lambda"])
-def test_row64_an_argument_by_position_is_no_word_of_python_either(word, good, unharmed):
+def test_an_argument_by_position_is_no_word_of_python_either(word, good, unharmed):
     header, description, tensors = read(good)
     forged = everywhere(description, {"image": word})
     forged["signature"][0]["kind"] = 0

@@ -113,9 +113,10 @@ FLAT = {
 }
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("build", FLAT)
 @pytest.mark.parametrize("form", FORMS[:2])
-def test_row42_weights_per_feature_follow_keras_order(build, form, tmp_path):
+def test_weights_per_feature_follow_keras_order(build, form, tmp_path):
     same(build, form, tmp_path, FLAT[build])
 
 
@@ -216,13 +217,15 @@ NESTED = {
 }
 
 
+@pytest.mark.fault(43)
 @pytest.mark.parametrize("build", NESTED)
 @pytest.mark.parametrize("form", FORMS)
-def test_row43_models_in_models(build, form, tmp_path):
+def test_models_in_models(build, form, tmp_path):
     same(build, form, tmp_path, NESTED[build])
 
 
-def test_row43_outputs_keep_their_names(tmp_path):
+@pytest.mark.fault(43)
+def test_outputs_keep_their_names(tmp_path):
     base, inputs = inner(), image()
     x = base(inputs)
     outputs = {"z": x, "a": layers.GlobalAveragePooling2D()(base(x))}
@@ -230,7 +233,8 @@ def test_row43_outputs_keep_their_names(tmp_path):
     assert set(imported(torch.zeros(1, 3, 12, 12))) == {"a", "z"}
 
 
-def test_row43_weights_of_two_models_at_once(tmp_path):
+@pytest.mark.fault(43)
+def test_weights_of_two_models_at_once(tmp_path):
     """A layer that two inner models share: both hold it in .h5; .keras holds it for one."""
     inputs = image()
     x = layers.Conv2D(3, 3, padding="same")(inputs)
@@ -315,13 +319,15 @@ SHARED = {
 }
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("build", SHARED)
 @pytest.mark.parametrize("form", FORMS)
-def test_row44_each_call_and_each_name_is_its_own(build, form, tmp_path):
+def test_each_call_and_each_name_is_its_own(build, form, tmp_path):
     same(build, form, tmp_path, SHARED[build])
 
 
-def test_row43_other_notations(tmp_path):
+@pytest.mark.fault(43)
+def test_other_notations(tmp_path):
     """Lists of names too long for one attribute, and groups as tf.keras called them until 2.13."""
 
     def in_pieces(weights):
@@ -345,9 +351,10 @@ def test_row43_other_notations(tmp_path):
         torch.testing.assert_close([found], zoo.answers(model, images), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 2, 3), (0, 1, 2, 3)])
 @pytest.mark.parametrize("form", [FORMS[1], FORMS[3]])
-def test_row44_layers_that_were_renamed(form, frozen, tmp_path):
+def test_layers_that_were_renamed(form, frozen, tmp_path):
     """As before two models of one kind are joined: in .h5 the variables keep the old names."""
     inputs = image()
     x = layers.Conv2D(3, 3, padding="same", name="a")(inputs)
@@ -362,8 +369,9 @@ def test_row44_layers_that_were_renamed(form, frozen, tmp_path):
     same(lambda: keras.Model(outer, base(outer)), form, tmp_path, (12, 12))
 
 
+@pytest.mark.fault(44)
 @pytest.mark.parametrize("form", FORMS[:2])
-def test_row44_names_with_slashes(form, tmp_path):
+def test_names_with_slashes(form, tmp_path):
     """tf.keras 2 allows them (its DenseNet); in .h5 they are groups in groups."""
     model = zoo.hostile_(convolution_on_three_sizes())
     images = real_images(2, 21)[:, :, :20].contiguous()
@@ -393,6 +401,7 @@ def name_of(layer):
     return "conv2d" if layer.startswith("conv2d") else "batch_normalization"
 
 
-def test_row44_a_layer_called_twice_has_one_set_of_weights(tmp_path):
+@pytest.mark.fault(44)
+def test_a_layer_called_twice_has_one_set_of_weights(tmp_path):
     imported = same(convolution_on_three_sizes, FORMS[0], tmp_path, (20, 21))
     assert len(list(imported.parameters())) == 4

@@ -63,9 +63,10 @@ LAYERS = {
 }
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_row61_the_real_reason(name, suffix, tmp_path):
+def test_the_real_reason(name, suffix, tmp_path):
     call, message = LAYERS[name]
     path = tmp_path / f"model{suffix}"
     model(call, layers.Conv2D(2, 3)).save(path)
@@ -73,15 +74,17 @@ def test_row61_the_real_reason(name, suffix, tmp_path):
         from_keras(path)
 
 
-def test_row61_the_reason_inside_a_model(tmp_path):
+@pytest.mark.fault(61)
+def test_the_reason_inside_a_model(tmp_path):
     augment = keras.Sequential([layers.RandomFlip(), layers.RandomZoom(0.1)], name="augment")
     model(augment, layers.Conv2D(2, 3)).save(tmp_path / "model.keras")
     with pytest.raises(KerasImportError, match=r"'augment/random_flip.*' \(RandomFlip\) draws at"):
         from_keras(tmp_path / "model.keras")
 
 
+@pytest.mark.fault(61)
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_row61_operators_of_tensors(suffix, tmp_path):
+def test_operators_of_tensors(suffix, tmp_path):
     """``x + y`` and ``relu`` are the layers Add and ReLU by other names."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(3, 3, padding="same")(inputs)
@@ -93,7 +96,8 @@ def test_row61_operators_of_tensors(suffix, tmp_path):
     torch.testing.assert_close([found], zoo.answers(built, images), rtol=1e-5, atol=1e-5)
 
 
-def test_row61_operators_of_tf_keras(tmp_path):
+@pytest.mark.fault(61)
+def test_operators_of_tf_keras(tmp_path):
     """TFOpLambda, in the notation of tf.keras 2.15."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(3, 3, padding="same", name="a")(inputs)
@@ -177,9 +181,10 @@ BOMBS = {
 }
 
 
+@pytest.mark.fault(69)
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("name", BOMBS)
-def test_row69_arrays_that_are_not_there(name, suffix, large, tmp_path):
+def test_arrays_that_are_not_there(name, suffix, large, tmp_path):
     options, message = BOMBS[name]
     options = dict(options)
     filled = options.pop("data", None)
@@ -196,7 +201,8 @@ def test_row69_arrays_that_are_not_there(name, suffix, large, tmp_path):
         from_keras(path)
 
 
-def test_row69_one_chunk_missing(large):
+@pytest.mark.fault(69)
+def test_one_chunk_missing(large):
     path = large(".h5")
 
     def change(weights):
@@ -208,7 +214,8 @@ def test_row69_one_chunk_missing(large):
         from_keras(path)
 
 
-def test_row69_one_array_under_many_names(tmp_path):
+@pytest.mark.fault(69)
+def test_one_array_under_many_names(tmp_path):
     """Hard links: 200 layers that all hold the same 2.4 MB."""
     path = tmp_path / "model.h5"
     shape = (1, 1, 768, 768)
@@ -252,7 +259,8 @@ def repack(path):
             archive.writestr(name, data)
 
 
-def test_row69_a_zip_that_grows(large):
+@pytest.mark.fault(69)
+def test_a_zip_that_grows(large):
     path = large(".keras")
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -263,7 +271,8 @@ def test_row69_a_zip_that_grows(large):
         from_keras(path)
 
 
-def test_row69_a_compressed_file_of_real_numbers_is_read(tmp_path):
+@pytest.mark.fault(69)
+def test_a_compressed_file_of_real_numbers_is_read(tmp_path):
     built = model(layers.Conv2D(64, 3), layers.Conv2D(64, 3))
     built.save(tmp_path / "model.keras")
     with zipfile.ZipFile(tmp_path / "model.keras") as old:
@@ -277,7 +286,8 @@ def test_row69_a_compressed_file_of_real_numbers_is_read(tmp_path):
     torch.testing.assert_close([found], zoo.answers(built, images), rtol=1e-5, atol=1e-5)
 
 
-def test_row69_a_layer_of_any_size_takes_no_memory_before_its_weights(tmp_path):
+@pytest.mark.fault(69)
+def test_a_layer_of_any_size_takes_no_memory_before_its_weights(tmp_path):
     """Its configuration says 216 TB, more than there are addresses; the file holds 8 filters."""
     path = tmp_path / "model.h5"
     model(layers.Conv2D(8, 3, name="a")).save(path)

@@ -54,7 +54,8 @@ def file(request, tmp_path):
     return save
 
 
-def test_row42_verify_of_a_right_import(run, file):
+@pytest.mark.fault(42)
+def test_verify_of_a_right_import(run, file):
     path = file(flat_head)
     code, out, _ = run("verify", path, "--json")
     found = json.loads(out)
@@ -65,7 +66,8 @@ def test_row42_verify_of_a_right_import(run, file):
     assert run("verify", path, "--batch", 2)[1].startswith("right against Keras")
 
 
-def test_row42_verify_takes_several_sizes_where_they_are_open(run, file):
+@pytest.mark.fault(42)
+def test_verify_takes_several_sizes_where_they_are_open(run, file):
     path = file(open_size)
     code, out, _ = run("verify", path, "--size", 31, "--batch", 2, "--json")
     shapes = [r["shape"] for r in json.loads(out)["runs"] if r["what"].startswith("fused")]
@@ -73,7 +75,8 @@ def test_row42_verify_takes_several_sizes_where_they_are_open(run, file):
     assert shapes == [[2, 3, 31, 31], [2, 3, 32, 37], [1, 3, 31, 31]]
 
 
-def test_row42_verify_finds_features_in_the_wrong_order(run, file, monkeypatch):
+@pytest.mark.fault(42)
+def test_verify_finds_features_in_the_wrong_order(run, file, monkeypatch):
     filled = keras_import.filled
     monkeypatch.setattr(keras_import, "filled", lambda m, values, _: filled(m, values, None))
     code, out, _ = run("verify", file(flat_head))
@@ -90,8 +93,9 @@ WRONG = {
 }
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("name", WRONG)
-def test_row42_verify_finds_small_mistakes(name, tmp_path, run, monkeypatch):
+def test_verify_finds_small_mistakes(name, tmp_path, run, monkeypatch):
     keras.utils.clear_session()
     zoo.hostile_(flat_head()).save(tmp_path / "model.keras")
 
@@ -107,8 +111,9 @@ def test_row42_verify_finds_small_mistakes(name, tmp_path, run, monkeypatch):
     assert not any(r["ok"] for r in found["runs"] if "output 1" in r["what"])
 
 
+@pytest.mark.fault(42)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_row42_verify_on_photographs(channels, tmp_path, run, monkeypatch):
+def test_verify_on_photographs(channels, tmp_path, run, monkeypatch):
     image = pytest.importorskip("PIL.Image")
     pixels = np.random.default_rng(0).integers(0, 256, (9, 7, 3), "uint8")
     image.fromarray(pixels).save(tmp_path / "a.png")
@@ -132,7 +137,8 @@ def test_row42_verify_on_photographs(channels, tmp_path, run, monkeypatch):
     assert "there is no such file" in err
 
 
-def test_row42_verify_of_mixed_precision(run, file):
+@pytest.mark.fault(42)
+def test_verify_of_mixed_precision(run, file):
     """Keras' own rounding to bfloat16, 1e-3 here, would hide what is wrong with an import."""
 
     def mixed():
@@ -147,7 +153,8 @@ def test_row42_verify_of_mixed_precision(run, file):
     assert all(0 <= run["max_abs"] <= 1e-5 for run in json.loads(out)["runs"])
 
 
-def test_row42_verify_loads_safely(run, file, monkeypatch):
+@pytest.mark.fault(42)
+def test_verify_loads_safely(run, file, monkeypatch):
     """Keras is asked for its safe mode, and not at all where a file names other modules."""
     path, asked = file(open_size), []
     load = keras.models.load_model
@@ -172,7 +179,8 @@ def test_row42_verify_loads_safely(run, file, monkeypatch):
     assert "names 'os', no module of Keras: it is not loaded" in err
 
 
-def test_row42_verify_never_shows_keras_a_lambda(run, file, monkeypatch):
+@pytest.mark.fault(42)
+def test_verify_never_shows_keras_a_lambda(run, file, monkeypatch):
     monkeypatch.setattr(keras.models, "load_model", lambda *_, **__: pytest.fail("loaded"))
     path = file(lambda: keras.Sequential([keras.Input((8, 8, 3)), layers.Lambda(lambda x: x)]))
     code, _, err = run("verify", path)
@@ -180,7 +188,8 @@ def test_row42_verify_never_shows_keras_a_lambda(run, file, monkeypatch):
     assert "(Lambda) is not supported" in err
 
 
-def test_row43_verify_of_a_file_that_this_keras_cannot_load(run, file):
+@pytest.mark.fault(43)
+def test_verify_of_a_file_that_this_keras_cannot_load(run, file):
     def nested():
         inputs = keras.Input((12, 9, 3))
         x = layers.Conv2D(4, 3)(inputs)

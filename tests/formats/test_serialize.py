@@ -109,7 +109,7 @@ def test_another_process_needs_no_source(path, images, fast, tmp_path):
         "import torch, fastres; model = fastres.load('small.safetensors')\n"
         "torch.save(dict(model(torch.load('x.pt')))['logits'], 'y.pt')"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=environment)
     torch.testing.assert_close(torch.load(tmp_path / "y.pt"), fast(images)["logits"])
@@ -221,8 +221,9 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("name", EVIL)
-def test_row37_files_that_name_what_they_must_not_are_refused(name, path, monkeypatch):
+def test_files_that_name_what_they_must_not_are_refused(name, path, monkeypatch):
     ran = []
     for target in ("os.system", "torch.load", "torch.hub.load"):
         monkeypatch.setattr(target, lambda *a, **k: ran.append(a))
@@ -232,14 +233,16 @@ def test_row37_files_that_name_what_they_must_not_are_refused(name, path, monkey
     assert not ran
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("name", BROKEN)
-def test_row37_files_that_do_not_hold_together_are_refused(name, path):
+def test_files_that_do_not_hold_together_are_refused(name, path):
     rewrite(path, BROKEN[name])
     with pytest.raises(CheckpointError, match=str(path)):
         fastres.load(path)
 
 
-def test_row37_truncated_missing_and_plain_files(path, tmp_path, fast):
+@pytest.mark.fault(37)
+def test_truncated_missing_and_plain_files(path, tmp_path, fast):
     with pytest.raises(FileNotFoundError):
         fastres.load(tmp_path / "none.safetensors")
     data = path.read_bytes()

@@ -26,7 +26,7 @@ from fastres.graph.fold import fold_step
 from fastres.graph.ir import Conv2d, attribute
 from fastres.models.weights import ImageNetWeights
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -36,8 +36,9 @@ def initial(outputs, seed):
     return fastres.resnet18(num_classes=outputs).eval(), torch.randn(1, 3, 64, 64)
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("seed", [4, 10, 24])
-def test_row45_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed):
+def test_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed):
     """Seeds where PyTorch's single output was close to float64's by chance."""
     model, x = initial(1, seed)
     found = fastres.optimize(model, example_input=x).verification
@@ -45,6 +46,7 @@ def test_row45_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed
     assert found.rms <= 1e-4 * found.scale
 
 
+@pytest.mark.fault(45)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("outputs", "dtype", "seeds"),
@@ -53,7 +55,7 @@ def test_row45_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed
         *((outputs, dtype, 12) for outputs in (1, 2, 1000) for dtype in (*HALVES, torch.float64)),
     ],
 )
-def test_row45_right_copies_are_admitted_at_every_seed(outputs, dtype, seeds):
+def test_right_copies_are_admitted_at_every_seed(outputs, dtype, seeds):
     for seed in range(seeds):
         torch.manual_seed(seed)
         arguments = {"num_classes": outputs, "stem": "cifar", "planes": 16}
@@ -161,9 +163,10 @@ def _pairwise():
             yield pytest.param(fault, outputs, dtype, id=f"{fault.__name__}-{outputs}-{dtype}")
 
 
+@pytest.mark.fault(45)
 @torch.no_grad()
 @pytest.mark.parametrize(("fault", "outputs", "dtype"), _pairwise())
-def test_row45_faults_stay_refused(fault, outputs, dtype):
+def test_faults_stay_refused(fault, outputs, dtype):
     source = torch.float64 if dtype is torch.float64 else torch.float32
     for seed in range(2):
         model = small(seed=seed, num_classes=outputs).to(source)
@@ -207,10 +210,11 @@ RANDOM = {
 }
 
 
+@pytest.mark.fault(51)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("verify_with", [images(), None], ids=["example", "first call"])
 @pytest.mark.parametrize("name", RANDOM)
-def test_row51_random_numbers_are_drawn_anew_or_refused(name, verify_with):
+def test_random_numbers_are_drawn_anew_or_refused(name, verify_with):
     source, x = source_of(RANDOM[name]), images()
     try:
         fast = fastres.optimize(source, example_input=verify_with)
@@ -221,8 +225,9 @@ def test_row51_random_numbers_are_drawn_anew_or_refused(name, verify_with):
         assert not torch.equal(first, second)
 
 
+@pytest.mark.fault(51)
 @pytest.mark.parametrize("name", ["randn", "bernoulli", "randperm"])
-def test_row51_a_draw_of_fixed_shape_is_frozen_in_no_copy(name):
+def test_a_draw_of_fixed_shape_is_frozen_in_no_copy(name):
     """Not even in one that nobody checks."""
     source = nn.Sequential(source_of(RANDOM[name])).eval()
     fast = fastres.optimize(source, verify=False)
@@ -230,7 +235,8 @@ def test_row51_a_draw_of_fixed_shape_is_frozen_in_no_copy(name):
     assert len({float(fast(x).sum()) for _ in range(8)}) > 1
 
 
-def test_row51_dropout_that_is_off_is_not_random():
+@pytest.mark.fault(51)
+def test_dropout_that_is_off_is_not_random():
     source = source_of(lambda m, y: F.dropout(y, 0.5, training=m.training))
     assert fastres.optimize(source, example_input=images()).verification.ok
 
@@ -254,10 +260,11 @@ def state(source):
     return tensors, source.calls, list(source.seen), source.extra
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("example", [True, False])
 @pytest.mark.parametrize("forward", [counting, caching], ids=lambda f: f.__name__)
-def test_row53_a_source_with_a_state_is_left_as_it_was(forward, example, dtype):
+def test_a_source_with_a_state_is_left_as_it_was(forward, example, dtype):
     source, x = source_of(forward), images()
     before, drawn = state(source), (torch.get_rng_state(), random.getstate())
     fast = fastres.optimize(source, example_input=x if example else None, dtype=dtype)
@@ -270,6 +277,7 @@ def test_row53_a_source_with_a_state_is_left_as_it_was(forward, example, dtype):
     assert random.getstate() == drawn[1]
 
 
+@pytest.mark.fault(53)
 @pytest.mark.parametrize(
     "forward",
     [
@@ -277,7 +285,7 @@ def test_row53_a_source_with_a_state_is_left_as_it_was(forward, example, dtype):
         lambda m, y: setattr(m, "calls", m.calls + 1) or y * m.calls,
     ],
 )
-def test_row53_an_answer_that_depends_on_the_calls_before_is_not_frozen(forward):
+def test_an_answer_that_depends_on_the_calls_before_is_not_frozen(forward):
     source, x = source_of(forward), images()
     try:
         fast = fastres.optimize(source, example_input=x)
@@ -289,7 +297,8 @@ def test_row53_an_answer_that_depends_on_the_calls_before_is_not_frozen(forward)
     assert (source.calls, float(source.count)) == (0, 0.0)
 
 
-def test_row53_what_cannot_be_copied_is_refused_by_name():
+@pytest.mark.fault(53)
+def test_what_cannot_be_copied_is_refused_by_name():
     source = source_of(lambda m, y: y)
     source.block.stream = (i for i in range(3))
     with pytest.raises(VerificationError, match=r"attribute block.stream: .*verify=False"):
@@ -297,20 +306,23 @@ def test_row53_what_cannot_be_copied_is_refused_by_name():
     assert fastres.optimize(source, verify=False)(images()).shape == (2, 8, 12, 12)
 
 
-def test_row53_a_lock_is_shared():
+@pytest.mark.fault(53)
+def test_a_lock_is_shared():
     source = source_of(lambda m, y: y)
     source.lock = threading.Lock()
     assert fastres.optimize(source, example_input=images()).verification.ok
 
 
-def test_row53_verify_itself_runs_a_copy():
+@pytest.mark.fault(53)
+def test_verify_itself_runs_a_copy():
     source = source_of(counting)
     assert fastres.verify(source, source_of(lambda m, y: y).requires_grad_(False), images()).ok
     assert source.calls == 0
 
 
+@pytest.mark.fault(86)
 @pytest.mark.parametrize("depth", [2, 40])
-def test_row86_a_float64_network_of_any_depth_is_admitted(depth):
+def test_a_float64_network_of_any_depth_is_admitted(depth):
     """Norms in front of ReLU keep the scale, and each layer's rounding is amplified by the next."""
     torch.manual_seed(depth)
     layers = []
@@ -332,9 +344,10 @@ def test_row86_a_float64_network_of_any_depth_is_admitted(depth):
         check_against(model, fast, [x])
 
 
+@pytest.mark.fault(86)
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_row86_the_float64_backbone_of_a_detector_is_admitted(seed):
+def test_the_float64_backbone_of_a_detector_is_admitted(seed):
     """Its many convolutions without norms round four times as much in channels_last, where both
     the copy and the float32 network that it is measured by run."""
     detection = pytest.importorskip("torchvision.models.detection")
@@ -349,10 +362,11 @@ def test_row86_the_float64_backbone_of_a_detector_is_admitted(seed):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+@pytest.mark.fault(68)
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
 @pytest.mark.parametrize(("layers", "size", "outputs"), [([2, 2, 2, 2], 32, 1000), ([1, 1], 16, 1)])
-def test_row68_files_of_small_images_are_admitted(layers, size, outputs, suffix, tmp_path):
+def test_files_of_small_images_are_admitted(layers, size, outputs, suffix, tmp_path):
     """With first weights, whose rounding is far above twenty units where maps are single pixels."""
     if suffix == ".onnx":
         pytest.importorskip("onnxscript")
@@ -365,8 +379,9 @@ def test_row68_files_of_small_images_are_admitted(layers, size, outputs, suffix,
         assert found.max_abs is None or found.max_abs < 1e-4
 
 
+@pytest.mark.fault(68)
 @pytest.mark.parametrize("outputs", [1, 1000])
-def test_row68_a_file_that_is_a_little_wrong_is_refused(outputs, tmp_path, monkeypatch):
+def test_a_file_that_is_a_little_wrong_is_refused(outputs, tmp_path, monkeypatch):
     model = small(num_classes=outputs)
     fast = fastres.optimize(model, verify=False)
     load = torch.export.load
@@ -395,8 +410,9 @@ print("emulated" in str(fast.plan()))
 """
 
 
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_row79_half_precision_without_instructions_is_said_once(dtype):
+def test_half_precision_without_instructions_is_said_once(dtype):
     """oneDNN held at AVX2 stands for a processor that has no more."""
     script = CPU.format(dtype=dtype)
     env = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -417,8 +433,9 @@ path = "file"
 CALLS = r"`(fastres\.(?:save|load|export|load_checkpoint|from_keras|features)\([^`]+\))`"
 
 
+@pytest.mark.fault(81)
 @pytest.mark.slow
-def test_row81_the_readme_is_well_typed(tmp_path):
+def test_the_readme_is_well_typed(tmp_path):
     pytest.importorskip("mypy")
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -437,22 +454,25 @@ def test_row81_the_readme_is_well_typed(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.fault(81)
 @pytest.mark.parametrize("name", ["bfloat16", "torch.float16", "float64"])
-def test_row81_dtypes_by_name_and_the_example_by_position(name):
+def test_dtypes_by_name_and_the_example_by_position(name):
     fast = fastres.optimize(small(), [images()], dtype=name)
     assert fast.dtype is getattr(torch, name.removeprefix("torch."))
     assert fast.verification.ok
 
 
+@pytest.mark.fault(81)
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
-def test_row81_modes_of_torch_compile(mode):
+def test_modes_of_torch_compile(mode):
     graph = torch.fx.symbolic_trace(nn.Conv2d(3, 8, 3).eval())
     assert callable(compile_backend(graph, [images()], mode=mode))
     with pytest.raises(ValueError, match="mode must be one of 'default'.*got 'fastest'"):
         compile_backend(graph, [images()], mode="fastest")
 
 
-def test_row81_a_pretrained_network_with_other_classes(monkeypatch):
+@pytest.mark.fault(81)
+def test_a_pretrained_network_with_other_classes(monkeypatch):
     """As timm does: the weights of the body, and a new classifier."""
     state = fastres.resnet18().state_dict()
     offer = lambda self, **kwargs: state  # noqa: E731

@@ -19,7 +19,7 @@ from tutorials import MnistResNet18
 from fastres import BasicBlock, Bottleneck, ResNet
 from fastres.frontends.dynamo import fastres as backend
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -270,9 +270,10 @@ def run_compiled():
     return run
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [1, 2, 1000])
-def test_row45_right_graphs_are_admitted_at_every_seed(outputs, dtype, run_compiled, recwarn):
+def test_right_graphs_are_admitted_at_every_seed(outputs, dtype, run_compiled, recwarn):
     for seed in range(5 if dtype is torch.float32 else 2):
         run_compiled(outputs, seed, dtype)
     assert not [str(w.message) for w in recwarn if "leaves this graph" in str(w.message)]
@@ -285,10 +286,11 @@ FAULTS = {
 }
 
 
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("outputs", [1, 1000])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_row45_wrong_graphs_are_left_to_pytorch(fault, outputs, dtype, run_compiled, monkeypatch):
+def test_wrong_graphs_are_left_to_pytorch(fault, outputs, dtype, run_compiled, monkeypatch):
     from fastres.runtime import executor
 
     real = executor.fold_step
@@ -302,7 +304,8 @@ def test_row45_wrong_graphs_are_left_to_pytorch(fault, outputs, dtype, run_compi
         run_compiled(outputs, 0, dtype)
 
 
-def test_row45_a_graph_that_also_returns_indices(recwarn):
+@pytest.mark.fault(45)
+def test_a_graph_that_also_returns_indices(recwarn):
     class Both(nn.Module):
         def __init__(self):
             super().__init__()

@@ -98,18 +98,20 @@ def matched(a, b):
 NAMES = ["ssdlite", *CLASSES]
 
 
+@pytest.mark.fault(84)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_row84_float32_detectors_find_the_sources_boxes(name, images):
+def test_float32_detectors_find_the_sources_boxes(name, images):
     for want, got in zip(*both(detector(name), images), strict=True):
         assert want.keys() == got.keys()
         assert len(want["boxes"])
         assert min(matched(want, got), matched(got, want)) > 0.9
 
 
+@pytest.mark.fault(86)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_row86_float64_detectors_are_admitted_and_equal(name, images):
+def test_float64_detectors_are_admitted_and_equal(name, images):
     source = detector(name).double()
     want, got = both(source, [image.double() for image in images])
     for theirs, ours in zip(tree_leaves(want), tree_leaves(got), strict=True):
@@ -117,8 +119,9 @@ def test_row86_float64_detectors_are_admitted_and_equal(name, images):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6 * scale)
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("name", ["ssdlite", "retinanet", "fcos"])
-def test_row50_the_score_threshold_of_each_kind(name, images):
+def test_the_score_threshold_of_each_kind(name, images):
     """Of those with a region network, `roi_heads` holds it."""
     source = detector(name)
     fast = fastres.optimize(source, verify=False)

@@ -87,8 +87,9 @@ def judge_bfloat16(model, x, steps):
     assert out.isfinite().all()
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize(("name", "steps"), CASES.items())
-def test_row41_hostile_weights_and_real_images(name, steps):
+def test_hostile_weights_and_real_images(name, steps):
     x = real_images(1, 64)
     model = network(name)
     judge_float32(model, x)
@@ -96,7 +97,8 @@ def test_row41_hostile_weights_and_real_images(name, steps):
     judge_bfloat16(model, x, steps)
 
 
-def test_row41_other_weights():
+@pytest.mark.fault(41)
+def test_other_weights():
     for seed in range(1, 4):
         judge_float32(network("resnet18", seed), real_images(2, 64))
 

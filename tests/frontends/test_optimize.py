@@ -191,8 +191,9 @@ def test_autocast_changes_nothing():
         assert torch.equal(fast(x), out)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-def test_row26_copies(how):
+def test_copies(how):
     source, x = torchvision_model("googlenet"), real_images(2, 64)
     fast = fastres.optimize(source, example_input=x)
     out = fast(x)

@@ -143,8 +143,9 @@ def with_gradients(params):
     return params
 
 
+@pytest.mark.fault(46)
 @EACH
-def test_row46_an_optimizer_of_others_folds_nothing(way, make, folds):
+def test_an_optimizer_of_others_folds_nothing(way, make, folds):
     model, head, x = frozen(), nn.Linear(5, 3), images()
     optimizer, call = make(with_gradients(head.parameters())), way(model)
     answers(call, model, x)
@@ -155,8 +156,9 @@ def test_row46_an_optimizer_of_others_folds_nothing(way, make, folds):
     assert len(folds) == first
 
 
+@pytest.mark.fault(46)
 @EACH
-def test_row46_an_optimizer_of_some_folds_what_it_owns(way, make, folds):
+def test_an_optimizer_of_some_folds_what_it_owns(way, make, folds):
     model, x = frozen(), images()
     call = way(model)
     answers(call, model, x)
@@ -196,9 +198,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(46)
 @WAYS
 @pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES.keys())
-def test_row46_one_changed_layer_folds_what_reads_it(way, change, expected, folds):
+def test_one_changed_layer_folds_what_reads_it(way, change, expected, folds):
     model, x = frozen(), images()
     call = way(model)
     answers(call, model, x)
@@ -210,7 +213,8 @@ def test_row46_one_changed_layer_folds_what_reads_it(way, change, expected, fold
     assert len(folds) == 1
 
 
-def test_row46_a_norm_that_trained_by_itself_folds_its_convolution(folds):
+@pytest.mark.fault(46)
+def test_a_norm_that_trained_by_itself_folds_its_convolution(folds):
     model, x = frozen(), images()
     answers(model, model, x)
     folds.clear()
@@ -219,7 +223,8 @@ def test_row46_a_norm_that_trained_by_itself_folds_its_convolution(folds):
     assert set(names(folds, model)) == {"layer2.0.conv1.weight"}
 
 
-def test_row46_weights_in_one_memory_are_folded_together(folds):
+@pytest.mark.fault(46)
+def test_weights_in_one_memory_are_folded_together(folds):
     model, x = frozen(), images()
     first, second = model.layer1[0].conv1.weight, model.layer1[0].conv2.weight
     second.data = first.data
@@ -232,7 +237,8 @@ def test_row46_weights_in_one_memory_are_folded_together(folds):
     assert set(names(folds, model)) == {"layer1.0.conv1.weight", "layer1.0.conv2.weight"}
 
 
-def test_row46_an_optimizer_of_the_memory_that_holds_the_weights(folds):
+@pytest.mark.fault(46)
+def test_an_optimizer_of_the_memory_that_holds_the_weights(folds):
     """As flattened parameters do: what the optimizer owns is no parameter of the model."""
     model, x = frozen(), images()
     flat = nn.Parameter(torch.cat([model.fc.weight.flatten(), model.fc.bias]))
@@ -245,7 +251,8 @@ def test_row46_an_optimizer_of_the_memory_that_holds_the_weights(folds):
     assert names(folds, model) == ["fc.weight"]
 
 
-def test_row46_an_optimizer_of_float32_copies_of_the_weights(folds):
+@pytest.mark.fault(46)
+def test_an_optimizer_of_float32_copies_of_the_weights(folds):
     """As mixed precision has it: the weights are written from the copies, without a version."""
     model, x = small().bfloat16(), images().bfloat16()
     answers(model, model, x)
@@ -263,7 +270,8 @@ def test_row46_an_optimizer_of_float32_copies_of_the_weights(folds):
     assert names(folds, model) == ["fc.weight"], "nobody trains a frozen weight"
 
 
-def test_row46_every_precision_sees_the_change(folds):
+@pytest.mark.fault(46)
+def test_every_precision_sees_the_change(folds):
     model, x = frozen(), images()
     for _ in range(2):
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -279,7 +287,8 @@ def test_row46_every_precision_sees_the_change(folds):
     torch.testing.assert_close(half.float(), model._forward_impl(x), rtol=0.05, atol=0.1)  # bf16
 
 
-def test_row46_a_gradient_wanting_call_folds_nothing_again(folds):
+@pytest.mark.fault(46)
+def test_a_gradient_wanting_call_folds_nothing_again(folds):
     model, x = small(), images()
     answers(model, model, x)
     folds.clear()
@@ -293,7 +302,8 @@ def test_row46_a_gradient_wanting_call_folds_nothing_again(folds):
     assert names(folds, model) == ["fc.weight"]
 
 
-def test_row46_a_training_step_folds_all(folds):
+@pytest.mark.fault(46)
+def test_a_training_step_folds_all(folds):
     model, x = small(), images()
     answers(model, model, x)
     folds.clear()
@@ -305,7 +315,8 @@ def test_row46_a_training_step_folds_all(folds):
     assert set(names(folds, model)) >= {"layer1.0.conv1.weight"}
 
 
-def test_row46_a_copy_that_waits_for_its_first_call():
+@pytest.mark.fault(46)
+def test_a_copy_that_waits_for_its_first_call():
     head, x = nn.Linear(2, 2), images()
     source = small()
     fast = fastres.optimize(source)
@@ -317,7 +328,8 @@ def test_row46_a_copy_that_waits_for_its_first_call():
         fast(x)
 
 
-def test_row46_a_compiled_student_beside_a_compiled_teacher(folds):
+@pytest.mark.fault(46)
+def test_a_compiled_student_beside_a_compiled_teacher(folds):
     teacher, student, x = frozen(), small(seed=2), images()
     call = compiled(teacher)
     learn = torch.compile(student, backend="fastres")
@@ -340,7 +352,8 @@ def test_row46_a_compiled_student_beside_a_compiled_teacher(folds):
     assert set(names(folds, student)) == CONVOLUTIONS
 
 
-def test_row46_norms_trained_outside_of_the_compiled_graph(folds):
+@pytest.mark.fault(46)
+def test_norms_trained_outside_of_the_compiled_graph(folds):
     """A linear classifier is trained while the norms below count on, in ordinary PyTorch."""
     model, x = frozen(), images()
     call = compiled(model)
@@ -355,7 +368,8 @@ def test_row46_norms_trained_outside_of_the_compiled_graph(folds):
         assert set(names(folds, model)) == CONVOLUTIONS | {"fc.weight"}
 
 
-def test_row46_numbers_that_cannot_be_folded_are_not_forgotten():
+@pytest.mark.fault(46)
+def test_numbers_that_cannot_be_folded_are_not_forgotten():
     model, x = frozen(), images()
     call = compiled(model)
     answers(call, model, x)
@@ -368,7 +382,8 @@ def test_row46_numbers_that_cannot_be_folded_are_not_forgotten():
     answers(call, model, x)
 
 
-def test_row46_what_an_optimizer_may_hold(monkeypatch):
+@pytest.mark.fault(46)
+def test_what_an_optimizer_may_hold(monkeypatch):
     """The hook runs inside a user's step and must never fail."""
     model, watch = small(), None
     watch = guards.Watch(model, ["fc.bias"], "_forward_impl")
@@ -391,7 +406,8 @@ def test_row46_what_an_optimizer_may_hold(monkeypatch):
     assert watch.changed() >= {"fc.bias"}
 
 
-def test_row46_watches_are_not_kept_alive():
+@pytest.mark.fault(46)
+def test_watches_are_not_kept_alive():
     watch = guards.Watch(small(), ["fc.bias"], "_forward_impl")
     assert watch in guards.WATCHES._all
     count = len(guards.WATCHES._all)
@@ -399,8 +415,9 @@ def test_row46_watches_are_not_kept_alive():
     assert len(guards.WATCHES._all) == count - 1
 
 
+@pytest.mark.fault(46)
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
-def test_row46_accelerate(folds):
+def test_accelerate(folds):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -413,7 +430,8 @@ def test_row46_accelerate(folds):
     assert names(folds, model) == ["fc.weight"]
 
 
-def test_row46_zero_redundancy_optimizer(folds, tmp_path):
+@pytest.mark.fault(46)
+def test_zero_redundancy_optimizer(folds, tmp_path):
     distributed = pytest.importorskip("torch.distributed")
     if not distributed.is_available():
         pytest.skip("torch without distributed")
@@ -446,9 +464,10 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.fault(63)
 @WAYS
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
-def test_row63_refresh(way, wrap, folds):
+def test_refresh(way, wrap, folds):
     model, x = frozen(), images()
     call = way(model)
     answers(call, model, x)
@@ -463,7 +482,8 @@ def test_row63_refresh(way, wrap, folds):
     assert not folds
 
 
-def test_row63_refresh_of_compiled_functions_and_foreign_modules():
+@pytest.mark.fault(63)
+def test_refresh_of_compiled_functions_and_foreign_modules():
     class Foreign(nn.Module):
         def __init__(self):
             super().__init__()
@@ -491,7 +511,8 @@ def test_row63_refresh_of_compiled_functions_and_foreign_modules():
             torch.testing.assert_close(run(x), expected)
 
 
-def test_row63_new_data_needs_no_refresh():
+@pytest.mark.fault(63)
+def test_new_data_needs_no_refresh():
     model, x = frozen(), images()
     call = compiled(model)
     answers(call, model, x)
@@ -503,7 +524,8 @@ def test_row63_new_data_needs_no_refresh():
         assert len(ran) == 1
 
 
-def test_row63_what_cannot_be_refreshed():
+@pytest.mark.fault(63)
+def test_what_cannot_be_refreshed():
     with pytest.raises(TypeError, match="model must be a torch.nn.Module; got function"):
         fastres.refresh(torch.compile(lambda x: x, backend="fastres"))
     fast = fastres.optimize(small(), verify=False)

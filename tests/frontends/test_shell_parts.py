@@ -86,8 +86,9 @@ class Whole(nn.Module):
         return self.fc(self.a(x).mean((2, 3)))
 
 
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("build", [Options, Whole, hugging_face])
-def test_row47_first_calls_of_eight_threads(build, images):
+def test_first_calls_of_eight_threads(build, images):
     source = build() if build is hugging_face else hostile_(build()).double()
     images = real_images(2, 32).double()
     wanted = getattr(answer(source, images), "logits", None)
@@ -110,7 +111,8 @@ def test_row47_first_calls_of_eight_threads(build, images):
             torch.testing.assert_close(output, wanted)
 
 
-def test_row47_one_thread_compares_and_the_others_wait(images):
+@pytest.mark.fault(47)
+def test_one_thread_compares_and_the_others_wait(images):
     fast, seen, together = fastres.optimize(hostile_(Whole()).double()), [], Barrier(4)
     check = fast._pending
     fast._pending = lambda *args: (seen.append(1), check(*args))
@@ -127,17 +129,19 @@ def test_row47_one_thread_compares_and_the_others_wait(images):
     assert seen == [1]
 
 
+@pytest.mark.fault(48)
 @pytest.mark.parametrize(
     "options", [{"tokens": 16}, {"tokens": 32}, {"flat": True}, {"flat": False}]
 )
-def test_row48_an_option_after_a_call_without_it(source, images, options):
+def test_an_option_after_a_call_without_it(source, images, options):
     fast = fastres.optimize(source, example_input=images)
     assert fast.channels_last
     same(fast, source, images, **options)
     same(fast, source, images)
 
 
-def test_row48_a_view_that_only_some_values_reach(images):
+@pytest.mark.fault(48)
+def test_a_view_that_only_some_values_reach(images):
     class Late(Branching):
         def __init__(self):
             super().__init__()
@@ -153,14 +157,16 @@ def test_row48_a_view_that_only_some_values_reach(images):
     same(fast, source, images + 100)
 
 
-def test_row48_a_callers_mistake_is_the_sources_error(source, images):
+@pytest.mark.fault(48)
+def test_a_callers_mistake_is_the_sources_error(source, images):
     fast = fastres.optimize(source, example_input=images)
     for model in (source, fast):
         with pytest.raises(RuntimeError, match="shape '.2, -1, 7.' is invalid"):
             answer(model, images, tokens=7)
 
 
-def test_row48_a_state_is_advanced_once_per_call(images):
+@pytest.mark.fault(48)
+def test_a_state_is_advanced_once_per_call(images):
     class Counting(Branching):
         def __init__(self):
             super().__init__()
@@ -194,10 +200,11 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.filterwarnings("ignore:a runs as ordinary PyTorch")
-def test_row50_what_is_set_on_a_shell_has_effect(source, images, change, when):
+def test_what_is_set_on_a_shell_has_effect(source, images, change, when):
     fast = fastres.optimize(source, example_input=images if when == "after" else None)
     twin = copy.deepcopy(source)
     with torch.no_grad():
@@ -209,7 +216,8 @@ def test_row50_what_is_set_on_a_shell_has_effect(source, images, change, when):
     same(copy.deepcopy(fast), twin, images)
 
 
-def test_row50_a_part_that_was_changed_says_so(source, images):
+@pytest.mark.fault(50)
+def test_a_part_that_was_changed_says_so(source, images):
     fast = fastres.optimize(source, example_input=images)
     fast.a[2] = nn.Tanh()
     with pytest.warns(UserWarning, match="a runs as ordinary PyTorch: it was changed"):
@@ -223,7 +231,8 @@ def test_row50_a_part_that_was_changed_says_so(source, images):
     assert not fast.plan().fused
 
 
-def test_row50_the_score_threshold_of_a_detector():
+@pytest.mark.fault(50)
+def test_the_score_threshold_of_a_detector():
     options = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
     source = torchvision.models.detection.fasterrcnn_resnet50_fpn(**options)
     source = hostile_(source)
@@ -235,10 +244,11 @@ def test_row50_the_score_threshold_of_a_detector():
     assert source.roi_heads.score_thresh == 0.05
 
 
+@pytest.mark.fault(50)
 @pytest.mark.parametrize(
     "name", ["fc", "layer1", "conv1", "inplanes", "groups", "dtype", "backend", "block_size"]
 )
-def test_row50_what_cannot_have_effect_is_an_error(name, tmp_path):
+def test_what_cannot_have_effect_is_an_error(name, tmp_path):
     class Sized(torchvision.models.ResNet):
         block_size = 4
 
@@ -255,7 +265,8 @@ def test_row50_what_cannot_have_effect_is_an_error(name, tmp_path):
     assert fast.out_channels == 512
 
 
-def test_row54_parameters_and_devices(images):
+@pytest.mark.fault(54)
+def test_parameters_and_devices(images):
     source = hostile_(Whole()).double()
     fast = fastres.optimize(source, example_input=images)
     first = next(fast.parameters())
@@ -265,7 +276,8 @@ def test_row54_parameters_and_devices(images):
     assert not any(p.requires_grad for p in fast.parameters())
 
 
-def test_row54_a_shells_are_the_sources(images):
+@pytest.mark.fault(54)
+def test_a_shells_are_the_sources(images):
     source = hugging_face()
     fast = fastres.optimize(source)
     assert (fast.device, fast.dtype) == (source.device, source.dtype)
@@ -280,7 +292,8 @@ def test_row54_a_shells_are_the_sources(images):
         assert ours.data_ptr() != theirs.data_ptr()
 
 
-def test_row65_save_pretrained_writes_the_sources_state(tmp_path):
+@pytest.mark.fault(65)
+def test_save_pretrained_writes_the_sources_state(tmp_path):
     source, images = hugging_face().float(), real_images(2, 32)
     fast = fastres.optimize(source, example_input=images)
     fast.save_pretrained(tmp_path / "fused")
@@ -297,8 +310,9 @@ def test_row65_save_pretrained_writes_the_sources_state(tmp_path):
         fastres.save(fast, tmp_path / "fused.safetensors")
 
 
+@pytest.mark.fault(65)
 @pytest.mark.filterwarnings("ignore:a runs as ordinary PyTorch")
-def test_row65_a_state_that_is_loaded_is_served(source, images):
+def test_a_state_that_is_loaded_is_served(source, images):
     fast = fastres.optimize(source, example_input=images)
     other = hostile_(Options(), 3).double()
     same_eps_(other, source)
@@ -348,8 +362,9 @@ WAYS = {
 }
 
 
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("way", WAYS)
-def test_row67_containers_in_every_way(images, way):
+def test_containers_in_every_way(images, way):
     source = hostile_(Loops([WAYS[way], WAYS["called"]])).double()
     fast = fastres.optimize(source)
     same(fast, source, images)
@@ -362,7 +377,8 @@ class Chain(nn.Sequential):
         return x if x.sum() > 1e9 else super().forward(x)
 
 
-def test_row67_a_shell_that_is_a_container(images):
+@pytest.mark.fault(67)
+def test_a_shell_that_is_a_container(images):
     source = hostile_(Chain(nn.Sequential(block(), block(8)), nn.Flatten())).double()
     for fast in (fastres.optimize(source), pickle.loads(pickle.dumps(fastres.optimize(source)))):
         assert isinstance(fast, FastShell)
@@ -410,9 +426,10 @@ ASKED = {
 }
 
 
+@pytest.mark.fault(83)
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.filterwarnings("ignore:encoder runs as ordinary PyTorch")
-def test_row83_what_the_sources_python_sees_of_a_part(images, asked):
+def test_what_the_sources_python_sees_of_a_part(images, asked):
     class Net(Branching):
         def __init__(self):
             super().__init__()
@@ -438,7 +455,8 @@ def test_row83_what_the_sources_python_sees_of_a_part(images, asked):
     assert len(fast.plan().fused) == (0 if asked == "an attribute that is set" else 2)
 
 
-def test_row83_the_smallest_case():
+@pytest.mark.fault(83)
+def test_the_smallest_case():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -454,7 +472,8 @@ def test_row83_the_smallest_case():
     same(fastres.optimize(source), source, real_images(2, 16))
 
 
-def test_row83_gradients_of_a_part_that_is_called_directly(source, images):
+@pytest.mark.fault(83)
+def test_gradients_of_a_part_that_is_called_directly(source, images):
     fast = fastres.optimize(source, example_input=images)
     x, y = images.clone().requires_grad_(), images.clone().requires_grad_()
     with pytest.warns(UserWarning, match="gradients are wanted"):
@@ -484,8 +503,9 @@ FORMS = {
 }
 
 
+@pytest.mark.fault(84)
 @pytest.mark.parametrize("form", FORMS)
-def test_row84_a_copy_that_is_refused_is_never_served(images, form):
+def test_a_copy_that_is_refused_is_never_served(images, form):
     fast = fastres.optimize(hostile_(Baked(*FORMS[form])).double())
     unseen = copy.deepcopy(fast)
     for model in (fast, fast, copy.deepcopy(fast), unseen, unseen):
@@ -498,8 +518,9 @@ def test_row84_a_copy_that_is_refused_is_never_served(images, form):
         torch.compile(fast, backend="eager")(images)
 
 
+@pytest.mark.fault(84)
 @pytest.mark.parametrize("form", FORMS)
-def test_row84_a_part_that_is_wrong_is_not_fused(images, form):
+def test_a_part_that_is_wrong_is_not_fused(images, form):
     class Net(Branching):
         def __init__(self):
             super().__init__()
@@ -519,7 +540,8 @@ def test_row84_a_part_that_is_wrong_is_not_fused(images, form):
     assert all("differ" in why for step, why in fast.plan().left)
 
 
-def test_row84_another_type_of_argument_is_not_what_was_checked(images):
+@pytest.mark.fault(84)
+def test_another_type_of_argument_is_not_what_was_checked(images):
     class Either(nn.Module):
         def __init__(self):
             super().__init__()
@@ -545,7 +567,8 @@ def test_row84_another_type_of_argument_is_not_what_was_checked(images):
     same(fast, source, images, 2.0)
 
 
-def test_row84_rounding_that_reorders_boxes_is_no_fault():
+@pytest.mark.fault(84)
+def test_rounding_that_reorders_boxes_is_no_fault():
     """Each part is compared on its own inputs: equal scores may come in another order."""
 
     class Ties(Branching):

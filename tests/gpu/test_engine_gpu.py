@@ -52,18 +52,20 @@ def steps(model, x):
     return verify_steps(runner.executor, model, [x])
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_row41_float32_against_float64(name, backend):
+def test_float32_against_float64(name, backend):
     model = hostile_(fastres.create_model(name, backend=backend)).to(CUDA)
     assert_fused(model, images(4, 96))
     assert_fused(model, images(1, 65).contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.fault(41)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
-def test_row41_half_precision_by_steps(name, dtype, backend):
+def test_half_precision_by_steps(name, dtype, backend):
     model = hostile_(fastres.create_model(name, backend=backend)).to(CUDA, dtype)
     x = images(4, 96, dtype)
     found = steps(model, x)
@@ -90,8 +92,9 @@ def test_folded_from_float32(dtype):
     assert rms(out - exact) <= 2 * rms(rounded - exact)
 
 
+@pytest.mark.fault(17)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_row17_tf32_follows_torchs_flags(backend, monkeypatch):
+def test_tf32_follows_torchs_flags(backend, monkeypatch):
     """Allowed, it is used, and is worse than full float32 but good to three digits."""
     model, x = hostile_(fastres.resnet18(backend=backend)).to(CUDA), images(4, 96)
     exact = plain(hostile_(fastres.resnet18()).to(CUDA).double(), x.double())
@@ -146,8 +149,9 @@ CHANGES = {
 }
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_row35_changes_behind_a_captured_graph(change):
+def test_changes_behind_a_captured_graph(change):
     model, x = on_gpu(), images()
     assert_fused(model, x)
     for _ in range(2):
@@ -155,7 +159,8 @@ def test_row35_changes_behind_a_captured_graph(change):
         assert_fused(model, x)
 
 
-def test_row22_devices_are_not_mixed():
+@pytest.mark.fault(22)
+def test_devices_are_not_mixed():
     model = on_gpu()
     with torch.no_grad(), pytest.raises(ValueError, match="x must be on cuda:0.*got cpu"):
         model(images().cpu())
@@ -169,8 +174,9 @@ def test_row22_devices_are_not_mixed():
         assert_close(model(images().cpu()), model, images().cpu())
 
 
+@pytest.mark.fault(22)
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_row22_another_device_than_the_current_one():
+def test_another_device_than_the_current_one():
     model, x = small().to("cuda:1"), real_images(2, 32).to("cuda:1")
     assert torch.cuda.current_device() == 0
     with torch.no_grad():
@@ -182,7 +188,8 @@ def test_row22_another_device_than_the_current_one():
     assert_fused(model, x.to("cuda:0"))
 
 
-def test_row26_copies_and_moves_of_fast_models():
+@pytest.mark.fault(26)
+def test_copies_and_moves_of_fast_models():
     source, x = on_gpu(), images()
     fast = fastres.optimize(source, example_input=x)
     out = fast(x)
@@ -195,7 +202,7 @@ def test_row26_copies_and_moves_of_fast_models():
 
 FORKED = """
 import os, sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests/support", "."]
 import torch
 from fused import images, small
 model, x = small().cuda(), images().cuda()
@@ -214,13 +221,15 @@ sys.exit(status)
 """
 
 
-def test_row26_a_fork_after_cuda_has_started_is_refused_with_advice():
+@pytest.mark.fault(26)
+def test_a_fork_after_cuda_has_started_is_refused_with_advice():
     """torch's own error, which advises spawn; the parent goes on as before."""
     done = subprocess.run([sys.executable, "-c", FORKED], cwd=ROOT, check=False)
     assert done.returncode == 0
 
 
-def test_row20_out_of_memory_leaves_the_model_usable():
+@pytest.mark.fault(20)
+def test_out_of_memory_leaves_the_model_usable():
     model = hostile_(fastres.resnet50()).to(CUDA)
     small_images = images(2, 64)
     assert_fused(model, small_images)
@@ -241,7 +250,8 @@ def test_row20_out_of_memory_leaves_the_model_usable():
     assert_fused(model, images(3, 64))
 
 
-def test_row21_fifty_batch_sizes_leave_memory_flat():
+@pytest.mark.fault(21)
+def test_fifty_batch_sizes_leave_memory_flat():
     model = on_gpu()
     inputs = [images(n, 32) for n in range(1, 51)]
 
@@ -269,7 +279,8 @@ def _without_grad(model, x):
         return model(x)
 
 
-def test_row21_training_gives_the_memory_back():
+@pytest.mark.fault(21)
+def test_training_gives_the_memory_back():
     model, x = hostile_(fastres.resnet50()).to(CUDA), images(4, 128)
     assert_close(plain(model, x), model, x)  # cuBLAS takes its workspaces, and keeps them
     torch.cuda.synchronize()
@@ -283,7 +294,8 @@ def test_row21_training_gives_the_memory_back():
     assert_fused(model.eval(), x)
 
 
-def test_row23_threads_on_streams_of_their_own():
+@pytest.mark.fault(23)
+def test_threads_on_streams_of_their_own():
     model = on_gpu()
     inputs = [images(1 + i % 3, 32) + i for i in range(8)]
     torch.cuda.synchronize()
@@ -302,21 +314,24 @@ def test_row23_threads_on_streams_of_their_own():
             assert_close(out, model, x)
 
 
-def test_row23_two_models_do_not_mix():
+@pytest.mark.fault(23)
+def test_two_models_do_not_mix():
     first, second, x = on_gpu(), on_gpu(seed=5), images()
     for _ in range(4):
         for model in (first, second):
             assert_close(_without_grad(model, x), model, x)
 
 
-def test_row18_the_same_call_gives_the_same_bits():
+@pytest.mark.fault(18)
+def test_the_same_call_gives_the_same_bits():
     model, x = hostile_(fastres.resnet50()).to(CUDA, torch.float16), images(4, 64, torch.float16)
     with torch.no_grad():
         outs = [model(x) for _ in range(100)]
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_row14_nan_stays_in_its_image():
+@pytest.mark.fault(14)
+def test_nan_stays_in_its_image():
     model, x = on_gpu(), images(3)
     x[1, 0, 5, 5] = float("nan")
     with torch.no_grad():

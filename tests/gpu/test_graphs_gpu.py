@@ -74,7 +74,8 @@ def test_a_replay_launches_no_kernel_by_itself():
     assert sum(LAUNCHES.values()) == before
 
 
-def test_row24_outputs_belong_to_the_caller(model):
+@pytest.mark.fault(24)
+def test_outputs_belong_to_the_caller(model):
     inputs = [images() + i for i in range(6)]
     warm(model, inputs[0])
     outs = [answer(model, x) for x in inputs]
@@ -88,7 +89,8 @@ def test_row24_outputs_belong_to_the_caller(model):
     assert_close(answer(model, inputs[0]), model, inputs[0])
 
 
-def test_row24_each_shape_dtype_and_layout_has_a_graph_of_its_own(model):
+@pytest.mark.fault(24)
+def test_each_shape_dtype_and_layout_has_a_graph_of_its_own(model):
     variants = [
         images(1),
         images(2),
@@ -103,7 +105,8 @@ def test_row24_each_shape_dtype_and_layout_has_a_graph_of_its_own(model):
             assert_close(answer(model, x), model, x)
 
 
-def test_row21_graphs_are_bounded_and_the_oldest_goes_first(model):
+@pytest.mark.fault(21)
+def test_graphs_are_bounded_and_the_oldest_goes_first(model):
     sizes = range(16, 40)
     for size in sizes:
         warm(model, images(1, size))
@@ -114,7 +117,8 @@ def test_row21_graphs_are_bounded_and_the_oldest_goes_first(model):
         assert_close(answer(model, images(1, size)), model, images(1, size))
 
 
-def test_row23_evicted_graphs_may_still_be_running(model):
+@pytest.mark.fault(23)
+def test_evicted_graphs_may_still_be_running(model):
     """Calls on a stream of their own, evicted at once from another."""
     stream = torch.cuda.Stream()
     x = images(8, 64)
@@ -128,8 +132,9 @@ def test_row23_evicted_graphs_may_still_be_running(model):
     assert_close(out, model, x)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("captured", [False, True])
-def test_row23_a_side_stream(model, captured):
+def test_a_side_stream(model, captured):
     x = images()
     if captured:
         warm(model, x)
@@ -142,7 +147,8 @@ def test_row23_a_side_stream(model, captured):
         assert_close(out, model, x + i)
 
 
-def test_row23_streams_in_turn_without_waiting(model):
+@pytest.mark.fault(23)
+def test_streams_in_turn_without_waiting(model):
     """The first call folds on one stream; the next comes on another, at once."""
     streams = [torch.cuda.Stream() for _ in range(3)]
     inputs = [images() + i for i in range(12)]
@@ -156,8 +162,9 @@ def test_row23_streams_in_turn_without_waiting(model):
         assert_close(out, model, x)
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("captured", [False, True])
-def test_row23_an_input_freed_right_after_the_call(model, captured):
+def test_an_input_freed_right_after_the_call(model, captured):
     if captured:
         warm(model, images(4, 64))
     kept = images(4, 64)
@@ -172,7 +179,8 @@ def test_row23_an_input_freed_right_after_the_call(model, captured):
         assert_close(out, model, kept + i)
 
 
-def test_row25_a_users_own_capture(model):
+@pytest.mark.fault(25)
+def test_a_users_own_capture(model):
     """After warm-up the model can be part of a larger graph, which sees refolded weights too."""
     static = images().clone()
     warm(model, static)
@@ -191,7 +199,8 @@ def test_row25_a_users_own_capture(model):
     assert_close(logits.clone(), model, static)
 
 
-def test_row25_folding_inside_a_capture_is_refused(model):
+@pytest.mark.fault(25)
+def test_folding_inside_a_capture_is_refused(model):
     """New weights and changed ones; afterwards everything works."""
     x = images()
     for change in (lambda: None, lambda: model.load_state_dict(small(seed=4).state_dict())):
@@ -205,7 +214,8 @@ def test_row25_folding_inside_a_capture_is_refused(model):
             assert_close(answer(model, x), model, x)
 
 
-def test_row35_changed_weights_keep_their_graphs(model):
+@pytest.mark.fault(35)
+def test_changed_weights_keep_their_graphs(model):
     x = images()
     warm(model, x)
     (entry,) = runner_of(model)._graphs.values()
@@ -216,7 +226,8 @@ def test_row35_changed_weights_keep_their_graphs(model):
     assert same is entry
 
 
-def test_row35_changed_weights_while_another_stream_is_still_computing(model):
+@pytest.mark.fault(35)
+def test_changed_weights_while_another_stream_is_still_computing(model):
     x, stream = images(8, 64), torch.cuda.Stream()
     warm(model, x)
     expected = answer(model, x)
@@ -231,7 +242,8 @@ def test_row35_changed_weights_while_another_stream_is_still_computing(model):
     assert_close(changed, model, x)
 
 
-def test_row35_structure_may_change_behind_a_graph(model):
+@pytest.mark.fault(35)
+def test_structure_may_change_behind_a_graph(model):
     x = images()
     warm(model, x)
     model.fc = torch.nn.Linear(16, 3).to(CUDA).eval()
@@ -257,7 +269,8 @@ def test_modes_of_inference_in_turn(model):
         assert_close(answer(model, x), model, x)
 
 
-def test_row1_empty_batches_and_wrong_inputs_between_replays(model):
+@pytest.mark.fault(1)
+def test_empty_batches_and_wrong_inputs_between_replays(model):
     x = images()
     warm(model, x)
     assert answer(model, x[:0]).shape == (0, 5)

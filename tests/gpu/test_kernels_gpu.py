@@ -58,9 +58,10 @@ def fitted(kind: str, dtype: torch.dtype, row, splits: int = 1):
     return replace(used, splits=splits if used.splittable else 1)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("splits", [1, 4])
 @pytest.mark.parametrize(("kind", "dtype", "row"), ROWS, ids=str)
-def test_row19_every_config_is_exact_on_the_device(integers, poisoned, kind, dtype, row, splits):
+def test_every_config_is_exact_on_the_device(integers, poisoned, kind, dtype, row, splits):
     config = fitted(kind, dtype, row, splits)
     precision = "ieee" if kind == "half" else kind
     for channels, outputs, window in [(128, 136, 3), (row.block_k + 8, 72, 3), (4, 64, 7)]:
@@ -112,14 +113,16 @@ def test_the_layers_of_a_resnet_keep_the_rule_of_two(rule_of_two, kind, layer, b
     rule_of_two(got, pt, conv2d_ref(x, w, b, upcast=True, **shape))
 
 
-def test_row5_more_than_65535_tiles(integers):
+@pytest.mark.fault(5)
+def test_more_than_65535_tiles(integers):
     x, w = integers(70_000, 16, 1, 16, dtype=torch.float16), integers(16, 16, 1, 1).half()
     config = fitted("half", torch.float16, CONFIGS["half"][-1])
     assert Problem(70_000 * 16, 16, 16, 1, 1, 2).tiles(config) > 65_535
     assert torch.equal(conv2d(x, w, config=config), conv2d_ref(x, w, upcast=True).half())
 
 
-def test_row6_more_than_2_to_the_31_elements():
+@pytest.mark.fault(6)
+def test_more_than_2_to_the_31_elements():
     needed = 14 * 2**30
     if torch.cuda.mem_get_info(CUDA)[0] < needed:
         pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
@@ -148,7 +151,8 @@ def test_row6_more_than_2_to_the_31_elements():
     assert torch.equal(y[last], want)
 
 
-def test_row9_alignment_may_change_from_call_to_call(integers):
+@pytest.mark.fault(9)
+def test_alignment_may_change_from_call_to_call(integers):
     x, w = integers(2, 64, 9, 9, dtype=torch.float16), integers(40, 64, 3, 3, dtype=torch.float16)
     want = conv2d_ref(x, w, padding=1, upcast=True).half()
     for offset in (0, 1, 0, 4, 8, 3, 0):
@@ -157,8 +161,9 @@ def test_row9_alignment_may_change_from_call_to_call(integers):
         assert torch.equal(conv2d(shifted, w, padding=1), want)
 
 
+@pytest.mark.fault(18)
 @pytest.mark.parametrize("splits", [1, 8])
-def test_row18_a_hundred_calls_give_the_same_bits(splits):
+def test_a_hundred_calls_give_the_same_bits(splits):
     x, w = nhwc(2, 256, 7, 7), nhwc(512, 256, 3, 3)
     config = fitted("ieee", torch.float32, CONFIGS["ieee"][1], splits)
     scratch = torch.zeros(scratch_size(Problem(98, 512, 256, 9, 1, 4), config), device=CUDA)
@@ -167,7 +172,8 @@ def test_row18_a_hundred_calls_give_the_same_bits(splits):
         assert torch.equal(conv2d(x, w, padding=1, config=config, scratch=scratch), first)
 
 
-def test_row21_batch_sizes_share_their_compilations():
+@pytest.mark.fault(21)
+def test_batch_sizes_share_their_compilations():
     w = nhwc(64, 64, 3, 3, dtype=torch.float16)
     config = fitted("half", torch.float16, CONFIGS["half"][6])
 
@@ -183,7 +189,8 @@ def test_row21_batch_sizes_share_their_compilations():
     assert compiled() == before
 
 
-def test_row22_a_tensor_on_another_gpu_than_the_current_one():
+@pytest.mark.fault(22)
+def test_a_tensor_on_another_gpu_than_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     x, w = nhwc(1, 16, 5, 5).to("cuda:1"), nhwc(8, 16, 3, 3).to("cuda:1")
@@ -194,12 +201,14 @@ def test_row22_a_tensor_on_another_gpu_than_the_current_one():
         conv2d(x, w.to("cuda:0"))
 
 
-def test_row22_cpu_tensors_are_refused():
+@pytest.mark.fault(22)
+def test_cpu_tensors_are_refused():
     with pytest.raises(RuntimeError, match="x is on cpu; Triton kernels take CUDA tensors"):
         conv2d(torch.randn(1, 1, 3, 3), torch.randn(1, 1, 1, 1))
 
 
-def test_row23_another_stream_and_an_input_freed_at_once(integers):
+@pytest.mark.fault(23)
+def test_another_stream_and_an_input_freed_at_once(integers):
     w = integers(64, 64, 3, 3, dtype=torch.float16)
     x = integers(8, 64, 28, 28, dtype=torch.float16)
     want = conv2d_ref(x, w, padding=1, upcast=True).half()
@@ -211,9 +220,10 @@ def test_row23_another_stream_and_an_input_freed_at_once(integers):
     assert all(torch.equal(y, want) for y in got)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("own_scratch", [False, True])
 @pytest.mark.parametrize("splits", [1, 4])
-def test_row25_a_captured_call_replays_on_new_values(integers, splits, own_scratch):
+def test_a_captured_call_replays_on_new_values(integers, splits, own_scratch):
     x = integers(2, 128, 7, 7, dtype=torch.float16)
     w = integers(64, 128, 3, 3, dtype=torch.float16)
     config = fitted("half", torch.float16, CONFIGS["half"][6], splits)
@@ -229,7 +239,8 @@ def test_row25_a_captured_call_replays_on_new_values(integers, splits, own_scrat
         assert torch.equal(y, conv2d_ref(x, w, padding=1, upcast=True).half())
 
 
-def test_row27_every_candidate_runs_on_this_gpu(integers):
+@pytest.mark.fault(27)
+def test_every_candidate_runs_on_this_gpu(integers):
     x, w = integers(1, 512, 7, 7, dtype=torch.float16), integers(512, 512, 3, 3).half()
     w = w.contiguous(memory_format=torch.channels_last)
     want = conv2d_ref(x, w, padding=1, upcast=True).half()
@@ -238,7 +249,8 @@ def test_row27_every_candidate_runs_on_this_gpu(integers):
         assert torch.equal(conv2d(x, w, padding=1, config=config), want), config
 
 
-def test_row40_opcheck_and_compile_on_the_device():
+@pytest.mark.fault(40)
+def test_opcheck_and_compile_on_the_device():
     x, w = nhwc(2, 16, 6, 6, dtype=torch.float16), nhwc(8, 16, 3, 3, dtype=torch.float16)
     arguments = (x, w, torch.randn(8, device=CUDA), None, [1, 1], [1, 1], [1, 1], 1, True, "ieee")
     torch.library.opcheck(conv2d_op, arguments)

@@ -20,12 +20,14 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, str(Path(__file__).with_name("sanitize.py"))]
 
 
-def test_row29_the_script_is_exact_on_the_device():
+@pytest.mark.fault(29)
+def test_the_script_is_exact_on_the_device():
     subprocess.run(SCRIPT, cwd=ROOT, check=True)
 
 
+@pytest.mark.fault(29)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
-def test_row29_compute_sanitizer_finds_nothing(tool):
+def test_compute_sanitizer_finds_nothing(tool):
     if not os.environ.get("FASTRES_SANITIZE"):
         pytest.skip("takes minutes: set FASTRES_SANITIZE=1, or run make gpu-sanitize")
     found = shutil.which("compute-sanitizer")

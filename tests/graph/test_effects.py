@@ -73,8 +73,9 @@ def kept(fast):
     ]
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("keep", [set_attribute, append, cache, nested])
-def test_row52_what_forward_stores_is_found_on_the_copy(keep):
+def test_what_forward_stores_is_found_on_the_copy(keep):
     source = hostile_(Net(keep)).eval()
     fast = fastres.optimize(source, example_input=X)
     assert isinstance(fast, FastShell)
@@ -88,7 +89,8 @@ def test_row52_what_forward_stores_is_found_on_the_copy(keep):
     assert all(step.where for step in fast.plan().fused)
 
 
-def test_row52_a_layer_that_stores_behind_a_branch():
+@pytest.mark.fault(52)
+def test_a_layer_that_stores_behind_a_branch():
     class Deep(Net):
         def __init__(self):
             super().__init__()
@@ -103,8 +105,9 @@ def test_row52_a_layer_that_stores_behind_a_branch():
     torch.testing.assert_close(fast.keeper.feat, source.a(X), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("count", ["number", "buffer"])
-def test_row52_a_forward_that_counts_is_not_recorded(count):
+def test_a_forward_that_counts_is_not_recorded(count):
     def number(self, y):
         self.calls += 1
 
@@ -118,7 +121,8 @@ def test_row52_a_forward_that_counts_is_not_recorded(count):
     assert source.seen == 0
 
 
-def test_row52_a_cache_of_weights_is_no_reason_to_refuse():
+@pytest.mark.fault(52)
+def test_a_cache_of_weights_is_no_reason_to_refuse():
     def cached(self, y):
         self.cache[str(y.device)] = self.b[0].weight * 2
         self.made = torch.ones(2)
@@ -126,7 +130,8 @@ def test_row52_a_cache_of_weights_is_no_reason_to_refuse():
     assert not isinstance(fastres.optimize(Net(cached).eval(), example_input=X), FastShell)
 
 
-def test_row52_features_of_a_network_that_stores_are_refused():
+@pytest.mark.fault(52)
+def test_features_of_a_network_that_stores_are_refused():
     with pytest.raises(TraceError, match="its forward stores feat"):
         fastres.features(Net(set_attribute).eval(), ("a", "b"))
 
@@ -163,8 +168,9 @@ class Collecting(Net):
         self.collector.got.append(output)
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("how", ["method", "partial", "object", "own"])
-def test_row52_hooks_that_are_bound_feed_the_copy(how):
+def test_hooks_that_are_bound_feed_the_copy(how):
     source = hostile_(Collecting(how)).eval()
     fast = fastres.optimize(source, example_input=X)
     before = len(source.collector.got)
@@ -175,7 +181,8 @@ def test_row52_hooks_that_are_bound_feed_the_copy(how):
     assert len(source.collector.got) == before + 1
 
 
-def test_row52_timms_hooked_features():
+@pytest.mark.fault(52)
+def test_timms_hooked_features():
     timm = pytest.importorskip("timm")
     source = timm.create_model("resnet18", features_only=True, feature_cls="hook").eval()
     x = torch.randn(1, 3, 64, 64)
@@ -188,7 +195,8 @@ def test_row52_timms_hooked_features():
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_row52_a_hook_that_refers_to_the_source_is_warned_of():
+@pytest.mark.fault(52)
+def test_a_hook_that_refers_to_the_source_is_warned_of():
     source = Net().eval()
     source.a.register_forward_hook(lambda module, inputs, y: setattr(source, "feat", y))
     with pytest.warns(UserWarning, match="a forward hook of a refers to modules of the") as w:
@@ -196,7 +204,8 @@ def test_row52_a_hook_that_refers_to_the_source_is_warned_of():
     assert w[-1].filename == __file__
 
 
-def test_row52_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
+@pytest.mark.fault(52)
+def test_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
     source, seen = Net().eval(), []
     source.a.register_forward_hook(lambda module, inputs, y: seen.append(y))
     source.b.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
@@ -208,8 +217,9 @@ def test_row52_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
     assert not any("refers to" in str(w.message) for w in caught)
 
 
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("how", ["method", "partial", "object"])
-def test_row52_hooks_of_an_object_of_the_users_go_on_to_feed_it(how):
+def test_hooks_of_an_object_of_the_users_go_on_to_feed_it(how):
     source, mine = hostile_(Net()).eval(), Collector()
     hooks = {"method": mine.take, "partial": partial(mine.take_named, "a"), "object": mine}
     source.a.register_forward_hook(hooks[how])

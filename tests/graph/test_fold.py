@@ -18,11 +18,12 @@ def folded(module: nn.Module, dtype=torch.float64):
     return op, *fold.folded_conv(op, lambda path: attribute(module, path), dtype)
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize("conv_bias", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 6])
 @pytest.mark.parametrize("eps", [1e-5, 1e-3, 0.7])
-def test_row30_numbers_in_float64(conv_bias, affine, groups, eps):
+def test_numbers_in_float64(conv_bias, affine, groups, eps):
     """Tiny variances: there a wrong eps, or one forgotten, changes the result by its whole size."""
     conv = nn.Conv2d(6, 12, 3, stride=2, padding=1, dilation=2, groups=groups, bias=conv_bias)
     module = hostile_(nn.Sequential(conv, nn.BatchNorm2d(12, affine=affine))).double()
@@ -64,8 +65,9 @@ def test_folded_weights_are_copies(layer, dtype):
         assert torch.equal(made, source)
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_row32_fold_first_cast_last(dtype):
+def test_fold_first_cast_last(dtype):
     """float32 sources: the float64 result is rounded once. Biases stay float32."""
     module = hostile_(nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)))
     _, exact, exact_bias = folded(module)
@@ -87,16 +89,18 @@ def test_half_precision_sources_are_folded_as_they_are():
     assert torch.equal(bias, exact_bias.float())
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("variance", [-0.1, -1e-30, float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("eps", [1e-5, 1.0])
-def test_row32_nonsense_variance_is_refused_by_name(variance, eps):
+def test_nonsense_variance_is_refused_by_name(variance, eps):
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=eps)).eval()
     module[1].running_var[2] = variance
     with pytest.raises(FoldError, match=r"1\.running_var\[2\] is .*finite and not negative"):
         folded(module)
 
 
-def test_row32_zero_variance_is_no_nonsense():
+@pytest.mark.fault(32)
+def test_zero_variance_is_no_nonsense():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     module[1].running_var.zero_()
     assert folded(module)[1].isfinite().all()
@@ -105,7 +109,8 @@ def test_row32_zero_variance_is_no_nonsense():
         folded(module)
 
 
-def test_row33_a_weight_too_large_for_float16_is_refused_with_advice():
+@pytest.mark.fault(33)
+def test_a_weight_too_large_for_float16_is_refused_with_advice():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     module[1].running_var[1] = 1e-8
     module[1].eps = 1e-9
@@ -119,7 +124,8 @@ def test_row33_a_weight_too_large_for_float16_is_refused_with_advice():
     assert folded(module, torch.float32)[1].isfinite().all()
 
 
-def test_row33_a_bias_too_large_for_float16_is_refused():
+@pytest.mark.fault(33)
+def test_a_bias_too_large_for_float16_is_refused():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     module[1].running_mean[2] = -7e4
     with pytest.raises(FoldError, match=r"1\.running_mean: folded, a value of 69999"):

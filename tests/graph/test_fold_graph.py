@@ -97,6 +97,7 @@ class Between(nn.Module):
         return self.norm(self.between(self.conv(x)))
 
 
+@pytest.mark.fault(30)
 @pytest.mark.parametrize(
     ("module", "inside", "apart"),
     [
@@ -115,7 +116,7 @@ class Between(nn.Module):
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
-def test_row30_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
+def test_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
     module = hostile_(module).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     out, built = run(module, x)
@@ -130,8 +131,9 @@ def test_row30_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart)
         torch.testing.assert_close(out[name], expected[name], rtol=1e-12, atol=1e-12)  # float64
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("kind", ["training", "no statistics", "instance norm", "replaced forward"])
-def test_row31_other_norms_are_left_to_pytorch(kind):
+def test_other_norms_are_left_to_pytorch(kind):
     norm = nn.InstanceNorm2d(4) if kind == "instance norm" else nn.BatchNorm2d(4)
     if kind == "no statistics":
         norm = nn.BatchNorm2d(4, track_running_stats=False)
@@ -162,8 +164,9 @@ def norm_without_act(channels):
     return pytest.importorskip("timm.layers").BatchNormAct2d(channels, apply_act=False)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("make", [nn.SyncBatchNorm, frozen, norm_act, norm_without_act])
-def test_row34_norms_of_other_libraries(make):
+def test_norms_of_other_libraries(make):
     module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), make(8))
     hostile_(module)
     if make is frozen:
@@ -191,8 +194,9 @@ def reference_of(module):
     return nn.Sequential(module[0], ordinary)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("act", [nn.SiLU, nn.LeakyReLU])
-def test_row34_norm_with_another_activation(act):
+def test_norm_with_another_activation(act):
     timm = pytest.importorskip("timm.layers")
     module = nn.Sequential(nn.Conv2d(3, 8, 3), timm.BatchNormAct2d(8, act_layer=act))
     module = hostile_(module).double()
@@ -202,7 +206,8 @@ def test_row34_norm_with_another_activation(act):
     torch.testing.assert_close(out, module(x).detach(), rtol=1e-12, atol=1e-12)  # float64
 
 
-def test_row30_a_whole_network_in_float64():
+@pytest.mark.fault(30)
+def test_a_whole_network_in_float64():
     """Every norm of a ResNet-18 at once, against PyTorch's own fold-free answer."""
     module = hostile_(resnet18(num_classes=7)).double()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)

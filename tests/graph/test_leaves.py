@@ -152,23 +152,26 @@ def convolutions(fast):
     return [step.op for step in fast.plan().steps if isinstance(step.op, Conv2d)]
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("norm", [EmptyNorm, NamedNorm, SplitNorm, FrozenNorm])
-def test_row49_norms_that_compute_as_torchs_are_folded(norm):
+def test_norms_that_compute_as_torchs_are_folded(norm):
     fast = check(hostile(Net(norm)), X)
     assert not left(fast)
     assert all(op.norm for op in convolutions(fast))
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("name", ["SplitBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"])
-def test_row49_timms_norms_are_folded(name):
+def test_timms_norms_are_folded(name):
     layers = pytest.importorskip("timm.layers")
     fast = check(hostile(Net(getattr(layers, name))), X)
     assert not left(fast)
     assert all(op.norm for op in convolutions(fast))
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("name", ["EvoNorm2dS0", "FilterResponseNormTlu2d", "GroupNorm1"])
-def test_row49_timms_other_norms_are_left_and_the_rest_is_fused(name):
+def test_timms_other_norms_are_left_and_the_rest_is_fused(name):
     layers = pytest.importorskip("timm.layers")
     kind = getattr(layers, name)
     fast = check(hostile(Net(lambda c: kind(c, groups=4) if "Evo" in name else kind(c))), X)
@@ -177,6 +180,7 @@ def test_row49_timms_other_norms_are_left_and_the_rest_is_fused(name):
     assert convolutions(fast)[-1].relu
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [
@@ -187,7 +191,7 @@ def test_row49_timms_other_norms_are_left_and_the_rest_is_fused(name):
         ({"middle": lambda: Forked(8)}, {"middle"}),
     ],
 )
-def test_row49_a_layer_that_cannot_be_traced_is_left_by_name(arguments, names):
+def test_a_layer_that_cannot_be_traced_is_left_by_name(arguments, names):
     fast = check(hostile(Net(**arguments)), X)
     reasons = left(fast)
     assert set(reasons) == names
@@ -199,7 +203,8 @@ def test_row49_a_layer_that_cannot_be_traced_is_left_by_name(arguments, names):
     assert "act1" not in names or all(op.norm for op in ops)
 
 
-def test_row49_a_layer_whose_result_is_taken_apart():
+@pytest.mark.fault(49)
+def test_a_layer_whose_result_is_taken_apart():
     class Apart(Net):
         def forward(self, x):
             y, mean = self.middle(F.relu(self.norm1(self.conv1(x))))
@@ -210,7 +215,8 @@ def test_row49_a_layer_whose_result_is_taken_apart():
     assert "middle" in left(fast)
 
 
-def test_row49_a_layer_called_twice_and_one_inside_another():
+@pytest.mark.fault(49)
+def test_a_layer_called_twice_and_one_inside_another():
     class Outer(nn.Module):
         def __init__(self):
             super().__init__()
@@ -230,7 +236,8 @@ def test_row49_a_layer_called_twice_and_one_inside_another():
     assert all(op.norm for op in convolutions(fast))
 
 
-def test_row49_weights_that_a_refused_layer_has_read_are_read_anew():
+@pytest.mark.fault(49)
+def test_weights_that_a_refused_layer_has_read_are_read_anew():
     class Shared(Net):
         def __init__(self):
             super().__init__()
@@ -254,8 +261,9 @@ def test_row49_weights_that_a_refused_layer_has_read_are_read_anew():
     assert "middle" in left(fast)
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("kind", ["conv", "linear", "relu"])
-def test_row49_subclasses_that_change_what_forward_does_are_not_taken_for_their_base(kind):
+def test_subclasses_that_change_what_forward_does_are_not_taken_for_their_base(kind):
     class Conv(nn.Conv2d):
         def _conv_forward(self, x, weight, bias):
             return super()._conv_forward(x, 2 * weight, bias)
@@ -278,8 +286,9 @@ def test_row49_subclasses_that_change_what_forward_does_are_not_taken_for_their_
     check(model, X)
 
 
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("base", [nn.Conv2d, nn.Linear, nn.ReLU, nn.MaxPool2d, nn.Dropout])
-def test_row49_subclasses_that_change_nothing_are_their_base(base):
+def test_subclasses_that_change_nothing_are_their_base(base):
     kind = type("Mine", (base,), {"__doc__": "of a user", "reset_parameters": lambda self: None})
     parts = {
         nn.Conv2d: lambda: nn.Conv2d(8, 8, 3),
@@ -294,7 +303,8 @@ def test_row49_subclasses_that_change_nothing_are_their_base(base):
     assert not left(check(model, X))
 
 
-def test_row49_where_the_whole_is_refused_the_layer_is_named():
+@pytest.mark.fault(49)
+def test_where_the_whole_is_refused_the_layer_is_named():
     class Root(nn.Module):
         def __init__(self):
             super().__init__()
@@ -307,7 +317,8 @@ def test_row49_where_the_whole_is_refused_the_layer_is_named():
         fastres.optimize(Root().eval())
 
 
-def test_row49_an_empty_subclass_in_torchvisions_resnet():
+@pytest.mark.fault(49)
+def test_an_empty_subclass_in_torchvisions_resnet():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.resnet18(norm_layer=EmptyNorm, num_classes=10).eval()
     fast = fastres.optimize(model, example_input=torch.randn(2, 3, 64, 64))
@@ -319,6 +330,7 @@ def scripted(module):
     return torch.jit.script(module.eval())
 
 
+@pytest.mark.fault(58)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
 @pytest.mark.parametrize(
     "child",
@@ -329,7 +341,7 @@ def scripted(module):
         lambda: Forked(8),
     ],
 )
-def test_row58_a_scripted_child_is_left_and_the_rest_is_fused(child):
+def test_a_scripted_child_is_left_and_the_rest_is_fused(child):
     model = hostile(Net(middle=child))
     plain = copy.deepcopy(model)
     model.middle = scripted(model.middle)
@@ -338,8 +350,9 @@ def test_row58_a_scripted_child_is_left_and_the_rest_is_fused(child):
     assert convolutions(fast)[-1].norm
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("name", ["fc", "flat"])
-def test_row60_features_without_maps_are_one_clear_error(name):
+def test_features_without_maps_are_one_clear_error(name):
     class Flat(Net):
         def __init__(self):
             super().__init__()
@@ -352,7 +365,8 @@ def test_row60_features_without_maps_are_one_clear_error(name):
         fastres.features(Flat().eval(), ("norm1", name))
 
 
-def test_row60_a_fused_model_inside_another():
+@pytest.mark.fault(60)
+def test_a_fused_model_inside_another():
     inner = hostile(Net())
     outer = hostile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Net(), nn.Linear(5, 2)))
     outer[2] = inner
@@ -396,8 +410,9 @@ def shell_inside(kind):
     return outer, fused, shell
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("kind", ["traceable", "untraceable", "below"])
-def test_row60_a_fused_shell_inside_another_module(kind):
+def test_a_fused_shell_inside_another_module(kind):
     outer, fused, shell = shell_inside(kind)
     fast = fastres.optimize(fused, example_input=X)
     assert isinstance(fast, FastShell) == (kind != "traceable")
@@ -410,8 +425,9 @@ def test_row60_a_fused_shell_inside_another_module(kind):
     assert list(shell.parts) == ["before", "inner", "after"]  # the user's own is as it was
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("kind", ["traceable", "untraceable", "below"])
-def test_row60_a_fused_shell_inside_keeps_its_dtype(kind):
+def test_a_fused_shell_inside_keeps_its_dtype(kind):
     _, fused, _ = shell_inside(kind)
     with pytest.raises(TypeError, match=r"the dtype of a FastShell is fixed .*optimize\(source"):
         fastres.optimize(fused, dtype=torch.bfloat16)
@@ -440,9 +456,10 @@ class Cast(nn.Module):
         return self.fc(self.body(x).float().mean((2, 3)))
 
 
+@pytest.mark.fault(60)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["body", "between", "all"])
-def test_row60_casts_inside_with_a_float32_answer(how, dtype):
+def test_casts_inside_with_a_float32_answer(how, dtype):
     model = hostile(Cast(how, dtype)).cast()
     with torch.no_grad():
         want = model(X)
@@ -458,6 +475,7 @@ def test_row60_casts_inside_with_a_float32_answer(how, dtype):
     assert fast.verification.ok
 
 
+@pytest.mark.fault(62)
 @pytest.mark.parametrize(
     ("model", "shape"),
     [
@@ -468,7 +486,7 @@ def test_row60_casts_inside_with_a_float32_answer(how, dtype):
         (lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh()), (2, 3)),
     ],
 )
-def test_row62_one_warning_where_nothing_is_fused(model, shape):
+def test_one_warning_where_nothing_is_fused(model, shape):
     with pytest.warns(UserWarning, match="could be fused") as caught:
         fast = fastres.optimize(model().eval(), example_input=torch.randn(shape))
     assert len([w for w in caught if "could be fused" in str(w.message)]) == 1
@@ -476,14 +494,16 @@ def test_row62_one_warning_where_nothing_is_fused(model, shape):
     assert ("nothing is fused" in str(fast.plan())) == (fast.plan().fuses is False)
 
 
+@pytest.mark.fault(62)
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("last", [nn.ReLU, nn.Sigmoid])
-def test_row62_no_warning_where_something_is_fused(last):
+def test_no_warning_where_something_is_fused(last):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), last()).eval()
     assert "nothing is fused" not in str(fastres.optimize(model, example_input=X).plan())
 
 
-def test_row62_a_video_network():
+@pytest.mark.fault(62)
+def test_a_video_network():
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.video.r3d_18(num_classes=5).eval()
     with pytest.warns(UserWarning, match="nothing of VideoResNet could be fused"):
@@ -491,9 +511,10 @@ def test_row62_a_video_network():
     assert "nothing is fused" in str(fast.plan())
 
 
+@pytest.mark.fault(55)
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("how", ["fx fuse", "fx", "fuse_modules", "dynamic", "linear"])
-def test_row55_what_torchs_own_tools_have_made_is_taken(how):
+def test_what_torchs_own_tools_have_made_is_taken(how):
     from torch.ao.quantization import fuse_modules, quantize_dynamic
     from torch.fx.experimental.optimization import fuse
 
@@ -535,9 +556,10 @@ def fastres_copy_of_export(dynamic):
     return model, fastres.optimize(program, example_input=X)
 
 
+@pytest.mark.fault(55)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_row55_an_exported_program_is_taken_though_it_has_no_eval(dynamic):
+def test_an_exported_program_is_taken_though_it_has_no_eval(dynamic):
     model, fast = fastres_copy_of_export(dynamic)
     got, want = fast(X), exact(model, X)
     assert list(got) == list(want)
@@ -552,7 +574,8 @@ def test_row55_an_exported_program_is_taken_though_it_has_no_eval(dynamic):
             fast(other)
 
 
-def test_row55_the_reason_where_int8_layers_differ():
+@pytest.mark.fault(55)
+def test_the_reason_where_int8_layers_differ():
     from torch.ao.nn.quantized.dynamic import Linear as Int8
 
     of_int8 = importlib.import_module("fastres.frontends.optimize")._of_int8
@@ -561,7 +584,8 @@ def test_row55_the_reason_where_int8_layers_differ():
     assert of_int8(source[0]) == ""
 
 
-def test_row60_casts_around_parts_of_what_cannot_be_traced():
+@pytest.mark.fault(60)
+def test_casts_around_parts_of_what_cannot_be_traced():
     class Branching(Cast):
         def forward(self, x):
             return super().forward(x) if x.sum() < 1e9 else x

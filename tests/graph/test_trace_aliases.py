@@ -225,8 +225,9 @@ CASES = [
 ]
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("forward", CASES, ids=lambda f: f.__name__)
-def test_row34_writes_in_place(forward):
+def test_writes_in_place(forward):
     source = module(forward)
     if forward is hooked_relu:
         source.hooked = nn.ReLU(inplace=True).eval()
@@ -234,17 +235,19 @@ def test_row34_writes_in_place(forward):
     check(source)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize(
     "forward", [relu_keeps_the_name, module_relu_on_an_alias, preactivation, plus_equals_of_a_sum]
 )
-def test_row34_made_functional_where_nobody_can_tell(forward):
+def test_made_functional_where_nobody_can_tell(forward):
     plan = check(module(forward))
     assert not plan.left
     assert not plan.source_layout
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("forward", [view_then_in_place, item_assignment, functional_silu_in_place])
-def test_row34_left_in_place_elsewhere(forward):
+def test_left_in_place_elsewhere(forward):
     assert any(step.op.mutates for step, _ in check(module(forward)).left)
 
 

@@ -20,7 +20,7 @@ from fastres import files
 from fastres.bench.report import Report
 from fastres.models.checkpoint import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork"), reason="processes are forked to be killed in the middle"
@@ -98,8 +98,9 @@ PLACES = {
 }
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("place", PLACES)
-def test_row38_killed_at_every_step_the_file_is_the_old_or_the_new(writer, monkeypatch, place):
+def test_killed_at_every_step_the_file_is_the_old_or_the_new(writer, monkeypatch, place):
     path, models = writer
     name, replacement, expected = PLACES[place]
 
@@ -115,7 +116,8 @@ def test_row38_killed_at_every_step_the_file_is_the_old_or_the_new(writer, monke
     assert content(path) == 1
 
 
-def test_row38_killed_at_any_moment(writer):
+@pytest.mark.fault(38)
+def test_killed_at_any_moment(writer):
     """kill -9 from outside, at moments spread over a few saves."""
     path, models = writer
     moments = random.Random(0)
@@ -133,7 +135,8 @@ def test_row38_killed_at_any_moment(writer):
         assert content(path) in (0, 1)
 
 
-def test_row38_two_writers_and_a_reader_lose_nothing(writer):
+@pytest.mark.fault(38)
+def test_two_writers_and_a_reader_lose_nothing(writer):
     path, models = writer
 
     def save_often(model):
@@ -147,8 +150,9 @@ def test_row38_two_writers_and_a_reader_lose_nothing(writer):
     assert os.listdir(path.parent) == [path.name]
 
 
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("suffix", [".json", ".md", ".html"])
-def test_row38_reports_are_written_the_same_way(tmp_path, monkeypatch, suffix):
+def test_reports_are_written_the_same_way(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"r{suffix}"
     Report.now("first").write(path)
     first = path.read_bytes()
@@ -174,7 +178,8 @@ def calls(tree):
             yield node, ast.unparse(node.func)
 
 
-def test_row38_nothing_else_writes_files():
+@pytest.mark.fault(38)
+def test_nothing_else_writes_files():
     """Every file that fastres makes is made by atomic_write."""
     found = []
     for path in sources():
@@ -189,7 +194,8 @@ def test_row38_nothing_else_writes_files():
     assert found == [("files.py", "open")]
 
 
-def test_row38_nothing_is_kept_as_a_pickle():
+@pytest.mark.fault(38)
+def test_nothing_is_kept_as_a_pickle():
     for path in sources():
         tree = ast.parse(path.read_text())
         imported = {
@@ -209,7 +215,8 @@ def test_row38_nothing_is_kept_as_a_pickle():
                 }.items(), path.name
 
 
-def test_row37_the_torch_required_is_past_the_known_holes_of_weights_only():
+@pytest.mark.fault(37)
+def test_the_torch_required_is_past_the_known_holes_of_weights_only():
     """CVE-2025-32434 was closed in torch 2.6, CVE-2026-24747 in 2.10."""
     text = (ROOT / "pyproject.toml").read_text()
     line = next(line for line in text.splitlines() if line.strip().startswith('"torch>='))

@@ -106,7 +106,8 @@ def test_old_files_without_counters_load(source, tmp_path):
     assert torch.equal(model.layer3[0].bn2.bias, source.layer3[0].bn2.bias)
 
 
-def test_row36_every_problem_is_listed_at_once(source, tmp_path):
+@pytest.mark.fault(36)
+def test_every_problem_is_listed_at_once(source, tmp_path):
     state = snapshot(source)
     del state["layer1.0.conv2.weight"]
     state["layer9.conv.weight"] = torch.ones(3)
@@ -136,7 +137,8 @@ def test_long_lists_are_cut(tmp_path):
     assert len(message.splitlines()) < 30
 
 
-def test_row36_values_that_are_no_tensors_are_named(source, tmp_path):
+@pytest.mark.fault(36)
+def test_values_that_are_no_tensors_are_named(source, tmp_path):
     torch.save({**source.state_dict(), "bn1.bias": [1.0, 2.0]}, tmp_path / "list.pth")
     refused(small(), tmp_path / "list.pth", "not a tensor: bn1.bias is a list")
 
@@ -157,9 +159,10 @@ def test_prefixes_that_collide_are_refused(source, tmp_path):
     refused(small(seed=1), tmp_path / "twice.safetensors", "has fc.bias twice")
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.98])
-def test_row37_truncated_files(source, tmp_path, suffix, share):
+def test_truncated_files(source, tmp_path, suffix, share):
     path = tmp_path / f"cut{suffix}"
     state = source.state_dict()
     save_file(state, path) if suffix == ".safetensors" else torch.save(state, path)
@@ -169,8 +172,9 @@ def test_row37_truncated_files(source, tmp_path, suffix, share):
     assert "\n" not in message
 
 
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("zipped", [True, False])
-def test_row37_malicious_pickle_does_not_run(source, tmp_path, zipped):
+def test_malicious_pickle_does_not_run(source, tmp_path, zipped):
     mark, path = tmp_path / "ran", tmp_path / "evil.pth"
     state = {**source.state_dict(), "fc.bias": Payload(mark)}
     torch.save(state, path, _use_new_zipfile_serialization=zipped)
@@ -180,7 +184,8 @@ def test_row37_malicious_pickle_does_not_run(source, tmp_path, zipped):
     assert mark.exists(), "the payload must be one that works"
 
 
-def test_row37_other_objects_are_refused_with_advice(source, tmp_path):
+@pytest.mark.fault(37)
+def test_other_objects_are_refused_with_advice(source, tmp_path):
     torch.save({"model": source.state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "a.pth")
     refused(small(), tmp_path / "a.pth", "argparse.Namespace", "save only model.state_dict()")
     torch.save(source, tmp_path / "whole.pth")
@@ -232,7 +237,8 @@ def test_reinit_keeps_a_classifier_that_fits_and_still_checks_the_rest(source, t
     refused(small(num_classes=7), path, "bn1.weight has 1 NaN", num_classes_mismatch="reinit")
 
 
-def test_row36_failure_inside_torch_restores_the_model(source, tmp_path):
+@pytest.mark.fault(36)
+def test_failure_inside_torch_restores_the_model(source, tmp_path):
     """A module that refuses half-way, after others have taken their values."""
     save_checkpoint(source, tmp_path / "w.safetensors")
     model = small(seed=1)
@@ -245,7 +251,8 @@ def test_row36_failure_inside_torch_restores_the_model(source, tmp_path):
     refused(model, tmp_path / "w.safetensors", "not today")
 
 
-def test_row38_saving_is_whole_or_not_at_all(source, tmp_path, monkeypatch):
+@pytest.mark.fault(38)
+def test_saving_is_whole_or_not_at_all(source, tmp_path, monkeypatch):
     path = tmp_path / "w.safetensors"
     save_checkpoint(source, path, metadata={"origin": "first"})
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~_umask()

@@ -84,9 +84,10 @@ FORMS = {
 }
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("use_ema", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_row56_what_timm_takes_is_taken(tmp_path, form, use_ema):
+def test_what_timm_takes_is_taken(tmp_path, form, use_ema):
     path = torch_save(tmp_path, FORMS[form])
     if form == "an average alone" and not use_ema:
         pytest.skip("timm takes the whole dictionary for a state dict")
@@ -96,6 +97,7 @@ def test_row56_what_timm_takes_is_taken(tmp_path, form, use_ema):
     assert_same(state, by_timm(path, use_ema=use_ema))
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize(
     ("form", "use_ema", "wanted"),
     [
@@ -113,7 +115,7 @@ def test_row56_what_timm_takes_is_taken(tmp_path, form, use_ema):
         ("weights themselves", True, []),
     ],
 )
-def test_row56_a_choice_is_said_once(tmp_path, form, use_ema, wanted):
+def test_a_choice_is_said_once(tmp_path, form, use_ema, wanted):
     _, said = loaded(torch_save(tmp_path, FORMS[form]), use_ema=use_ema)
     assert len(said) == len(wanted)
     for text, pattern in zip(said, wanted, strict=True):
@@ -121,7 +123,8 @@ def test_row56_a_choice_is_said_once(tmp_path, form, use_ema, wanted):
         assert str(tmp_path / "a.pth") in text
 
 
-def test_row56_files_of_timms_own_saver(tmp_path):
+@pytest.mark.fault(56)
+def test_files_of_timms_own_saver(tmp_path):
     utils = pytest.importorskip("timm.utils")
     model, ema = small(seed=1), utils.ModelEmaV3(small(seed=2))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
@@ -154,26 +157,30 @@ KEYS = {
 }
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("key", KEYS)
-def test_row56_other_keys(tmp_path, key):
+def test_other_keys(tmp_path, key):
     content, messages = KEYS[key]
     state, said = loaded(torch_save(tmp_path, content))
     assert_same(state, weights(1))
     assert len(said) == messages
 
 
-def test_row56_several_unknown_keys_are_named(tmp_path):
+@pytest.mark.fault(56)
+def test_several_unknown_keys_are_named(tmp_path):
     path = torch_save(tmp_path, {"student": weights(1), "teacher": weights(2)})
     with pytest.raises(CheckpointError, match="several state dicts, under 'student', 'teacher'"):
         state_dict_from_file(path)
 
 
-def test_row56_a_state_dict_with_a_dictionary_in_it_is_not_taken_apart(tmp_path):
+@pytest.mark.fault(56)
+def test_a_state_dict_with_a_dictionary_in_it_is_not_taken_apart(tmp_path):
     content = weights(1) | {"head._extra_state": {"scale": torch.ones(3)}}
     assert set(state_dict_from_file(torch_save(tmp_path, content))) == set(content)
 
 
-def test_row56_a_dictionary_that_holds_itself_ends(tmp_path):
+@pytest.mark.fault(56)
+def test_a_dictionary_that_holds_itself_ends(tmp_path):
     content = {}
     content["model"] = content
     with pytest.raises(CheckpointError, match="holds no state dict"):
@@ -187,8 +194,9 @@ NAMESPACES = {
 }
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize("name", NAMESPACES)
-def test_row56_the_advice_for_namespaces_works_as_written(tmp_path, name):
+def test_the_advice_for_namespaces_works_as_written(tmp_path, name):
     content = {"model": weights(1), "model_ema": averaged(2), "args": NAMESPACES[name]}
     path = torch_save(tmp_path, content)
     with pytest.raises(CheckpointError) as caught:
@@ -206,7 +214,8 @@ def test_row56_the_advice_for_namespaces_works_as_written(tmp_path, name):
     assert_same(state, weights(2))
 
 
-def test_row56_objects_that_run_code_get_no_such_advice(tmp_path):
+@pytest.mark.fault(56)
+def test_objects_that_run_code_get_no_such_advice(tmp_path):
     for content in (
         {"model": weights(1), "args": argparse.Namespace(), "x": print},
         {"model": small()},
@@ -217,10 +226,11 @@ def test_row56_objects_that_run_code_get_no_such_advice(tmp_path):
         assert "weights_only=False" not in str(caught.value)
 
 
+@pytest.mark.fault(56)
 @pytest.mark.parametrize(
     "prefix", ["model.", "backbone.", "encoder.", "module.encoder_q.", "net.model.", "a.b.c.d."]
 )
-def test_row56_a_prefix_is_hinted_and_the_hint_works(tmp_path, prefix):
+def test_a_prefix_is_hinted_and_the_hint_works(tmp_path, prefix):
     others = {"criterion.weight": torch.ones(3)} if prefix == "model." else {}
     path = torch_save(tmp_path, {"state_dict": prefixed(weights(1), prefix) | others})
     model = small(seed=9)
@@ -240,7 +250,8 @@ def test_row56_a_prefix_is_hinted_and_the_hint_works(tmp_path, prefix):
     assert_same(model.state_dict(), weights(1))
 
 
-def test_row56_a_model_inside_another_is_hinted(tmp_path):
+@pytest.mark.fault(56)
+def test_a_model_inside_another_is_hinted(tmp_path):
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
@@ -251,7 +262,8 @@ def test_row56_a_model_inside_another_is_hinted(tmp_path):
         load_checkpoint(Wrapper(), path)
 
 
-def test_row56_names_of_another_network_get_no_hint(tmp_path):
+@pytest.mark.fault(56)
+def test_names_of_another_network_get_no_hint(tmp_path):
     path = torch_save(tmp_path, {f"blocks.{i}.weight": torch.ones(2) for i in range(30)})
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(small(), path)
@@ -259,7 +271,8 @@ def test_row56_names_of_another_network_get_no_hint(tmp_path):
     assert "unexpected: blocks.0.weight" in str(caught.value) or "more" in str(caught.value)
 
 
-def test_row56_the_command_line_takes_and_says_the_same(tmp_path, capsys):
+@pytest.mark.fault(56)
+def test_the_command_line_takes_and_says_the_same(tmp_path, capsys):
     first, second = fastres.resnet20(), fastres.resnet20(num_classes=7)
     content = {"model": first.state_dict(), "model_ema": AveragedModel(second).state_dict()}
     path = torch_save(tmp_path, content)
@@ -303,10 +316,11 @@ ODD = {
 }
 
 
+@pytest.mark.fault(74)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("name", ODD)
-def test_row74_odd_values_in_a_checkpoint_are_one_error(tmp_path, name, legacy):
+def test_odd_values_in_a_checkpoint_are_one_error(tmp_path, name, legacy):
     make, word = ODD[name]
     state = weights(1) | {"fc.weight": make()}
     path = tmp_path / "odd.pth"
@@ -328,9 +342,10 @@ def test_row74_odd_values_in_a_checkpoint_are_one_error(tmp_path, name, legacy):
     assert word in lines[1]
 
 
+@pytest.mark.fault(74)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ODD)
-def test_row74_the_command_line_says_it_in_one_line(tmp_path, capsys, name):
+def test_the_command_line_says_it_in_one_line(tmp_path, capsys, name):
     make, _ = ODD[name]
     state = fastres.resnet20().state_dict() | {"fc.weight": make(), "conv1.weight": make()}
     assert cli.run(["plan", "resnet20", "--checkpoint", str(torch_save(tmp_path, state))]) == 2
@@ -339,7 +354,8 @@ def test_row74_the_command_line_says_it_in_one_line(tmp_path, capsys, name):
     assert said.count("\n") == 1
 
 
-def test_row74_odd_values_in_safetensors(tmp_path):
+@pytest.mark.fault(74)
+def test_odd_values_in_safetensors(tmp_path):
     from safetensors.torch import save_file
 
     state = weights(1) | {"fc.weight": torch.ones(5, 16).to(torch.float8_e5m2)}
@@ -360,9 +376,10 @@ DEEP = {
 }
 
 
+@pytest.mark.fault(74)
 @pytest.mark.parametrize("kind", DEEP)
 @pytest.mark.parametrize("depth", [3, 100_000])
-def test_row74_deeply_nested_containers(tmp_path, kind, depth):
+def test_deeply_nested_containers(tmp_path, kind, depth):
     buffer = io.BytesIO()
     torch.save({}, buffer)
     path = tmp_path / "deep.pth"
@@ -376,7 +393,8 @@ def test_row74_deeply_nested_containers(tmp_path, kind, depth):
     assert len(str(caught.value)) < 400
 
 
-def test_row74_deeply_nested_values_and_keys(tmp_path):
+@pytest.mark.fault(74)
+def test_deeply_nested_values_and_keys(tmp_path):
     deep = []
     for _ in range(100):
         deep = [deep]
@@ -389,7 +407,8 @@ def test_row74_deeply_nested_values_and_keys(tmp_path):
     assert len(str(caught.value)) < 400
 
 
-def test_row74_a_model_without_values_is_an_error_too(tmp_path):
+@pytest.mark.fault(74)
+def test_a_model_without_values_is_an_error_too(tmp_path):
     path = torch_save(tmp_path, weights(1))
     with torch.device("meta"):
         model = fastres.ResNet(fastres.BasicBlock, [1, 1], num_classes=5, stem="cifar", planes=8)
@@ -397,11 +416,12 @@ def test_row74_a_model_without_values_is_an_error_too(tmp_path):
         load_checkpoint(model, path)
 
 
+@pytest.mark.fault(74)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name", [n for n in ODD if n not in ("float8", "float8 of scales", "uint16")]
 )
-def test_row74_odd_values_are_not_saved(tmp_path, name):
+def test_odd_values_are_not_saved(tmp_path, name):
     make, word = ODD[name]
     with pytest.raises(CheckpointError, match="cannot save fc.weight in .*: it is ") as caught:
         save_checkpoint(weights(1) | {"fc.weight": make()}, tmp_path / "a.safetensors")
@@ -409,7 +429,8 @@ def test_row74_odd_values_are_not_saved(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-def test_row74_shapes_without_stored_values_build_no_model():
+@pytest.mark.fault(74)
+def test_shapes_without_stored_values_build_no_model():
     wide = torch.ones(1, 1).expand(10**9, 64)
     assert arguments_from({"fc.weight": wide}) == {}
     assert arguments_from({"fc.weight": torch.ones(7, 64).t().contiguous().t()}) == {
@@ -417,7 +438,8 @@ def test_row74_shapes_without_stored_values_build_no_model():
     }
 
 
-def test_row74_pickles_of_plain_python(tmp_path):
+@pytest.mark.fault(74)
+def test_pickles_of_plain_python(tmp_path):
     for content in (pickle.dumps({"a": 1}), b"", b"\0" * 100, b"PK\x03\x04", b"text"):
         (tmp_path / "a.pth").write_bytes(content)
         with pytest.raises(CheckpointError) as caught:
@@ -425,7 +447,8 @@ def test_row74_pickles_of_plain_python(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-def test_row74_compressed_entries_are_refused_before_they_are_read(tmp_path, monkeypatch):
+@pytest.mark.fault(74)
+def test_compressed_entries_are_refused_before_they_are_read(tmp_path, monkeypatch):
     whole, path = torch_save(tmp_path, {"model": {"w": torch.zeros(10**6)}}), tmp_path / "b.pth"
     with (
         zipfile.ZipFile(whole) as old,

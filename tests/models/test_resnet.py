@@ -147,7 +147,8 @@ def test_dilation_only_adds_pixels_between_those_of_the_strided_network(name, st
     torch.testing.assert_close(fine[:, :, ::4, ::4], coarse, rtol=1e-10, atol=1e-11)
 
 
-def test_row39_stride_placements_are_told_apart():
+@pytest.mark.fault(39)
+def test_stride_placements_are_told_apart():
     v15 = hostile_(resnet.resnet50())
     v1 = hostile_(resnet.resnet50(stride_on="1x1"))
     assert_equal_states(v1, v15)

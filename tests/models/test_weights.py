@@ -133,7 +133,8 @@ def test_download_with_the_right_hash(source, published):
     assert all(torch.equal(state[k], v) for k, v in source.state_dict().items())
 
 
-def test_row37_download_with_a_wrong_hash_is_refused(published, tmp_path):
+@pytest.mark.fault(37)
+def test_download_with_a_wrong_hash_is_refused(published, tmp_path):
     wrong = tmp_path / "resnet18-0badc0de.pth"
     wrong.write_bytes(published.read_bytes())
     with pytest.raises(errors.WeightsError, match=r"invalid hash value .*0badc0de"):
@@ -154,7 +155,8 @@ def test_damaged_cached_file_is_named(published, tmp_path):
         at(published).get_state_dict(progress=False)
 
 
-def test_row37_published_code_does_not_run(tmp_path):
+@pytest.mark.fault(37)
+def test_published_code_does_not_run(tmp_path):
     class Payload:
         def __reduce__(self):
             return (type(tmp_path / "x").touch, (tmp_path / "ran",))
@@ -183,7 +185,8 @@ def test_weights_reach_the_model(source, published):
         assert torch.equal(model.eval()._forward_impl(images), expected)
 
 
-def test_row36_weights_that_do_not_fit_are_listed(source):
+@pytest.mark.fault(36)
+def test_weights_that_do_not_fit_are_listed(source):
     state = OrderedDict(source.state_dict())
     del state["layer3.1.conv2.weight"]
     state["conv1.weight"] = torch.full((64, 3, 7, 7), float("nan"))

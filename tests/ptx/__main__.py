@@ -12,7 +12,8 @@ from pathlib import Path
 
 if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
     raise RuntimeError("triton was imported with TRITON_INTERPRET=1: nothing can be compiled")
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS), str(TESTS / "support")]
 
 from ptx.sweep import main  # noqa: E402
 

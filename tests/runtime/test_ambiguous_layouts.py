@@ -24,10 +24,11 @@ class Kept(nn.Module):
         return x, self.last(self.second(x) + x)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("channels", [1, 4])
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 4)])
-def test_row8_a_residual_that_must_be_kept(channels, size, relu):
+def test_a_residual_that_must_be_kept(channels, size, relu):
     """oneDNN's sum refuses memory that is dense both ways unless it may write into it."""
     net, x = hostile_(Kept(channels, relu)), torch.randn(2, 3, *size)
     fast = fastres.optimize(net, verify=False)
@@ -40,8 +41,9 @@ def test_row8_a_residual_that_must_be_kept(channels, size, relu):
         torch.testing.assert_close(got, wanted)  # float32's own tolerance: 1e-6 of values near 1
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row8_every_step_of_a_network_that_ends_in_one_pixel(dtype):
+def test_every_step_of_a_network_that_ends_in_one_pixel(dtype):
     """While steps are observed nothing is computed in place."""
     model, x = hostile_(fastres.resnet18(num_classes=5)), images(2, 32)
     fast = fastres.optimize(model, dtype=dtype, example_input=x)
@@ -51,9 +53,10 @@ def test_row8_every_step_of_a_network_that_ends_in_one_pixel(dtype):
     assert all(error.ok for error in errors)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 1)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_row8_strides_of_one_pixel_say_nothing(size, channels_last):
+def test_strides_of_one_pixel_say_nothing(size, channels_last):
     """The same image under every stride that its sizes of one allow."""
     model, x = small(in_chans=1), images(1)[:, :1, : size[0], : size[1]].contiguous()
     if channels_last:

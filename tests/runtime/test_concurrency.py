@@ -22,7 +22,7 @@ import fastres
 from fastres.bench.run import parse_device
 from fastres.errors import BackendError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def live():
@@ -42,7 +42,8 @@ def model(request):
     return net
 
 
-def test_row9_aligned_and_misaligned_calls_alternate(model):
+@pytest.mark.fault(9)
+def test_aligned_and_misaligned_calls_alternate(model):
     x = images(3)
     buffer = torch.empty(x.numel() + 1)
     shifted = buffer[1:].view(x.shape).copy_(x)
@@ -53,7 +54,8 @@ def test_row9_aligned_and_misaligned_calls_alternate(model):
     assert_close(outs[0], small(), x)
 
 
-def test_row15_overflow_of_float16_is_said_with_advice():
+@pytest.mark.fault(15)
+def test_overflow_of_float16_is_said_with_advice():
     source, x = small(), 2e4 * images()
     with pytest.warns(UserWarning, match=r"not all finite in torch.float16; try torch.bfloat16"):
         fast = fastres.optimize(source, dtype=torch.float16, example_input=x)
@@ -65,7 +67,8 @@ def test_row15_overflow_of_float16_is_said_with_advice():
     assert wide(x).isfinite().all()
 
 
-def test_row20_out_of_memory_is_torchs_error_and_the_model_stays_usable(model):
+@pytest.mark.fault(20)
+def test_out_of_memory_is_torchs_error_and_the_model_stays_usable(model):
     x = images()
     with torch.no_grad():
         before = model(x)
@@ -76,7 +79,8 @@ def test_row20_out_of_memory_is_torchs_error_and_the_model_stays_usable(model):
             assert torch.equal(model(x), before)
 
 
-def test_row22_weights_on_two_devices_are_refused_or_run_as_pytorch_would():
+@pytest.mark.fault(22)
+def test_weights_on_two_devices_are_refused_or_run_as_pytorch_would():
     model, x = small(), images()
     model.layer2.to("meta")
     with pytest.raises(ValueError, match=r"model must be on one device; got cpu, meta"):
@@ -86,7 +90,8 @@ def test_row22_weights_on_two_devices_are_refused_or_run_as_pytorch_would():
     assert_fused(small(), x)
 
 
-def test_row22_an_input_elsewhere_is_one_error_and_nothing_runs(model):
+@pytest.mark.fault(22)
+def test_an_input_elsewhere_is_one_error_and_nothing_runs(model):
     """A device that the engine knows is named by its own check, in tests/gpu; others by torch."""
     with torch.no_grad(), executions() as ran, pytest.raises(RuntimeError, match="cpu.* meta"):
         model(images().to("meta"))
@@ -119,8 +124,9 @@ MEANWHILE = {
 }
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("work", MEANWHILE.values(), ids=MEANWHILE.keys())
-def test_row23_recording_in_one_thread_leaves_the_others_alone(work):
+def test_recording_in_one_thread_leaves_the_others_alone(work):
     """torch.fx replaces nn.Module.__call__ for the whole process while it records."""
     call, look_up = nn.Module.__call__, nn.Module.__getattr__
     x, blocking = images(), Blocking().eval()
@@ -144,7 +150,8 @@ def test_row23_recording_in_one_thread_leaves_the_others_alone(work):
     assert (nn.Module.__call__, nn.Module.__getattr__) == (call, look_up)
 
 
-def test_row23_threads_share_a_copy_and_two_models_run_side_by_side():
+@pytest.mark.fault(23)
+def test_threads_share_a_copy_and_two_models_run_side_by_side():
     nets = [copied(), live(), fastres.optimize(small(seed=5), verify=False)]
     inputs = [images(1 + i % 3, 12 + i) for i in range(6)]
     jobs = [(net, x) for x in inputs for net in nets]
@@ -161,7 +168,8 @@ def test_row23_threads_share_a_copy_and_two_models_run_side_by_side():
         assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_row23_an_input_that_is_overwritten_right_after_the_call(model):
+@pytest.mark.fault(23)
+def test_an_input_that_is_overwritten_right_after_the_call(model):
     x = images()
     with torch.no_grad():
         expected = model(x)
@@ -170,7 +178,8 @@ def test_row23_an_input_that_is_overwritten_right_after_the_call(model):
     assert torch.equal(out, expected)
 
 
-def test_row24_outputs_held_across_calls_stay_what_they_were(model):
+@pytest.mark.fault(24)
+def test_outputs_held_across_calls_stay_what_they_were(model):
     inputs = [images(n) for n in (2, 2, 1, 2)]
     with torch.no_grad():
         held = [model(x) for x in inputs]
@@ -183,7 +192,8 @@ def test_row24_outputs_held_across_calls_stay_what_they_were(model):
         assert torch.equal(model(inputs[0]), kept[0])
 
 
-def test_row24_another_shape_or_stride_never_meets_a_plan_made_for_the_first(model):
+@pytest.mark.fault(24)
+def test_another_shape_or_stride_never_meets_a_plan_made_for_the_first(model):
     """What would broadcast must not: one image for three, one row for sixteen."""
     full = images(3)
     source = small()
@@ -193,8 +203,9 @@ def test_row24_another_shape_or_stride_never_meets_a_plan_made_for_the_first(mod
             assert_close(model(x), source, x)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_row26_a_forked_process_answers_too(model):
+def test_a_forked_process_answers_too(model):
     x = images()
     with torch.no_grad():
         expected = model(x)
@@ -209,8 +220,9 @@ def test_row26_a_forked_process_answers_too(model):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_row26_copies_answer_alike_and_go_their_own_way(model, how):
+def test_copies_answer_alike_and_go_their_own_way(model, how):
     x = images()
     twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     with torch.no_grad():
@@ -221,7 +233,8 @@ def test_row26_copies_answer_alike_and_go_their_own_way(model, how):
         assert torch.equal(model(x), expected)
 
 
-def test_row28_without_gpu_and_triton():
+@pytest.mark.fault(28)
+def test_without_gpu_and_triton():
     """In a process of its own, where importing triton fails: all runs on the CPU."""
     code = """
 import os, sys
@@ -260,8 +273,9 @@ for make in (
     assert all(line.startswith("BackendError backend='triton' needs") for line in lines)
 
 
+@pytest.mark.fault(28)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_row28_cuda_asked_for_without_a_gpu(capsys):
+def test_cuda_asked_for_without_a_gpu(capsys):
     from fastres import cli
 
     assert cli.run(["plan", "resnet18", "--device", "cuda"]) == 2
@@ -273,7 +287,8 @@ def test_row28_cuda_asked_for_without_a_gpu(capsys):
     assert issubclass(BackendError, RuntimeError)
 
 
-def test_row34_a_module_under_two_names_is_folded_with_each_of_its_norms():
+@pytest.mark.fault(34)
+def test_a_module_under_two_names_is_folded_with_each_of_its_norms():
     """One convolution object, two norms of its own: the fold must not mix them up."""
 
     class Shared(nn.Module):

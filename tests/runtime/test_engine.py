@@ -218,7 +218,8 @@ def test_triton_without_the_package(monkeypatch):
         select_ops("triton", torch.device("cuda"), torch.float16)
 
 
-def test_row17_precision_follows_torchs_flags(monkeypatch):
+@pytest.mark.fault(17)
+def test_precision_follows_torchs_flags(monkeypatch):
     """The old flags and the new ones, and the higher level where the lower is not set."""
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     saved = cudnn.allow_tf32, matmul.allow_tf32

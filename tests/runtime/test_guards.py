@@ -123,7 +123,8 @@ def watched(model=None):
     return model, Watch(model, paths, "_forward_impl")
 
 
-def test_row35_nothing_changed():
+@pytest.mark.fault(35)
+def test_nothing_changed():
     model, watch = watched()
     assert watch.change() is Change.NONE
     with torch.no_grad():
@@ -146,8 +147,9 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS.keys())
-def test_row35_weights(change):
+def test_weights(change):
     model, watch = watched()
     change(model)
     assert watch.change() is Change.WEIGHTS
@@ -180,8 +182,9 @@ STRUCTURE = {
 }
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE.keys())
-def test_row35_structure(change):
+def test_structure(change):
     model, watch = watched()
     change(model)
     assert watch.change() is Change.STRUCTURE
@@ -200,7 +203,8 @@ def test_busy_modules():
     assert watch.change() is Change.NONE
 
 
-def test_row35_watched_addresses_are_never_reused():
+@pytest.mark.fault(35)
+def test_watched_addresses_are_never_reused():
     """Many tensors of the same size come and go: none may take the watched one's place."""
     model, watch = watched()
     for _ in range(50):

@@ -73,9 +73,10 @@ NETWORKS = (
 )
 
 
+@pytest.mark.fault(85)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS.keys())
-def test_row85_what_was_recorded_scripts_as_torchvisions(record, tmp_path):
+def test_what_was_recorded_scripts_as_torchvisions(record, tmp_path):
     models = pytest.importorskip("torchvision.models")
     theirs = hostile_(models.resnet18(num_classes=5))
     ours = fastres.resnet18(num_classes=5).eval()
@@ -90,8 +91,9 @@ def test_row85_what_was_recorded_scripts_as_torchvisions(record, tmp_path):
         torch.testing.assert_close(out, record(theirs)(x), rtol=0, atol=0)
 
 
+@pytest.mark.fault(85)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_row85_every_network_is_recorded_as_what_can_be_scripted(name):
+def test_every_network_is_recorded_as_what_can_be_scripted(name):
     """torch.jit.script takes names of types in a program for classes that it does not know."""
     with torch.device("meta"):
         model = fastres.create_model(name, num_classes=3).eval()
@@ -100,9 +102,10 @@ def test_row85_every_network_is_recorded_as_what_can_be_scripted(name):
     assert "x : torch.Tensor) -> torch.Tensor" in recorded.code
 
 
+@pytest.mark.fault(85)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.parametrize("make", [small, lambda: BasicBlock(8, 8), lambda: Bottleneck(32, 8)])
-def test_row85_small_networks_and_blocks_script_once_recorded(make):
+def test_small_networks_and_blocks_script_once_recorded(make):
     module = hostile_(make())
     x = images() if isinstance(module, ResNet) else torch.randn(2, module.conv1.in_channels, 8, 8)
     with torch.no_grad():

@@ -146,8 +146,9 @@ def test_tensor_subclasses():
     assert_plain(fresh, x)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("start", [small, used])
-def test_row34_parametrized_weights(start):
+def test_parametrized_weights(start):
     model, x = start(), images()
     parametrizations.weight_norm(model.layer1[0].conv1)
     with torch.no_grad():
@@ -157,12 +158,13 @@ def test_row34_parametrized_weights(start):
     assert_fused(model, x)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize("start", [small, used])
 @pytest.mark.parametrize(
     "register", ["register_forward_hook", "register_forward_pre_hook", "pruned", "weight_norm"]
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-def test_row34_hooks_of_submodules(start, register):
+def test_hooks_of_submodules(start, register):
     model, x = start(), images()
     before = plain(model, x)
     layer = model.layer1[0].conv1
@@ -207,8 +209,9 @@ def test_hooks_of_the_root_run_around_the_engine():
     assert_close(-out, model, x)
 
 
+@pytest.mark.fault(31)
 @pytest.mark.parametrize("path", ["bn1", "layer2.0.downsample.1", "layer1"])
-def test_row31_training_submodules(path):
+def test_training_submodules(path):
     model, x = used(), images()
     child = model.get_submodule(path).train()
     with executions() as ran, torch.no_grad():

@@ -41,9 +41,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("features", [False, True])
-def test_row7_layouts_and_sizes(layout, features):
+def test_layouts_and_sizes(layout, features):
     """With ``features`` the output is a map, whose strides must be PyTorch's as well."""
     model = small(Features if features else ResNet)
     x = layout(images())
@@ -60,14 +61,16 @@ class Features(ResNet):
         return self.forward_features(x)
 
 
-def test_row8_one_input_channel():
+@pytest.mark.fault(8)
+def test_one_input_channel():
     """(N, 1, H, W) is dense in both layouts at once."""
     model, x = small(in_chans=1), images()[:, :1]
     assert_fused(model, x.contiguous())
     assert_fused(model, x.contiguous(memory_format=CHANNELS_LAST))
 
 
-def test_row3_the_imagenet_stem_takes_the_smallest_images():
+@pytest.mark.fault(3)
+def test_the_imagenet_stem_takes_the_smallest_images():
     model = small(stem="imagenet")
     for size in (1, 2, 7, 33):
         assert_fused(model, images(2, size))
@@ -78,11 +81,12 @@ def test_dtypes(dtype):
     assert_fused(small().to(dtype), images().to(dtype))
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("place", "value"), [("pixel", float("nan")), ("pixel", float("inf")), ("weight", float("nan"))]
 )
-def test_row14_nan_and_infinities_are_kept(dtype, place, value):
+def test_nan_and_infinities_are_kept(dtype, place, value):
     """oneDNN's own fused ReLU would make 0 of NaN, and an ordinary answer of a spoilt image."""
     model, x = small().to(dtype), images().to(dtype)
     assert_fused(model, x)
@@ -95,7 +99,8 @@ def test_row14_nan_and_infinities_are_kept(dtype, place, value):
     assert torch.equal(out.isnan(), plain(model, x).isnan())
 
 
-def test_row15_overflow_in_float16_shows():
+@pytest.mark.fault(15)
+def test_overflow_in_float16_shows():
     model, x = small().half(), 2e4 * images(1).half()
     with torch.no_grad(), executions() as ran:
         assert not model(x).isfinite().any()
@@ -132,7 +137,8 @@ def test_wrong_inputs_are_named(change, error, message, warm):
     assert_fused(model, images())
 
 
-def test_row2_images_smaller_than_a_window():
+@pytest.mark.fault(2)
+def test_images_smaller_than_a_window():
     model = small()
     model.conv1 = nn.Conv2d(3, 8, 7, bias=False).eval()
     assert_fused(model, images(2, 7))
@@ -141,7 +147,8 @@ def test_row2_images_smaller_than_a_window():
         model(images(2, 6))
 
 
-def test_row22_weights_elsewhere():
+@pytest.mark.fault(22)
+def test_weights_elsewhere():
     model = small().to("meta")
     with torch.no_grad(), pytest.raises(executor.InputError, match="x must be on meta.*got cpu"):
         model(images())
@@ -203,8 +210,9 @@ def test_autocast_leaves_float64_and_integers_alone(eligible):
         assert_fused(small().double(), images().double())
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("variance", [-1.0, float("inf"), float("nan"), -1e-30])
-def test_row32_nonsense_variance_runs_as_pytorch_with_one_warning(variance):
+def test_nonsense_variance_runs_as_pytorch_with_one_warning(variance):
     model, x = small(), images()
     norm = model.layer2[0].bn1
     saved = norm.running_var.clone()
@@ -222,7 +230,8 @@ def test_row32_nonsense_variance_runs_as_pytorch_with_one_warning(variance):
     assert_fused(model, x)
 
 
-def test_row32_a_refusal_ends_when_training_mends_the_statistics():
+@pytest.mark.fault(32)
+def test_a_refusal_ends_when_training_mends_the_statistics():
     model, x = small(), images()
     model.bn1.running_var[0] = -1
     with torch.no_grad(), pytest.warns(UserWarning, match="running_var"):
@@ -232,7 +241,8 @@ def test_row32_a_refusal_ends_when_training_mends_the_statistics():
     assert_fused(model.eval(), x)
 
 
-def test_row32_a_refusal_ends_with_refresh():
+@pytest.mark.fault(32)
+def test_a_refusal_ends_with_refresh():
     model, x = small(), images()
     model.bn1.running_var[0] = -1
     with torch.no_grad(), pytest.warns(UserWarning, match="running_var"):
@@ -243,7 +253,8 @@ def test_row32_a_refusal_ends_with_refresh():
     assert_fused(model, x)
 
 
-def test_row33_weights_too_large_for_half_precision():
+@pytest.mark.fault(33)
+def test_weights_too_large_for_half_precision():
     """float16 is refused, with advice; float32 of the same model stays fused."""
     model, x = small(), images()
     with torch.no_grad():
@@ -273,11 +284,12 @@ class Convolutionless(ResNet):
         return torch.flatten(self.avgpool(x), 1)
 
 
+@pytest.mark.fault(34)
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [(Branching, "Branching cannot be traced"), (Convolutionless, "has no convolution")],
 )
-def test_row34_what_cannot_be_planned_runs_as_pytorch_with_one_warning(cls, reason):
+def test_what_cannot_be_planned_runs_as_pytorch_with_one_warning(cls, reason):
     model, x = small(cls), images()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

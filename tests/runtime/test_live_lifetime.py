@@ -78,8 +78,9 @@ def test_weights_without_version_counters_run_as_pytorch(arrival):
         assert_close(model(x), model, x)
 
 
+@pytest.mark.fault(26)
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "torch.save"])
-def test_row26_copies_after_use(how):
+def test_copies_after_use(how):
     model, x = used(), images()
     with torch.no_grad():
         out = model(x)
@@ -144,7 +145,8 @@ def test_replaced_weights_are_let_go():
     assert old() is None
 
 
-def test_row21_many_runs_and_sizes_leave_nothing_behind():
+@pytest.mark.fault(21)
+def test_many_runs_and_sizes_leave_nothing_behind():
     model = used()
     assert_fused(model, images(size=9))
     before = live_tensors()
@@ -156,14 +158,16 @@ def test_row21_many_runs_and_sizes_leave_nothing_behind():
     assert len(runner.executor._schedules) <= 257
 
 
-def test_row18_the_same_call_gives_the_same_bits():
+@pytest.mark.fault(18)
+def test_the_same_call_gives_the_same_bits():
     model, x = used(), images(4)
     with torch.no_grad():
         first = model(x)
         assert all(torch.equal(model(x), first) for _ in range(100))
 
 
-def test_row18_images_do_not_see_each_other():
+@pytest.mark.fault(18)
+def test_images_do_not_see_each_other():
     model, x = used(), images(4)
     spoilt = x.clone()
     spoilt[1, 0, 3, 3] = float("nan")
@@ -178,14 +182,16 @@ def test_row18_images_do_not_see_each_other():
     assert_close(turned, model, x)
 
 
-def test_row23_two_models_do_not_mix():
+@pytest.mark.fault(23)
+def test_two_models_do_not_mix():
     first, second, x = used(), used(seed=5), images()
     for _ in range(2):
         assert_fused(first, x)
         assert_fused(second, x)
 
 
-def test_row23_threads_share_a_model():
+@pytest.mark.fault(23)
+def test_threads_share_a_model():
     """First calls, later calls and refolds at once."""
     model = small()
     inputs = [images(1 + i % 3, 16 + i) for i in range(8)]
@@ -204,7 +210,8 @@ def test_row23_threads_share_a_model():
             assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-def test_row23_a_mode_of_another_thread_changes_nothing_here():
+@pytest.mark.fault(23)
+def test_a_mode_of_another_thread_changes_nothing_here():
     """Building a plan enters one, while other threads call."""
     model, x = used(), images()
     with ThreadPoolExecutor(1) as pool, executions() as ran, FakeTensorMode(), torch.no_grad():

@@ -155,8 +155,9 @@ def _parameter_to_buffer(layer):
     layer.register_buffer("weight", 2 * weight)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_row35_changed_weights_and_structure(change):
+def test_changed_weights_and_structure(change):
     model, x = used(), images()
     before = plain(model, x)
     with torch.enable_grad():
@@ -171,14 +172,16 @@ def test_row35_changed_weights_and_structure(change):
     assert_fused(model, x)
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
-def test_row35_dtype_conversions(dtype):
+def test_dtype_conversions(dtype):
     model, x = used(), images()
     assert_fused(model.to(dtype), x.to(dtype))
     assert_fused(model.float(), x)
 
 
-def test_row35_half_precision_of_data_alone():
+@pytest.mark.fault(35)
+def test_half_precision_of_data_alone():
     """``p.data = p.data.half()`` keeps identity and version."""
     model, x = used(), images()
     for tensor in (*model.parameters(), *model.buffers()):
@@ -187,8 +190,9 @@ def test_row35_half_precision_of_data_alone():
     assert_fused(model, x.bfloat16())
 
 
+@pytest.mark.fault(35)
 @pytest.mark.parametrize("write", ["data", "numpy"])
-def test_row35_refresh_after_changes_that_pytorch_cannot_see(write):
+def test_refresh_after_changes_that_pytorch_cannot_see(write):
     model, x = used(), images()
     stale = plain(model, x)
     if write == "data":
@@ -201,7 +205,8 @@ def test_row35_refresh_after_changes_that_pytorch_cannot_see(write):
     assert not torch.allclose(stale, plain(model, x), atol=1e-3)
 
 
-def test_row35_functional_call_uses_the_tensors_given():
+@pytest.mark.fault(35)
+def test_functional_call_uses_the_tensors_given():
     model, other, x = used(), small(seed=4), images()
     state = {**dict(other.named_parameters()), **dict(other.named_buffers())}
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -213,7 +218,8 @@ def test_row35_functional_call_uses_the_tensors_given():
     assert_fused(model, x)
 
 
-def test_row35_alternating_weights_are_never_mixed_up():
+@pytest.mark.fault(35)
+def test_alternating_weights_are_never_mixed_up():
     model, x = used(), images()
     states = [copy.deepcopy(small(seed=seed).state_dict()) for seed in (1, 2)]
     for turn in range(4):
@@ -221,7 +227,8 @@ def test_row35_alternating_weights_are_never_mixed_up():
         assert_fused(model, x)
 
 
-def test_row35_unchanged_weights_are_folded_once(monkeypatch):
+@pytest.mark.fault(35)
+def test_unchanged_weights_are_folded_once(monkeypatch):
     model, x = used(), images()
     folds = []
     refold = type(model._live()._runners.popitem()[1].executor).refold
@@ -234,7 +241,8 @@ def test_row35_unchanged_weights_are_folded_once(monkeypatch):
     assert len(folds) == 1
 
 
-def test_row35_a_users_plain_attribute_is_watched():
+@pytest.mark.fault(35)
+def test_a_users_plain_attribute_is_watched():
     class Scaled(ResNet):
         scale = 1.0
 
@@ -250,14 +258,16 @@ def test_row35_a_users_plain_attribute_is_watched():
     assert isinstance(shortcut, resnet.ZeroPadShortcut)
 
 
-def test_row35_a_shortcuts_attributes_are_watched():
+@pytest.mark.fault(35)
+def test_a_shortcuts_attributes_are_watched():
     model = used(shortcut="A")
     shortcut = model.layer2[0].downsample
     shortcut.before, shortcut.after = 0, 8
     assert_fused(model, images())
 
 
-def test_row35_methods_patched_on_a_class_are_watched(monkeypatch):
+@pytest.mark.fault(35)
+def test_methods_patched_on_a_class_are_watched(monkeypatch):
     model = used()
     forward = BasicBlock.forward
     monkeypatch.setattr(BasicBlock, "forward", lambda self, x: 2 * forward(self, x))

@@ -49,7 +49,8 @@ def test_the_plan_foretells_the_peak():
     assert foretold <= peak(model, x) <= 1.02 * foretold
 
 
-def test_row21_nothing_is_left_behind():
+@pytest.mark.fault(21)
+def test_nothing_is_left_behind():
     model = hostile_(fastres.resnet18(num_classes=10))
     x = real_images(4, 64)
     sizes = allocations(model, x)

@@ -24,9 +24,10 @@ class Block(nn.Module):
         return y, self.pool(y), self.pool(self.low(x))
 
 
+@pytest.mark.fault(12, 13)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row12_row13_special_values_go_where_torch_lets_them(value, dtype):
+def test_special_values_go_where_torch_lets_them(value, dtype):
     """Windows of the third output are all negative, and the padding must not win there."""
     source = hostile_(Block()).to(dtype)
     with torch.no_grad():
@@ -45,13 +46,15 @@ def test_row12_row13_special_values_go_where_torch_lets_them(value, dtype):
     assert (out[finite] < -50).all()
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("scale", [1e-8, 1e4, 1e-38, 1e-42])
-def test_row16_scales_of_the_images(scale):
+def test_scales_of_the_images(scale):
     assert_fused(small(), scale * images())
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("scale", [1e-8, 1e4])
-def test_row16_scales_of_the_weights(scale):
+def test_scales_of_the_weights(scale):
     """The next norm brings the values back to size, from a variance of the same scale squared."""
     model = small()
     with torch.no_grad():
@@ -75,8 +78,9 @@ def test_a_mean_keeps_its_divisor(options):
     assert_close(fast(images()), source, images())
 
 
+@pytest.mark.fault(12)
 @pytest.mark.interpreter
-def test_row12_an_infinity_stays_one_where_the_last_step_is_masked(device):
+def test_an_infinity_stays_one_where_the_last_step_is_masked(device):
     """24 channels are a step and a half of the reduction; 0 * inf would be NaN."""
     pytest.importorskip("triton")
     from fastres.kernels import _tma

@@ -60,7 +60,8 @@ def calls(model):
     return run
 
 
-def test_row21_calls_leave_no_object_behind(calls):
+@pytest.mark.fault(21)
+def test_calls_leave_no_object_behind(calls):
     calls(50)
     before = objects()
     calls(CALLS)
@@ -70,7 +71,8 @@ def test_row21_calls_leave_no_object_behind(calls):
     assert sum(left.values()) < CALLS // 5, left.most_common(5)
 
 
-def test_row21_calls_leave_no_memory_behind(calls):
+@pytest.mark.fault(21)
+def test_calls_leave_no_memory_behind(calls):
     """Python's own allocations to the byte; torch's by what the process holds."""
     calls(200)
     gc.collect()
@@ -87,8 +89,9 @@ def test_row21_calls_leave_no_memory_behind(calls):
     assert grown < 10 * CALLS  # a kept output is over 500 bytes
 
 
+@pytest.mark.fault(21)
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads Linux's /proc")
-def test_row21_the_process_stays_as_large_as_it_is(model):
+def test_the_process_stays_as_large_as_it_is(model):
     x = images(8, 32)
     with torch.inference_mode():
         for _ in range(100):
@@ -100,7 +103,8 @@ def test_row21_the_process_stays_as_large_as_it_is(model):
     assert resident() - before < 16 * 2**20
 
 
-def test_row21_fifty_batch_sizes_share_one_plan(model):
+@pytest.mark.fault(21)
+def test_fifty_batch_sizes_share_one_plan(model):
     """No size is compiled, planned or folded for; what is remembered of sizes is bounded."""
     folds = []
     engines = model._live()._runners if isinstance(model, fastres.ResNet) else model._runners
@@ -120,7 +124,8 @@ def test_row21_fifty_batch_sizes_share_one_plan(model):
     assert not runner.shapes
 
 
-def test_row21_models_made_and_dropped_leave_nothing():
+@pytest.mark.fault(21)
+def test_models_made_and_dropped_leave_nothing():
     """A server that reloads its model: the engine and its weights go with it."""
 
     def load_and_use():
@@ -135,7 +140,8 @@ def test_row21_models_made_and_dropped_leave_nothing():
     assert left["Tensor"] + left["Parameter"] + left["Executor"] == 0, left.most_common(5)
 
 
-def test_row21_weights_changed_again_and_again():
+@pytest.mark.fault(21)
+def test_weights_changed_again_and_again():
     """Refolding writes anew and keeps nothing of before."""
     model = small()
     x = images()

@@ -10,7 +10,8 @@ from hypothesis.stateful import run_state_machine_as_test
 from stateful import SEEN, Pair
 
 
-def test_row35_a_network_and_its_twin_lead_the_same_life():
+@pytest.mark.fault(35)
+def test_a_network_and_its_twin_lead_the_same_life():
     SEEN.clear()
     run_state_machine_as_test(
         Pair,

@@ -124,9 +124,10 @@ PLACES = {
 }
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS.keys())
-def test_row80_a_new_classifier_in_training_mode_is_fused(make, used):
+def test_a_new_classifier_in_training_mode_is_fused(make, used):
     model, x = small(), images()
     if used:
         assert_fused(model, x)
@@ -135,8 +136,9 @@ def test_row80_a_new_classifier_in_training_mode_is_fused(make, used):
     assert_fused(model, x)
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("change", PLACES.values(), ids=PLACES.keys())
-def test_row80_other_new_layers_are_fused(change):
+def test_other_new_layers_are_fused(change):
     model, x = small(), images()
     assert_fused(model, x)
     change(model)
@@ -146,7 +148,8 @@ def test_row80_other_new_layers_are_fused(change):
     assert_close(fast(x), copy.deepcopy(model).eval(), x)
 
 
-def test_row80_the_smallest_input():
+@pytest.mark.fault(80)
+def test_the_smallest_input():
     model, x = fastres.resnet18().eval(), images(1, 32)
     model.fc = nn.Linear(512, 3)
     assert_fused(model, x)
@@ -158,8 +161,9 @@ HEEDING = (
 )
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize("make", HEEDING)
-def test_row80_layers_that_heed_the_flag_run_as_pytorch(make):
+def test_layers_that_heed_the_flag_run_as_pytorch(make):
     model, x = small(), images()
     assert_fused(model, x)
     model.fc = nn.Sequential(nn.Linear(16, 5), make())
@@ -175,7 +179,8 @@ def test_row80_layers_that_heed_the_flag_run_as_pytorch(make):
         assert_fused(model.eval(), x)
 
 
-def test_row80_a_norm_or_the_root_in_training_runs_as_pytorch():
+@pytest.mark.fault(80)
+def test_a_norm_or_the_root_in_training_runs_as_pytorch():
     for change in (lambda m: m.layer1[0].bn1.train(), lambda m: m.layer1.train()):
         model, x = small(), images()
         change(model)
@@ -187,6 +192,7 @@ def test_row80_a_norm_or_the_root_in_training_runs_as_pytorch():
     assert_plain(model, x)
 
 
+@pytest.mark.fault(80)
 @pytest.mark.parametrize(
     ("module", "heeds"),
     [
@@ -205,11 +211,12 @@ def test_row80_a_norm_or_the_root_in_training_runs_as_pytorch():
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
 )
-def test_row80_what_heeds_the_flag(module, heeds):
+def test_what_heeds_the_flag(module, heeds):
     assert heeds_training(module) is heeds
 
 
-def test_row80_a_source_whose_flag_means_nothing_is_taken_as_it_is():
+@pytest.mark.fault(80)
+def test_a_source_whose_flag_means_nothing_is_taken_as_it_is():
     source, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), Scale()), images()
     fast = fastres.optimize(source, example_input=x)
     assert source.training

@@ -1,6 +1,6 @@
 """Compile every shipped kernel configuration for GPUs that are not here, and judge the result.
 
-    python tests/compile_gate.py [--full] [--pdl] [--target sm_90] [--kernel conv2d] [--json]
+    python tests/tools/compile_gate.py [--full] [--pdl] [--target sm_90] [--kernel conv2d] [--json]
 
 The real launchers run on fake CUDA tensors under a stub driver, so that what is compiled is what
 would be launched; nothing is executed. A case fails on spills, on more shared memory than a block
@@ -34,7 +34,7 @@ os.environ |= {"TRITON_ALWAYS_COMPILE": "1", "TRITON_DUMP_PTXAS_LOG": "1"}
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU that is seen, fake tensors start a context each
 if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
     raise RuntimeError("triton was imported with TRITON_INTERPRET=1: nothing can be compiled")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 import triton

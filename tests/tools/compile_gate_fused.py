@@ -1,6 +1,7 @@
 """The compile gate for the fused kernels: stem, head, products, rot2, HWNC.
 
-    python tests/compile_gate_fused.py [--full] [--pdl] [--target sm_90] [--kernel stem] [--json]
+    python tests/tools/compile_gate_fused.py [--full] [--pdl] [--target sm_90] [--kernel stem]
+        [--json]
 
 Judges as compile_gate.py does. Kernels that read through tensor descriptors are compiled where the
 GPU has the copy engine for them, sm_90 and later. Exit status 1 when a case fails.
@@ -18,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl

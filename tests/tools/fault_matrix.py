@@ -1,9 +1,9 @@
-"""docs/fault-matrix.md from a run: ``python tests/fault_matrix.py``, or ``make fault-matrix``.
+"""docs/fault-matrix.md from a run: ``make fault-matrix``.
 
 ``--new`` runs those tests only that the page does not list yet, or that failed, and says so there.
 
-A test serves the rows in its name: ``test_row7_...``, ``test_row14_row18_...``. Those of tests/gpu
-need a GPU and are named as such where there is none.
+A test serves the rows of its mark: ``@pytest.mark.fault(14, 18)``. Those of tests/gpu need a GPU
+and are named as such where there is none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "fault-matrix.md"
 ROWS = {
     1: "A batch of no images: an empty output of the right shape, nothing launched",
@@ -114,7 +114,8 @@ GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix
 
 What can go wrong, and the tests that would notice; written by `make fault-matrix` from a run.
-A test's name begins with its row's number. "n passed" counts its cases.
+A test has its rows as a mark, `@pytest.mark.fault(7)`, and `pytest --fault 7` runs those of a row.
+"n passed" counts its cases.
 
 """
 
@@ -125,13 +126,16 @@ def row_tests() -> dict[int, list[str]]:
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for row in rows_of(node.name):
+                for row in rows_of(node):
                     found[row].append(f"{path.relative_to(ROOT).as_posix()}::{node.name}")
     return {row: sorted(names) for row, names in sorted(found.items())}
 
 
-def rows_of(name: str) -> list[int]:
-    return [int(row) for row in re.findall(r"_row(\d+)(?=_)", name)]
+def rows_of(test: ast.FunctionDef) -> list[int]:
+    """The numbers in its mark ``fault``."""
+    calls = [mark for mark in test.decorator_list if isinstance(mark, ast.Call)]
+    marks = [mark for mark in calls if ast.unparse(mark.func) == "pytest.mark.fault"]
+    return [ast.literal_eval(row) for mark in marks for row in mark.args]
 
 
 def test_of(case: str) -> str:

@@ -1,4 +1,4 @@
-"""Fuzzing for as long as you like: ``python tests/fuzz.py --minutes 30``, or ``make fuzz``.
+"""Fuzzing for as long as you like: ``python tests/tools/fuzz.py --minutes 30``, or ``make fuzz``.
 
 Every round draws new cases from a new seed for each property in turn. A case that fails is shrunk
 and kept in tests/regressions, where the ordinary tests find it for ever after.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 START = time.monotonic()  # imports count
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE)]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("", "support", "formats"))]
 
 import conftest  # noqa: E402, F401  switches Triton's interpreter on before triton is imported
 import fuzz_graphs  # noqa: E402
@@ -28,7 +28,7 @@ from stateful import Pair  # noqa: E402
 
 from fastres.files import atomic_write  # noqa: E402
 
-REGRESSIONS = HERE / "regressions"
+REGRESSIONS = TESTS / "regressions"
 EXAMPLES = {"conv2d": 40, "graph_triton": 20, "resnet_triton": 20, "resnet": 60, "life": 10}
 """Cases of a round; of the others 100."""
 Property = tuple[Any, Callable[[Any], None]]

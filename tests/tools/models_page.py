@@ -1,6 +1,6 @@
 """Writes docs/models.md: every model of the zoo, measured in this run.
 
-    python tests/models_page.py [--only NAME] [--resume] [--images 4] [--budget 20]
+    python tests/tools/models_page.py [--only NAME] [--resume] [--images 4] [--budget 20]
 
 Finished rows are kept in out/models.json, where ``--resume`` finds them. Exit code 1 if a copy is
 wrong, or slower than 0.95 of eager PyTorch.
@@ -28,8 +28,8 @@ from fastres.perf.environment import environment
 from fastres.perf.timing import Method, Samples, measure
 from fastres.runtime.verify import Verification
 
-KEPT = Path(__file__).parents[1] / "out" / "models.json"
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+KEPT = Path(__file__).parents[2] / "out" / "models.json"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 LEAST_SPEED = 0.95
 ALL = (*CASES, *KERAS_CASES)
 HEADER = ("model", "fused", "left to PyTorch", "error", "eager's", "top-1", "speed-up")
@@ -126,11 +126,11 @@ def page(rows: Mapping[str, Row], images: int) -> str:
     lines = [
         "# Models",
         "",
-        "Written by `python tests/models_page.py`. Each model has hostile weights (negative and",
-        "zero gammas, spread variances, another eps in each layer) and real photographs as input.",
+        "Written by `python tests/tools/models_page.py`. Each model has hostile weights (negative",
+        "and zero gammas, spread variances, another eps in each layer) and photographs as input.",
         "A model is timed only if its outputs are PyTorch's within 1e-4 before and after; of",
         "detectors, whose boxes may change places, this run compares the form alone.",
-        "`tests/test_models_zoo.py` compares all of them, boxes included, in float64.",
+        "`tests/frontends/test_models_zoo.py` compares all of them, boxes included, in float64.",
         "",
         "- **fused**: steps that fastres runs; **left to PyTorch**: calls that stay PyTorch's.",
         "- **error**: root mean square against float64, over that of the outputs, in float32;",

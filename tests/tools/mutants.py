@@ -1,10 +1,10 @@
 """The mutation suite: known bugs are injected one by one, and the tests must notice each.
 
-``python tests/mutants.py``, or ``make mutants``, works on copies of the checkout in a temporary
-folder and writes docs/mutants.md. A mutant counts as killed when a test fails with it that passes
-without it. Verdicts are kept in out/mutants.json as they come: ``--resume`` goes on with the
-mutants that are not there yet, ``--minutes`` stops after a while, and ``--only words`` judges those
-whose name or file has the words, again where they were judged before.
+``make mutants`` works on copies of the checkout in a temporary folder and writes docs/mutants.md. A
+mutant counts as killed when a test fails with it that passes without it. Verdicts are kept in
+out/mutants.json as they come: ``--resume`` goes on with the mutants that are not there yet,
+``--minutes`` stops after a while, and ``--only words`` judges those whose name or file has the
+words, again where they were judged before.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pathlib import Path
 from queue import Queue
 from threading import Lock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIST = Path(__file__).with_suffix(".txt")
 PAGE = ROOT / "docs" / "mutants.md"
 KEPT = ROOT / "out" / "mutants.json"
 LIMIT = 600  # seconds for the tests of one mutant
 HEAD = """# The mutation suite
 
-Known bugs, injected one at a time by `make mutants` (`tests/mutants.py`, from `tests/mutants.txt`);
-the ordinary tests must notice each. A bug counts as killed when a test fails with it that passes
-without it. Seconds are of the tests until then, on two shared cores.
+Known bugs, injected one at a time by `make mutants` from `tests/tools/mutants.txt`; the ordinary
+tests must notice each. A bug counts as killed when a test fails with it that passes without it.
+Seconds are of the tests until then, on two shared cores.
 
 """
 
@@ -57,8 +57,12 @@ class Mutant:
         ).hexdigest()
 
 
+FILES = {p.stem: p.relative_to(ROOT).as_posix() for p in (ROOT / "tests").rglob("test_*.py")}
+
+
 def files_of(names: str) -> tuple[str, ...]:
-    return tuple(f"tests/test_{name}.py" for name in names.split())
+    """By the name alone, whichever folder holds it: file names are unique."""
+    return tuple(FILES.get(f"test_{name}", f"tests/test_{name}.py") for name in names.split())
 
 
 def read_mutants(text: str) -> list[Mutant]:

@@ -1,7 +1,7 @@
 """What the library decides, as text: the proof that a refactoring changed nothing.
 
-    python tests/replay.py before.json            # on the old code
-    python tests/replay.py after.json --against before.json   # exit code 1 and the differences
+    python tests/tools/replay.py before.json    # on the old code
+    python tests/tools/replay.py after.json --against before.json  # the differences, exit code 1
 
 For each model of the zoo: the plan, the hash of the folded weights and the output on the CPU in
 float32 and bfloat16, and the kernels that the shipped tables choose for four GPUs at batch 1, 32

@@ -1,5 +1,6 @@
 """Every numbered fault has its tests, and the committed pages speak of those that exist."""
 
+import ast
 import re
 
 from fault_matrix import GPU, PAGE, ROWS, all_tests, kept, row_tests, rows_of
@@ -28,6 +29,10 @@ def test_the_page_tells_a_result_of_each_and_no_failure():
     assert [f"{t}: {r}" for t, r in results.items() if not clear.match(r)] == []
 
 
-def test_names_of_two_rows_count_for_both():
-    assert rows_of("test_row14_row18_images") == [14, 18]
-    assert rows_of("test_narrow9_rows") == []
+def test_a_mark_of_two_rows_counts_for_both():
+    marked, plain = (
+        "@pytest.mark.fault(14, 18)\n@pytest.mark.slow\n",
+        "@pytest.mark.parametrize('n', [9])\n",
+    )
+    assert rows_of(ast.parse(marked + "def test_a(): pass").body[0]) == [14, 18]
+    assert rows_of(ast.parse(plain + "def test_a(n): pass").body[0]) == []

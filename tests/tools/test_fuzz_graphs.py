@@ -25,7 +25,8 @@ def fuzz(name, examples, observe=lambda case: None):
     run()
 
 
-def test_row11_random_networks_are_the_same_function():
+@pytest.mark.fault(11)
+def test_random_networks_are_the_same_function():
     met = Counter()
 
     def observe(case):
@@ -39,12 +40,14 @@ def test_row11_random_networks_are_the_same_function():
     assert min(met["norm"], met["residual"], met["relu"]) >= 10, "the cases have become too plain"
 
 
+@pytest.mark.fault(11)
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", ["graph_triton", "resnet_triton"])
-def test_row11_random_networks_through_the_kernels(name):
+def test_random_networks_through_the_kernels(name):
     pytest.importorskip("triton")
     fuzz(name, 10)
 
 
-def test_row11_random_resnets_keep_the_rule_of_two():
+@pytest.mark.fault(11)
+def test_random_resnets_keep_the_rule_of_two():
     fuzz("resnet", 60)

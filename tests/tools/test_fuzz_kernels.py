@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 pytestmark = pytest.mark.interpreter
 
 
+@pytest.mark.fault(11)
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_row11_kernels_are_exact_on_integers(name):
+def test_kernels_are_exact_on_integers(name):
     cases, check = PROPERTIES[name]
 
     @settings(max_examples=15 if name == "conv2d" else 25, suppress_health_check=list(HealthCheck))

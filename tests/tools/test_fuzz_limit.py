@@ -48,21 +48,25 @@ def run(monkeypatch, tmp_path):
     return fuzzing
 
 
-def test_row82_a_round_stops_in_time(run):
+@pytest.mark.fault(82)
+def test_a_round_stops_in_time(run):
     assert run("numbers") == 0
 
 
-def test_row82_a_life_stops_in_time(run):
+@pytest.mark.fault(82)
+def test_a_life_stops_in_time(run):
     assert run("life") == 0
 
 
-def test_row82_a_failing_case_is_kept_though_shrinking_stops(run, tmp_path):
+@pytest.mark.fault(82)
+def test_a_failing_case_is_kept_though_shrinking_stops(run, tmp_path):
     assert run("numbers", slow_and_wrong) == 1
     (case,) = json.loads((tmp_path / "numbers.json").read_text())
     assert case >= 0
 
 
-def test_row82_a_case_that_fails_at_once_is_shrunk(run, tmp_path):
+@pytest.mark.fault(82)
+def test_a_case_that_fails_at_once_is_shrunk(run, tmp_path):
     def wrong(case):
         assert case < 500
 

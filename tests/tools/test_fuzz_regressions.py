@@ -18,16 +18,18 @@ CASES = [
 ]
 
 
+@pytest.mark.fault(11)
 @pytest.mark.parametrize(
     ("name", "index", "case"), CASES, ids=[f"{name}-{index}" for name, index, _ in CASES]
 )
-def test_row11_found_before(name, index, case):
+def test_found_before(name, index, case):
     found = properties()
     if name not in found:
         pytest.skip(f"{name} needs Triton")
     found[name][1](case)
 
 
-def test_row11_every_kept_case_names_a_property():
+@pytest.mark.fault(11)
+def test_every_kept_case_names_a_property():
     assert CASES
     assert {name for name, _, _ in CASES} <= {*properties(), *NEED_TRITON}

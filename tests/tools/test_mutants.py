@@ -6,7 +6,7 @@ from mutants import MUTANTS, PAGE, ROOT, Mutant, applies, page, read_mutants
 
 
 def test_every_bug_can_be_injected():
-    """Else the code has moved on: change the text in tests/mutants.txt."""
+    """Else the code has moved on: change the text in tests/tools/mutants.txt."""
     assert [f"{m.file}: {m.name}" for m in MUTANTS if not applies(m)] == []
     assert [t for m in MUTANTS for t in m.tests if not (ROOT / t).exists()] == []
     assert all(m.tests and m.old != m.new for m in MUTANTS)

@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+TESTS = Path(__file__).parents[2]
+sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("", "support", "tools"))]
 
 import conftest  # noqa: E402, F401  as in the tests: Triton's interpreter is on
 

@@ -18,7 +18,7 @@ import torch
 
 import fastres
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SNAPSHOT = Path(__file__).with_name("snapshot.txt")
 CASES: dict[str, Callable[[], Any]] = {}
 """By name; a case runs in an empty folder of its own."""

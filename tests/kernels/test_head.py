@@ -49,10 +49,11 @@ def test_every_shape_is_exact(integers, poisoned, shape, dtype, config):
     assert all(torch.equal(t, copy) for t, copy in zip((x, w, b), before, strict=True))
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize("row", CONFIGS, ids=str)
 @pytest.mark.parametrize("channels", ["ragged", "even"])
-def test_row19_every_config_is_exact(integers, poisoned, row, channels):
+def test_every_config_is_exact(integers, poisoned, row, channels):
     channels = row.block_c * 3 + (5 if channels == "ragged" else 0)
     x = integers(row.block_m + 1, channels, 4, 4, dtype=HALF)
     w, b = integers(row.block_n + 3, channels, dtype=HALF), integers(row.block_n + 3, dtype=HALF)
@@ -85,9 +86,10 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype, config):
     rule_of_two(head(x, w, b, config=config), head_ref(x, w, b), ref)
 
 
+@pytest.mark.fault(14)
 @interpreter
 @pytest.mark.parametrize("config", SMALL, ids=["vector", "matrix"])
-def test_row14_nan_stays_in_its_image(numbers, config):
+def test_nan_stays_in_its_image(numbers, config):
     x, w = numbers(3, 40, 2, 2), numbers(18, 40)
     clean = head(x, w, config=config)
     x[1, 7, 1, 0] = math.nan
@@ -96,24 +98,27 @@ def test_row14_nan_stays_in_its_image(numbers, config):
     assert torch.equal(y[::2], clean[::2])
 
 
+@pytest.mark.fault(18)
 @interpreter
 @pytest.mark.parametrize("config", SMALL, ids=["vector", "matrix"])
-def test_row18_the_same_bits_each_time_and_for_each_image(numbers, config):
+def test_the_same_bits_each_time_and_for_each_image(numbers, config):
     x, w = numbers(4, 50, 2, 2), numbers(18, 50)  # means over 4 pixels are exact
     whole = head(x, w, config=config)
     assert torch.equal(head(x, w, config=config), whole)
     assert torch.equal(head(x[2:3], w, config=config), whole[2:3])
 
 
+@pytest.mark.fault(6)
 @interpreter
-def test_row6_the_int64_path_is_exact(monkeypatch, integers):
+def test_the_int64_path_is_exact(monkeypatch, integers):
     monkeypatch.setattr(head_module, "needs_int64", lambda *_: True)
     x, w = integers(3, 20, 2, 2), integers(5, 20)
     for config in SMALL:
         assert torch.equal(head(x, w, config=config), expected(x, w))
 
 
-def test_row1_an_empty_batch_launches_nothing(device):
+@pytest.mark.fault(1)
+def test_an_empty_batch_launches_nothing(device):
     before = LAUNCHES.total()
     x = torch.empty(0, 8, 2, 2, device=device)
     assert head(x, torch.randn(5, 8, device=device)).shape == (0, 5)

@@ -107,9 +107,10 @@ def test_every_shape_is_exact(integers, poisoned, device, name, dtype, bias):
     assert bool((want[0] == 0).any()), "the ReLU has something to do"
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("row", [*CONFIGS, BottleneckConfig(3)], ids=str)
 @pytest.mark.parametrize("name", ["stage 1", "tail", "one part"])
-def test_row19_every_config_is_exact_also_in_place(integers, device, name, row):
+def test_every_config_is_exact_also_in_place(integers, device, name, row):
     if not fits(row, *SHAPES[name][1:], HOPPER):
         pytest.skip("more weights than shared memory holds")
     inputs = operands(integers, device, name)
@@ -135,7 +136,8 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
         rule_of_two(got, same, exact)
 
 
-def test_row14_nan_stays_in_its_image(integers, device):
+@pytest.mark.fault(14)
+def test_nan_stays_in_its_image(integers, device):
     inputs = operands(integers, device, "into stage 2")
     clean = bottleneck_hwnc(*inputs)
     inputs[0][:, :, 1] = float("nan")
@@ -145,7 +147,8 @@ def test_row14_nan_stays_in_its_image(integers, device):
         assert bool(dirty[:, :, 1].isnan().any())
 
 
-def test_row1_an_empty_batch_launches_nothing(device):
+@pytest.mark.fault(1)
+def test_an_empty_batch_launches_nothing(device):
     before = LAUNCHES.total()
     t = torch.empty(4, 5, 0, 64, device=device, dtype=HALF)
     w2 = torch.randn(64, 64, 3, 3, device=device).to(HALF, memory_format=torch.channels_last)

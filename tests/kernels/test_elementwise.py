@@ -49,8 +49,9 @@ def test_sum_and_relu_equal_torch(device, poisoned, size, dtype, config):
     assert torch.equal(b, copies[1])
 
 
+@pytest.mark.fault(10)
 @interpreter
-def test_row10_out_may_be_an_operand(device, poisoned):
+def test_out_may_be_an_operand(device, poisoned):
     a, b = torch.randn(2, 2, 5, 9, 70, device=device)
     a, b = (t.contiguous(memory_format=torch.channels_last) for t in (a, b))
     for first in (True, False):
@@ -64,9 +65,10 @@ def test_row10_out_may_be_an_operand(device, poisoned):
     assert torch.equal(guarded.out, a.relu())
 
 
+@pytest.mark.fault(12)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_row12_nan_negative_zero_and_infinities(device, dtype):
+def test_nan_negative_zero_and_infinities(device, dtype):
     values = torch.tensor([math.nan, -0.0, 0.0, math.inf, -math.inf, -1.0, 2.0], device=device)
     a, b = (t.flatten().to(dtype) for t in torch.meshgrid(values, values, indexing="ij"))
     for got, want in [
@@ -79,8 +81,9 @@ def test_row12_nan_negative_zero_and_infinities(device, dtype):
         assert torch.equal(got.signbit()[~got.isnan()], want.signbit()[~want.isnan()])
 
 
+@pytest.mark.fault(6)
 @interpreter
-def test_row6_the_int64_path_is_exact(integers, monkeypatch):
+def test_the_int64_path_is_exact(integers, monkeypatch):
     monkeypatch.setattr("fastres.kernels.elementwise.needs_int64", lambda *_: True)
     a, b = integers(2, 5, 9, 7), integers(2, 5, 9, 7)
     assert torch.equal(add_relu(a, b), add_relu_ref(a, b))
@@ -116,7 +119,8 @@ def test_linear_keeps_the_rule_of_two(device, rule_of_two, dtype, bias):
     rule_of_two(linear(x, w, b), linear_ref(x, w, b), linear_ref(x, w, b, upcast=True))
 
 
-def test_row1_nothing_in_nothing_out(device):
+@pytest.mark.fault(1)
+def test_nothing_in_nothing_out(device):
     before = LAUNCHES.total()
     empty, w = torch.empty(0, 8, device=device), torch.randn(3, 8, device=device)
     assert linear(empty, w).shape == (0, 3)

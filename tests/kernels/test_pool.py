@@ -97,9 +97,10 @@ def test_global_average_keeps_the_rule_of_two(device, poisoned, rule_of_two, siz
     rule_of_two(got, want, global_avg_pool_ref(x, upcast=True))
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_row19_every_pool_config_is_exact(integers, poisoned, config):
+def test_every_pool_config_is_exact(integers, poisoned, config):
     x = integers(2, config.block_c + 3, 7, 9, dtype=torch.float16)
     want = max_pool2d_ref(x, 3, stride=2, padding=1)
     got = guarded_call(poisoned, want, max_pool2d, x, 3, stride=2, padding=1, config=config)
@@ -108,16 +109,18 @@ def test_row19_every_pool_config_is_exact(integers, poisoned, config):
     assert torch.equal(guarded_call(poisoned, want, avg_pool2d, x, 2, config=config), want)
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize("config", GLOBAL_CONFIGS, ids=str)
-def test_row19_every_global_pool_config_is_exact(integers, poisoned, config):
+def test_every_global_pool_config_is_exact(integers, poisoned, config):
     x = integers(2, config.block_c + 3, 16, config.block_m // 8, dtype=torch.float16)
     want = global_avg_pool_ref(x, upcast=True).half()
     assert torch.equal(guarded_call(poisoned, want, global_avg_pool, x, config=config), want)
 
 
+@pytest.mark.fault(6)
 @interpreter
-def test_row6_the_int64_path_is_exact(integers, monkeypatch):
+def test_the_int64_path_is_exact(integers, monkeypatch):
     monkeypatch.setattr(pool_module, "needs_int64", lambda *_: True)
     x = integers(2, 5, 9, 7)
     assert torch.equal(max_pool2d(x, 3, padding=1), max_pool2d_ref(x, 3, padding=1))
@@ -126,8 +129,9 @@ def test_row6_the_int64_path_is_exact(integers, monkeypatch):
     assert torch.equal(global_avg_pool(x), want)
 
 
+@pytest.mark.fault(8)
 @interpreter
-def test_row8_sizes_of_one(integers):
+def test_sizes_of_one(integers):
     for size in [(1, 1, 1, 1), (3, 1, 4, 5), (1, 17, 1, 1), (2, 16, 1, 3)]:
         x = integers(*size)
         assert torch.equal(max_pool2d(x, 1), x)
@@ -135,9 +139,10 @@ def test_row8_sizes_of_one(integers):
         assert torch.equal(global_avg_pool(x), want)
 
 
+@pytest.mark.fault(13)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_row13_nan_infinities_and_negative_windows(device, dtype):
+def test_nan_infinities_and_negative_windows(device, dtype):
     x = -1 - torch.rand(1, 6, 6, 6, device=device)
     x[0, 1, 2, 2] = math.nan
     x[0, 2, 0, 0] = math.nan
@@ -153,8 +158,9 @@ def test_row13_nan_infinities_and_negative_windows(device, dtype):
     assert bool((got[0, 4] == -math.inf).all())
 
 
+@pytest.mark.fault(14)
 @interpreter
-def test_row14_nan_stays_in_its_image(device):
+def test_nan_stays_in_its_image(device):
     x = torch.randn(3, 20, 5, 5, device=device).contiguous(memory_format=torch.channels_last)
     clean = max_pool2d(x, 3, padding=1), avg_pool2d(x, 3, padding=1), global_avg_pool(x)
     x[1] = math.nan
@@ -164,7 +170,8 @@ def test_row14_nan_stays_in_its_image(device):
         assert bool(b[1].isnan().all())
 
 
-def test_row1_an_empty_batch_launches_nothing(device):
+@pytest.mark.fault(1)
+def test_an_empty_batch_launches_nothing(device):
     x, before = torch.empty(0, 3, 9, 8, device=device), LAUNCHES.total()
     assert max_pool2d(x, 3, stride=2, padding=1).shape == (0, 3, 5, 4)
     assert avg_pool2d(x, 2).shape == (0, 3, 4, 4)
@@ -221,8 +228,9 @@ def test_the_config_follows_the_channels():
     ]
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row40_opcheck(dtype):
+def test_opcheck(dtype):
     x = torch.randn(2, 5, 6, 7).to(dtype, memory_format=torch.channels_last)
     torch.library.opcheck(max_pool2d_op, (x, [3, 3], [2, 2], [1, 1], [1, 1], True))
     torch.library.opcheck(avg_pool2d_op, (x, [2, 2], [2, 2], [0, 0], False, True, None))

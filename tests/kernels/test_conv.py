@@ -96,9 +96,10 @@ def test_every_epilogue_is_exact(integers, poisoned, name, bias, with_residual, 
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
 @pytest.mark.parametrize("channels", ["ragged", "even", "few"])
-def test_row19_every_config_is_exact(integers, poisoned, kind, row, channels):
+def test_every_config_is_exact(integers, poisoned, kind, row, channels):
     dtype = torch.float16 if kind == "half" else torch.float32
     precision = "ieee" if kind == "half" else kind
     c = {"ragged": row.block_k + 3, "even": row.block_k, "few": 3}[channels]
@@ -152,7 +153,8 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, name, dtype, precision
     )
 
 
-def test_row5_more_tiles_than_an_axis_y_holds_go_on_axis_x(monkeypatch):
+@pytest.mark.fault(5)
+def test_more_tiles_than_an_axis_y_holds_go_on_axis_x(monkeypatch):
     grids = []
     monkeypatch.setattr(conv_module, "launch", lambda kernel, grid, *_, **__: grids.append(grid))
     x = torch.empty(70_000, 16, 4, 4, memory_format=torch.channels_last)
@@ -174,8 +176,9 @@ def test_steps_cross_taps_only_where_one_tap_cannot_fill_them(
     assert (metas[0]["GATHER_C"], metas[0]["EVEN_C"]) == (gather_c, even_c)
 
 
+@pytest.mark.fault(6)
 @pytest.mark.parametrize("name", ["3x3", "1x1/2", "stem", "groups of 17"])
-def test_row6_the_int64_path_is_exact(monkeypatch, integers, name):
+def test_the_int64_path_is_exact(monkeypatch, integers, name):
     monkeypatch.setattr(conv_module, "needs_int64", lambda *_: True)
     x, w, geometry = operands(integers, SHAPES[name], torch.float32)
     residual = integers(*conv2d_ref(x, w, **geometry).shape)
@@ -183,7 +186,8 @@ def test_row6_the_int64_path_is_exact(monkeypatch, integers, name):
     assert torch.equal(got, expected(x, w, residual=residual, **geometry))
 
 
-def test_row8_sizes_of_one_are_both_layouts_at_once(integers):
+@pytest.mark.fault(8)
+def test_sizes_of_one_are_both_layouts_at_once(integers):
     for size, k in [((1, 1, 1, 1), 1), ((3, 1, 4, 5), 2), ((1, 17, 1, 1), 1), ((2, 16, 1, 3), 1)]:
         x, w, b = integers(*size), integers(k, size[1], 1, 1), integers(k)
         want = expected(x, w, b)
@@ -192,7 +196,8 @@ def test_row8_sizes_of_one_are_both_layouts_at_once(integers):
         assert torch.equal(conv2d(strange, w, b), want[:1])
 
 
-def test_row9_storage_offsets_that_break_alignment(integers):
+@pytest.mark.fault(9)
+def test_storage_offsets_that_break_alignment(integers):
     x, w, geometry = operands(integers, SHAPES["1x1"], torch.float16)
     want = expected(x, w, **geometry)
     for offset in (0, 1, 0, 3, 8, 5):
@@ -201,9 +206,10 @@ def test_row9_storage_offsets_that_break_alignment(integers):
         assert torch.equal(conv2d(shifted, w, **geometry), want)
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("config", [None, SMALL], ids=["selected", "small"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_row10_out_may_be_the_residual(integers, poisoned, dtype, config):
+def test_out_may_be_the_residual(integers, poisoned, dtype, config):
     x, w, geometry = operands(integers, SHAPES["3x3"], dtype)
     residual = integers(*conv2d_ref(x, w, **geometry).shape, dtype=dtype)
     want = expected(x, w, residual=residual, relu=True, **geometry)
@@ -213,7 +219,8 @@ def test_row10_out_may_be_the_residual(integers, poisoned, dtype, config):
     assert torch.equal(guarded.out, want)
 
 
-def test_row18_position_and_company_of_an_image_change_no_bit(numbers):
+@pytest.mark.fault(18)
+def test_position_and_company_of_an_image_change_no_bit(numbers):
     x, w = numbers(5, 20, 6, 6), numbers(9, 20, 3, 3)
     batch = conv2d(x, w, padding=1, config=SMALL)
     for _ in range(3):
@@ -238,8 +245,9 @@ def test_a_split_reduction_is_exact(integers, poisoned, name, splits):
     assert torch.equal(residual, want)
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize(("kind", "row"), [r for r in ROWS if r[1].splittable], ids=str)
-def test_row19_every_config_splits(integers, kind, row):
+def test_every_config_splits(integers, kind, row):
     dtype = torch.float16 if kind == "half" else torch.float32
     c = 2 * row.block_k + 3
     x, w = integers(1, c, 5, 4, dtype=dtype), integers(21, c, 2, 2, dtype=dtype)

@@ -102,10 +102,11 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
 @pytest.mark.parametrize("path", ["pixel", "row", "gathered"])
-def test_row19_every_config_is_exact(integers, path, kind, row):
+def test_every_config_is_exact(integers, path, kind, row):
     dtype, precision = (HALF, "ieee") if kind == "half" else (FLOAT, kind)
     batch = row.block_m if path == "pixel" else row.block_m // 2 + 3
     shape = ((1, 2, batch, row.block_k), (row.block_n + 8, 3, 2), 1 + (path == "gathered"), 1)
@@ -124,9 +125,10 @@ def test_it_agrees_with_the_convolution_of_nhwc_images(integers, name):
     assert torch.equal(from_hwnc(conv2d_hwnc(x, w, config=SMALL, **geometry)), want)
 
 
+@pytest.mark.fault(6)
 @interpreter
 @pytest.mark.parametrize("name", ["pixel 3x3", "row 3x3", "gathered 3x3/2"])
-def test_row6_the_int64_path_is_exact(monkeypatch, integers, name):
+def test_the_int64_path_is_exact(monkeypatch, integers, name):
     monkeypatch.setattr(module, "needs_int64", lambda *_: True)
     x, w, geometry = operands(integers, SHAPES[name], FLOAT)
     got = conv2d_hwnc(x, w, config=SMALL, **geometry)
@@ -149,9 +151,10 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, name, dtype):
     )
 
 
+@pytest.mark.fault(14)
 @interpreter
 @pytest.mark.parametrize("name", ["pixel 3x3", "row 3x3", "gathered 3x3/2"])
-def test_row14_nan_stays_in_its_image(integers, name):
+def test_nan_stays_in_its_image(integers, name):
     x, w, geometry = operands(integers, SHAPES[name], FLOAT)
     clean = conv2d_hwnc(x, w, config=SMALL, **geometry)
     x[:, :, 1] = math.nan
@@ -171,7 +174,8 @@ def test_layouts_convert_back_and_forth():
     assert back.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_row1_an_empty_batch_launches_nothing(device):
+@pytest.mark.fault(1)
+def test_an_empty_batch_launches_nothing(device):
     before = LAUNCHES.total()
     w = torch.randn(8, 16, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     y = conv2d_hwnc(torch.empty(4, 5, 0, 16, device=device), w, stride=2, padding=1)

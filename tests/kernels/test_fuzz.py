@@ -30,9 +30,10 @@ small = st.integers(1, 7)
 pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
+@pytest.mark.fault(11)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_row11_convolution(data, integers):
+def test_convolution(data, integers):
     draw = data.draw
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     c, k = draw(st.integers(1, 40 // groups)), draw(st.integers(1, 36 // groups)) * groups
@@ -61,9 +62,10 @@ def test_row11_convolution(data, integers):
     assert torch.equal(got, conv2d_ref(x, w, b, upcast=True, **epilogue).to(dtype))
 
 
+@pytest.mark.fault(11)
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_row11_pooling(data, integers):
+def test_pooling(data, integers):
     draw = data.draw
     window = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
     padding = tuple(draw(st.integers(0, k // 2)) for k in window)

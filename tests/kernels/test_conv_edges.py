@@ -21,8 +21,9 @@ def nhwc(*shape: int, dtype=torch.float32, device="cpu") -> torch.Tensor:
     return torch.randn(shape, device=device).to(dtype, memory_format=torch.channels_last)
 
 
+@pytest.mark.fault(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_row1_an_empty_batch_launches_nothing(device, dtype):
+def test_an_empty_batch_launches_nothing(device, dtype):
     before = LAUNCHES.total()
     x = torch.empty(0, 3, 9, 8, dtype=dtype, device=device)
     y = conv2d(x, nhwc(5, 3, 3, 3, dtype=dtype, device=device), stride=2, padding=1)
@@ -88,12 +89,14 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
     assert LAUNCHES.total() == before
 
 
-def test_row2_an_image_smaller_than_the_window(device):
+@pytest.mark.fault(2)
+def test_an_image_smaller_than_the_window(device):
     x, w = nhwc(1, 16, 2, 9, device=device), nhwc(8, 16, 3, 3, device=device)
     with pytest.raises(ValueError, match=r"x of 2x9 with padding \(0, 1\) .*3x3 window"):
         conv2d(x, w, padding=(0, 1))
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(
     "view",
     [
@@ -106,14 +109,15 @@ def test_row2_an_image_smaller_than_the_window(device):
     ],
     ids=["NCHW", "every other row", "some channels", "cropped", "expanded", "transposed"],
 )
-def test_row7_other_layouts_are_refused(device, view):
+def test_other_layouts_are_refused(device, view):
     x = view(nhwc(2, 32, 8, 8, device=device))
     with pytest.raises(ValueError, match="x must be dense in channels_last order, got torch.float"):
         conv2d(x, nhwc(4, x.shape[1], 1, 1, device=device))
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("name", ["x", "w", "b"])
-def test_row10_out_over_an_input_is_refused(device, name):
+def test_out_over_an_input_is_refused(device, name):
     x, w, b = nhwc(1, 8, 4, 4), nhwc(8, 8, 1, 1), torch.randn(8)
     tensors = {"x": x.to(device), "w": w.to(device), "b": b.to(device)}
     flat = torch.zeros(512, device=device)
@@ -127,7 +131,8 @@ def test_row10_out_over_an_input_is_refused(device, name):
     assert torch.equal(flat, before)
 
 
-def test_row10_out_over_part_of_the_residual_is_refused(device):
+@pytest.mark.fault(10)
+def test_out_over_part_of_the_residual_is_refused(device):
     flat = torch.zeros(160, device=device)
     residual = flat[:128].view(1, 4, 4, 8).permute(0, 3, 1, 2)
     out = flat[8:136].view(1, 4, 4, 8).permute(0, 3, 1, 2)
@@ -136,13 +141,15 @@ def test_row10_out_over_part_of_the_residual_is_refused(device):
         conv2d(x, w, residual=residual, out=out)
 
 
-def test_row6_offsets_past_2_to_the_31_take_the_int64_path():
+@pytest.mark.fault(6)
+def test_offsets_past_2_to_the_31_take_the_int64_path():
     assert not needs_int64(torch.empty(2**20, 2**10, device="meta"), None)
     assert needs_int64(None, torch.empty(2**21, 2**10, device="meta"))
 
 
+@pytest.mark.fault(12)
 @interpreter
-def test_row12_nan_and_negative_zero_pass_the_relu(device):
+def test_nan_and_negative_zero_pass_the_relu(device):
     nan = math.nan
     x = torch.tensor([nan, -2.0, 3.0, -0.0], device=device).view(4, 1, 1, 1)
     residual = torch.tensor([1.0, nan, -3.0, -0.0], device=device).view(4, 1, 1, 1)
@@ -154,9 +161,10 @@ def test_row12_nan_and_negative_zero_pass_the_relu(device):
     assert torch.equal(y.nan_to_num(9.0), want.nan_to_num(9.0))
 
 
+@pytest.mark.fault(14)
 @interpreter
 @pytest.mark.parametrize(("channels", "window"), [(20, 3), (3, 5), (16, 1)])
-def test_row14_nan_stays_in_its_image(device, channels, window):
+def test_nan_stays_in_its_image(device, channels, window):
     x = nhwc(3, channels, 5, 5, device=device)
     w = nhwc(18, channels, window, window, device=device)
     clean = conv2d(x, w, padding=window // 2, config=SMALL)
@@ -166,9 +174,10 @@ def test_row14_nan_stays_in_its_image(device, channels, window):
     assert torch.equal(y[::2], clean[::2])
 
 
+@pytest.mark.fault(14)
 @interpreter
 @pytest.mark.parametrize("channels", [19, 3])
-def test_row14_the_tail_of_the_reduction_is_masked_on_both_sides(device, channels):
+def test_the_tail_of_the_reduction_is_masked_on_both_sides(device, channels):
     """0 * inf is NaN: a masked element of x must never meet an infinite weight."""
     x = torch.ones(1, channels, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
     w = torch.ones(2, channels, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
@@ -177,8 +186,9 @@ def test_row14_the_tail_of_the_reduction_is_masked_on_both_sides(device, channel
     assert y.flatten().tolist() == [9 * channels, math.inf]
 
 
+@pytest.mark.fault(15)
 @interpreter
-def test_row15_overflow_of_float16_is_infinite(device):
+def test_overflow_of_float16_is_infinite(device):
     x = torch.full((1, 16, 2, 2), 64.0, dtype=torch.float16, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     w = torch.full((3, 16, 1, 1), 63.0, dtype=torch.float16, device=device)
@@ -189,9 +199,10 @@ def test_row15_overflow_of_float16_is_infinite(device):
     assert y[0, :, 0, 0].tolist() == [64512.0, math.inf, -math.inf]
 
 
+@pytest.mark.fault(16)
 @interpreter
 @pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e4])
-def test_row16_scales_keep_the_rule_of_two(device, rule_of_two, scale):
+def test_scales_keep_the_rule_of_two(device, rule_of_two, scale):
     x = nhwc(1, 24, 4, 4, device=device) * scale
     w = nhwc(8, 24, 3, 3, device=device)
     out = conv2d(x, w, padding=1)
@@ -211,9 +222,10 @@ OP_CASES = [
 ]
 
 
+@pytest.mark.fault(40)
 @pytest.mark.parametrize("case", OP_CASES, ids=["full", "groups"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_row40_opcheck(case, dtype):
+def test_opcheck(case, dtype):
     size, weights, bias, relu, stride, padding, dilation, groups = case
     x, w = nhwc(*size, dtype=dtype), nhwc(*weights, dtype=dtype)
     b = torch.randn(w.shape[0]) if bias else None

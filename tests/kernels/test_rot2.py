@@ -89,9 +89,10 @@ def test_every_shape_is_exact(operands, poisoned, shape, dtype, config):
     assert all(torch.equal(t, copy) for t, copy in zip(inputs, before, strict=True))
 
 
+@pytest.mark.fault(10)
 @interpreter
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
-def test_row10_the_residual_may_be_overwritten(operands, poisoned, dtype):
+def test_the_residual_may_be_overwritten(operands, poisoned, dtype):
     t, w3, b3, x, w1, b1 = operands(37, 16, 128, 32, dtype)
     want = expected(t, w3, b3, x, w1, b1)
     wide = poisoned(x.shape, dtype, fill=x)
@@ -104,10 +105,11 @@ def test_row10_the_residual_may_be_overwritten(operands, poisoned, dtype):
     assert torch.equal(t_next, want[1])
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize("row", CONFIGS, ids=str)
 @pytest.mark.parametrize("widths", [(64, 128, 64), (16, 64, 128)], ids=str)
-def test_row19_every_config_is_exact(operands, poisoned, row, widths):
+def test_every_config_is_exact(operands, poisoned, row, widths):
     rows = row.block_m + 3
     inputs = operands(rows, *widths, HALF)
     wide, narrow = poisoned((rows, widths[1]), HALF), poisoned((rows, widths[2]), HALF)
@@ -155,8 +157,9 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype):
         rule_of_two(out, same, ref)
 
 
+@pytest.mark.fault(12)
 @interpreter
-def test_row12_nan_passes_both_relus_and_stays_in_its_row(operands):
+def test_nan_passes_both_relus_and_stays_in_its_row(operands):
     inputs = operands(20, 16, 64, 16, HALF)
     clean = rot2(*inputs, config=SMALL)
     inputs[3][3, 5] = math.nan
@@ -168,7 +171,8 @@ def test_row12_nan_passes_both_relus_and_stays_in_its_row(operands):
         assert torch.equal(y[others], before[others])
 
 
-def test_row1_no_rows_launch_nothing(device):
+@pytest.mark.fault(1)
+def test_no_rows_launch_nothing(device):
     before = LAUNCHES.total()
     w3, w1 = torch.randn(64, 16, device=device).half(), torch.randn(32, 64, device=device).half()
     t, x = torch.empty(0, 16, device=device).half(), torch.empty(0, 64, device=device).half()
@@ -227,8 +231,9 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
     assert LAUNCHES.total() == before
 
 
+@pytest.mark.fault(10)
 @pytest.mark.parametrize("second", [False, True])
-def test_row10_other_overlaps_are_refused(device, second):
+def test_other_overlaps_are_refused(device, second):
     flat = torch.zeros(4 * 64 + 64, device=device).half()
     x = flat[:256].view(4, 64)
     w3, w1, t = W3.to(device), W1.to(device), T.to(device)

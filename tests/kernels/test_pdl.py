@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import _common
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "kernels").rglob("*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in FILES}
 KERNELS = {
@@ -117,7 +117,7 @@ def test_it_is_off_unless_asked_for_where_it_exists(switched):
 
 JUDGED = """
 import json, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/tools")
 from compile_gate import wait_problems
 wait = "griddepcontrol.wait"
 codes = [
@@ -164,7 +164,7 @@ def test_compiled_kernels_touch_nothing_before_the_wait():
     for script in ("compile_gate", "compile_gate_fused"):
         kernels = ("relu", "max_pool2d", "global_avg_pool", "head", "rot2", "stem")
         chosen = [word for kernel in kernels for word in ("--kernel", kernel)]
-        done = ordinary(f"tests/{script}.py", "--target", "sm_90", "--json", *chosen)
+        done = ordinary(f"tests/tools/{script}.py", "--target", "sm_90", "--json", *chosen)
         assert done.returncode == 0, done.stdout + done.stderr
         verdicts += json.loads(done.stdout)
     assert sum("pdl" in v["what"] for v in verdicts) == len(kernels)

@@ -74,9 +74,10 @@ def test_every_epilogue_is_exact(integers, poisoned, dtype, bias, with_residual,
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
-def test_row19_every_config_is_exact(integers, poisoned, kind, row):
+def test_every_config_is_exact(integers, poisoned, kind, row):
     dtype, precision = (HALF, "ieee") if kind == "half" else (FLOAT, kind)
     rows, channels, outputs = row.block_m + 5, row.block_k + 8, row.block_n + 8
     x, w = integers(rows, channels, dtype=dtype), integers(outputs, channels, dtype=dtype)
@@ -137,8 +138,9 @@ def test_a_pair_is_a_blocks_expansion_and_projection(device, stride):
     assert torch.equal(got, rows_of(want))
 
 
+@pytest.mark.fault(6)
 @interpreter
-def test_row6_the_int64_path_is_exact(monkeypatch, integers):
+def test_the_int64_path_is_exact(monkeypatch, integers):
     monkeypatch.setattr(gemm_module, "needs_int64", lambda *_: True)
     x, w, x2 = integers(12, 8), integers(8, 8), integers(40, 8)
     keywords = {"images": (2, 4, 5, 1), "stride": 2}
@@ -159,8 +161,9 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype):
     rule_of_two(gemm_pair(x, w, x, w, b, config=SMALL), gemm_pair_ref(x, w, x, w, b), ref)
 
 
+@pytest.mark.fault(12)
 @interpreter
-def test_row12_nan_and_negative_zero_pass_the_relu(device):
+def test_nan_and_negative_zero_pass_the_relu(device):
     x = torch.tensor([math.nan, -2.0, 3.0, -0.0], device=device).view(4, 1) * torch.eye(
         1, 8, device=device
     )
@@ -182,15 +185,17 @@ def test_the_tail_of_the_second_product_is_masked(device):
     assert got.tolist() == [[32.0] * 8]
 
 
+@pytest.mark.fault(18)
 @interpreter
-def test_row18_the_same_bits_each_time_and_for_each_row(numbers):
+def test_the_same_bits_each_time_and_for_each_row(numbers):
     x, w = numbers(40, 24), numbers(16, 24)
     whole = gemm(x, w, config=SMALL)
     assert torch.equal(gemm(x, w, config=SMALL), whole)
     assert torch.equal(gemm(x[3:8], w, config=SMALL), whole[3:8])
 
 
-def test_row1_no_rows_launch_nothing(device):
+@pytest.mark.fault(1)
+def test_no_rows_launch_nothing(device):
     before = LAUNCHES.total()
     x, w = torch.empty(0, 8, device=device).half(), torch.randn(16, 8, device=device).half()
     assert gemm(x, w).shape == gemm_pair(x, w, x, w).shape == (0, 16)

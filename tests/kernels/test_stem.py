@@ -63,10 +63,11 @@ def test_every_input_is_exact(integers, poisoned, device, planar, inputs, dtype)
 SIZES = [(1, 1), (1, 9), (2, 5), (7, 7), (8, 8), (5, 66), (15, 4), (17, 9)]
 
 
+@pytest.mark.fault(3)
 @interpreter
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("planar", [True, False], ids=["NCHW", "NHWC"])
-def test_row3_every_size_is_exact(integers, size, planar):
+def test_every_size_is_exact(integers, size, planar):
     channels = 1 + size[1] % 4
     x = images(integers, (1, channels, *size), FLOAT, planar)
     w, b = integers(5, channels, 7, 7, dtype=HALF), integers(5)
@@ -76,9 +77,10 @@ def test_row3_every_size_is_exact(integers, size, planar):
 ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
-def test_row19_every_config_is_exact(integers, poisoned, kind, row):
+def test_every_config_is_exact(integers, poisoned, kind, row):
     planar = row.num_warps == 8
     dtype = HALF if kind == "half" else FLOAT
     # The second strip has one row; few columns where the tile is wide, else two tiles of them.
@@ -128,16 +130,18 @@ def test_packed_weights_may_be_given(integers):
         stem(x, w, packed=pack_stem_weight(w, planar=True)[:8])
 
 
+@pytest.mark.fault(6)
 @interpreter
 @pytest.mark.parametrize("planar", [True, False], ids=["NCHW", "NHWC"])
-def test_row6_the_int64_path_is_exact(monkeypatch, integers, planar):
+def test_the_int64_path_is_exact(monkeypatch, integers, planar):
     monkeypatch.setattr(stem_module, "needs_int64", lambda *_: True)
     x, w = images(integers, (3, 2, 6, 7), HALF, planar), integers(4, 2, 7, 7, dtype=HALF)
     assert torch.equal(stem(x, w, config=SMALL), expected(x, w))
 
 
+@pytest.mark.fault(13)
 @interpreter
-def test_row13_nan_is_never_lost_and_stays_near(device):
+def test_nan_is_never_lost_and_stays_near(device):
     """Zero weights of a wider window meet the NaN, so it may go one pooled column further."""
     x = torch.randn(2, 3, 15, 21, device=device)
     w = torch.randn(4, 3, 7, 7, device=device)
@@ -152,8 +156,9 @@ def test_row13_nan_is_never_lost_and_stays_near(device):
         assert torch.equal(y[~nearby], clean[~nearby])
 
 
+@pytest.mark.fault(9)
 @interpreter
-def test_row9_storage_offsets_that_break_alignment(integers):
+def test_storage_offsets_that_break_alignment(integers):
     x, w = images(integers, (1, 3, 16, 16), HALF, True), integers(4, 3, 7, 7, dtype=HALF)
     want = expected(x, w)
     for offset in (0, 1, 0, 3):
@@ -162,7 +167,8 @@ def test_row9_storage_offsets_that_break_alignment(integers):
         assert torch.equal(stem(shifted, w, config=SMALL), want)
 
 
-def test_row1_an_empty_batch_launches_nothing(device):
+@pytest.mark.fault(1)
+def test_an_empty_batch_launches_nothing(device):
     before = LAUNCHES.total()
     y = stem(torch.empty(0, 3, 9, 8, device=device), torch.randn(4, 3, 7, 7, device=device).half())
     assert (y.shape, y.dtype, LAUNCHES.total()) == ((0, 4, 3, 2), HALF, before)

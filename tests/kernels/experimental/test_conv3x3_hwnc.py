@@ -91,10 +91,11 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
     assert bool((want < 0).any()) != relu  # the ReLU has something to do
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", ["one turn", "two turns", "ragged images"])
-def test_row19_every_config_is_exact(integers, name, residual, row):
+def test_every_config_is_exact(integers, name, residual, row):
     x, w = operands(integers, name)
     # Each channel has its own bias, so that no part of the tile can land in another's.
     b = torch.arange(w.shape[0], device=x.device, dtype=FLOAT)
@@ -114,7 +115,8 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
     )
 
 
-def test_row14_nan_stays_in_its_image(integers):
+@pytest.mark.fault(14)
+def test_nan_stays_in_its_image(integers):
     x, w = operands(integers, "ragged images")
     clean = conv2d_hwnc(x, w, padding=1, relu=True, config=FIRST)
     x[:, :, 1] = math.nan
