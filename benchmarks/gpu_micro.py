@@ -1,4 +1,4 @@
-"""What the machine can do: copies, L2 to SM by the copy engine, products, launches in a graph."""
+"""What the machine can do: copies, L2 to SM by TMA, products, launches in a graph."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ else:
     from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
     from ._common import INTERPRETED, LAUNCHES
     from ._config import TileConfig, machine_of
-    from ._tma import has_copy_engine
+    from ._tma import has_tma
     from .conv import conv2d, conv2d_ref, new_scratch
     from .elementwise import add_relu, add_relu_ref, relu, relu_ref
     from .global_pool import global_avg_pool, global_avg_pool_ref
@@ -39,7 +39,7 @@ __all__ = [
     "global_avg_pool",
     "global_avg_pool_ref",
     "global_pool",
-    "has_copy_engine",
+    "has_tma",
     "head",
     "linear",
     "machine_of",

@@ -58,7 +58,7 @@ def _start(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) 
     kernel[(grid,)](*args, **meta)
 
 
-# The interpreter plays the copy engine, and counts as one wide SM, so that it gets large tiles.
+# The interpreter plays TMA, and counts as one wide SM, so that it gets large tiles.
 _INTERPRETER = Host((9, 0), sms=1, shared_limit=227 * 1024, run=_start, gluon=False)
 _host = _INTERPRETER if INTERPRETED else None
 

@@ -1,4 +1,4 @@
-"""Tensor descriptors: tiles that the copy engine of sm_90 and later moves, clipped at the edges.
+"""Tensor descriptors: tiles that TMA, of sm_90 and later, moves, clipped at the edges.
 
 A descriptor wants a base on 16 bytes and rows of a multiple of 16 bytes. What lies outside the
 tensor is read as zero and not written.
@@ -15,8 +15,8 @@ from ._common import capability, check_contiguous, check_like, check_tensor, des
 _UNIT = 16  # bytes
 
 
-def has_copy_engine(device: torch.device) -> bool:
-    """Whether the GPU has the copy engine; the interpreter plays it."""
+def has_tma(device: torch.device) -> bool:
+    """Whether the GPU has TMA, the Tensor Memory Accelerator; the interpreter plays it."""
     return capability(device) >= (9, 0)
 
 
@@ -25,8 +25,8 @@ def fits_descriptor(columns: int, dtype: torch.dtype) -> bool:
     return columns * dtype.itemsize % _UNIT == 0
 
 
-def check_copy_engine(x: Tensor) -> None:
-    if not has_copy_engine(x.device):
+def check_tma(x: Tensor) -> None:
+    if not has_tma(x.device):
         raise RuntimeError(
             f"this kernel needs a GPU of compute capability 9.0 or newer, x is on {x.device}; "
             "use conv2d"

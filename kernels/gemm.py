@@ -1,4 +1,4 @@
-"""Products of rows by the copy engine: 1x1 convolutions, alone or in pairs, with their epilogue.
+"""Products of rows by TMA: 1x1 convolutions, alone or in pairs, with their epilogue.
 
     y = relu(x @ w^T + b + residual)            y = relu(x @ w^T + x2[rows] @ w2^T + b)
 
@@ -35,7 +35,7 @@ from ._common import (
     rounded,
 )
 from ._config import Problem, TileConfig, machine_of, select_config
-from ._tma import check_aligned, check_copy_engine, check_rows, descriptor, fits_descriptor
+from ._tma import check_aligned, check_rows, check_tma, descriptor, fits_descriptor
 from .conv import arithmetic
 
 
@@ -268,8 +268,8 @@ def gemm_pair_ref(
 
 
 def supports(channels: int, outputs: int, dtype: torch.dtype) -> bool:
-    """Whether rows of so many channels and outputs can be moved by the copy engine (of a GPU that
-    has one, see ``_tma.has_copy_engine``)."""
+    """Whether rows of so many channels and outputs can be moved by TMA (of a GPU
+    that has it, see ``_tma.has_tma``)."""
     return fits_descriptor(channels, dtype) and fits_descriptor(outputs, dtype)
 
 
@@ -344,7 +344,7 @@ def _run(
     out: Tensor | None,
     config: GemmConfig | None,
 ) -> Tensor:
-    check_copy_engine(x)
+    check_tma(x)
     shape = x.shape[0], w.shape[0]
     if out is None:
         out = x.new_empty(shape)

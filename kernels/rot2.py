@@ -33,7 +33,7 @@ from ._common import (
     rounded,
 )
 from ._config import Machine, machine_of
-from ._tma import check_aligned, check_copy_engine, check_rows, descriptor
+from ._tma import check_aligned, check_rows, check_tma, descriptor
 from .gemm import gemm_ref
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -129,7 +129,7 @@ _MOST_ACCUMULATORS = 144  # of a thread; beyond, the addresses spill
 
 
 def supports(channels: int, expanded: int, reduced: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel takes these widths (on a GPU with a copy engine)."""
+    """Whether the kernel takes these widths (on a GPU with TMA)."""
     narrow = channels in _WIDTHS and reduced in _WIDTHS
     return dtype in HALVES and narrow and expanded > 0 and expanded % 64 == 0
 
@@ -264,7 +264,7 @@ def rot2(
         TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
     """
     _check(t, w3, b3, x, w1, b1)
-    check_copy_engine(t)
+    check_tma(t)
     inputs = {"t": t, "w3": w3, "b3": b3, "w1": w1, "b1": b1}
     channels, expanded, reduced = t.shape[1], w3.shape[0], w1.shape[0]
     x_next, t_next = _outputs(out, inputs, x, t, reduced)

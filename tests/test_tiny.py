@@ -124,8 +124,8 @@ def test_kernels(kernel, integers, device):
     path, operands = KERNELS[kernel]
     file, name = path.split(".")
     module = import_module(f"fastres.kernels.{file}")
-    if file == "gemm" and not import_module("fastres.kernels._tma").has_copy_engine(device):
-        pytest.skip("no copy engine before compute capability 9.0")
+    if file == "gemm" and not import_module("fastres.kernels._tma").has_tma(device):
+        pytest.skip("no TMA before compute capability 9.0")
     inputs = operands(integers)
     answer = getattr(module, name)(*inputs)
     assert torch.equal(answer, getattr(module, f"{name}_ref")(*inputs, upcast=True).float())

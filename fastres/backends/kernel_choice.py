@@ -150,7 +150,7 @@ def _nearest(by_batch: Mapping[int, Measurement], batch: int) -> Measurement | N
 
 
 def architecture_of(device: torch.device) -> str:
-    """``"sm_90"``, ``"gfx942"``; Triton's interpreter on a CPU plays a GPU with a copy engine."""
+    """``"sm_90"``, ``"gfx942"``; Triton's interpreter on a CPU plays a GPU with TMA."""
     if device.type != "cuda":
         return "sm_90"
     properties = torch.cuda.get_device_properties(device)

@@ -54,7 +54,7 @@ PORTABLE = (
     Row("stem", "predicted: 1.4x at batch 64; below 16 equal, but spares converting NCHW images"),
     Row("head", "predicted: 1.1x, one launch instead of two", batch=(1, 4)),
 )
-COPY_ENGINE = (
+HOPPER_RULES = (
     *PORTABLE,
     Row("gemm_pair", "predicted: 1.05x to 2x, the projection stays on the chip", TENSOR),
     Row(
@@ -75,8 +75,8 @@ COPY_ENGINE = (
 TABLES: dict[str, tuple[Row, ...]] = {
     "sm_80": PORTABLE,
     "sm_89": PORTABLE,
-    "sm_90": COPY_ENGINE,
-    "sm_100": COPY_ENGINE,
+    "sm_90": HOPPER_RULES,
+    "sm_100": HOPPER_RULES,
     "gfx942": PORTABLE,
 }
 """Rows by architecture; their order has no meaning.

@@ -86,7 +86,7 @@ class TritonOps(AtenOps):
 
     def _patterns(self, device: torch.device) -> dict[str, Pattern]:
         """The pattern of each fused kernel that can run here."""
-        tma = device.type == "cpu" or self.kernels.has_copy_engine(device)
+        tma = device.type == "cpu" or self.kernels.has_tma(device)
         return {k.name: k.pattern for k in self.by_name.values() if tma or not k.needs_tma}
 
     def _supports(self, group: Group, dtype: torch.dtype, device: torch.device) -> bool:

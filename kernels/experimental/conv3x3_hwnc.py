@@ -8,7 +8,7 @@ outputs. A column of three input pixels is loaded once and multiplied into the s
 outputs that it belongs to; the sum that is then complete is written while the products of the other
 two run, and a new one takes its place. So an input pixel comes from L2 three times instead of nine,
 and from shared memory once for three products. Pixels outside the image are read as zero, and
-outputs outside of it are not written: both by the copy engine.
+outputs outside of it are not written: both by TMA.
 
 float16 or bfloat16, summed in float32, rounded once. It is written in Gluon, because Triton waits
 for each product where several sums take turns; it needs the warpgroup products of sm_90, and

@@ -41,7 +41,7 @@ from .._common import (
     window_count,
 )
 from .._config import Machine, Problem, estimated_cycles, machine_of, select_config
-from .._tma import check_aligned, check_copy_engine, descriptor, fits_descriptor
+from .._tma import check_aligned, check_tma, descriptor, fits_descriptor
 from ..conv import arithmetic, conv2d_ref
 from ..gemm import GemmConfig
 
@@ -227,7 +227,7 @@ def check_hwnc(name: str, t: Tensor, shape: Sequence[int] | None, x: Tensor) -> 
 
 
 def supports(channels: int, outputs: int, dtype: torch.dtype) -> bool:
-    """Whether every tile takes so many channels and outputs (on a GPU with a copy engine)."""
+    """Whether every tile takes so many channels and outputs (on a GPU with TMA)."""
     return channels > 0 and channels % 64 == 0 and fits_descriptor(outputs, dtype)
 
 
@@ -346,7 +346,7 @@ def conv2d_hwnc(
         TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
     """
     shape = _check(x, w, b, residual, stride, padding, precision)
-    check_copy_engine(x)
+    check_tma(x)
     if out is None:
         out = x.new_empty(shape)
     else:

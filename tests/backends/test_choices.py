@@ -96,7 +96,7 @@ def test_gpus_without_a_table_of_their_own(architecture, expected):
     assert family(architecture) == expected
 
 
-def test_doubtful_kernels_are_off_and_copy_engines_are_not_assumed():
+def test_doubtful_kernels_are_off_and_tma_is_not_assumed():
     for architecture in (*TABLES, "sm_75"):
         for doubtful in (*EXPERIMENTAL, "cudnn"):
             assert shipped(architecture, doubtful, CASE) is None

@@ -252,7 +252,7 @@ def test_an_empty_batch_and_misaligned_images(device):
     LAUNCHES.clear()
     with torch.no_grad():
         out = single.run([x])
-    assert LAUNCHES == {"conv2d_kernel": 1}, "the copy engine cannot read these rows"
+    assert LAUNCHES == {"conv2d_kernel": 1}, "TMA cannot read these rows"
     torch.testing.assert_close(out, first.half()(x), rtol=1e-3, atol=1e-3)  # two ulp of fp16
 
 

@@ -94,7 +94,7 @@ def read_ref(x: Tensor, programs: int, reads: int, upcast: bool = False) -> Tens
     return cache_read.cache_read_ref(x.double() if upcast else x, programs, reads)
 
 
-def by_copy_engine(dtype: torch.dtype) -> Iterator[Call]:
+def by_tma(dtype: torch.dtype) -> Iterator[Call]:
     a, w = whole(37, 32, dtype=dtype), whole(24, 32, dtype=dtype)
     a2, w2 = whole(37, 16, dtype=dtype), whole(24, 16, dtype=dtype)
     residual, bias = whole(37, 24, dtype=dtype), whole(24, dtype=torch.float32)
@@ -137,8 +137,8 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
     yield from others(dtype)
     if dtype is torch.float32:
         yield from cache_reads()
-    if _tma.has_copy_engine(DEVICE):
-        yield from by_copy_engine(dtype)
+    if _tma.has_tma(DEVICE):
+        yield from by_tma(dtype)
 
 
 def check(call: Call, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""Products by the copy engine, alone and in pairs, against float64, exact on integers."""
+"""Products by TMA, alone and in pairs, against float64, exact on integers."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SMALL = GemmConfig(16, 16, 16, 4, 2)
 
 
 @pytest.fixture(autouse=True)
-def _needs_copy_engine(request, device):
-    if request.node.get_closest_marker("interpreter") and not tma_module.has_copy_engine(device):
-        pytest.skip("no copy engine before compute capability 9.0")
+def _needs_tma(request, device):
+    if request.node.get_closest_marker("interpreter") and not tma_module.has_tma(device):
+        pytest.skip("no TMA before compute capability 9.0")
 
 
 @interpreter
@@ -253,8 +253,8 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
     assert LAUNCHES.total() == before
 
 
-def test_without_a_copy_engine_it_refuses(monkeypatch, device):
-    monkeypatch.setattr(tma_module, "has_copy_engine", lambda device: False)
+def test_without_tma_it_refuses(monkeypatch, device):
+    monkeypatch.setattr(tma_module, "has_tma", lambda device: False)
     with pytest.raises(RuntimeError, match="needs a GPU of compute capability 9.0"):
         gemm(X.to(device), W.to(device))
 

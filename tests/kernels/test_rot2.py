@@ -33,9 +33,9 @@ STAGES = [(64, 256, 64), (64, 256, 128), (128, 512, 128), (128, 512, 256), (256,
 
 
 @pytest.fixture(autouse=True)
-def _needs_copy_engine(request, device):
-    if request.node.get_closest_marker("interpreter") and not tma_module.has_copy_engine(device):
-        pytest.skip("no copy engine before compute capability 9.0")
+def _needs_tma(request, device):
+    if request.node.get_closest_marker("interpreter") and not tma_module.has_tma(device):
+        pytest.skip("no TMA before compute capability 9.0")
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ CPU, HALF = torch.device("cpu"), torch.float16
 
 
 def network(seed=0):
-    """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for rot2 and the copy engine."""
+    """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for rot2 and TMA."""
     return hostile_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
 
 

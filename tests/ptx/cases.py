@@ -38,7 +38,7 @@ class Case:
     reference: Callable[..., Any]
     inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     options: dict[str, Any] = field(default_factory=dict)
-    copies: bool = False  # by the copy engine of sm_90
+    copies: bool = False  # by TMA, of sm_90
 
     def name(self) -> str:
         row = "-".join(map(str, astuple(self.config))) if self.config else "chosen"
@@ -176,7 +176,7 @@ def stem_cases(target: str) -> Iterator[Case]:
 
 
 def product_cases(target: str) -> Iterator[Case]:
-    """Kernels that the copy engine feeds."""
+    """Kernels that TMA feeds."""
     if target == "sm_80":
         return
     for kind, rows in gemm.CONFIGS.items():

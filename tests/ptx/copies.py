@@ -34,7 +34,7 @@ def form(pattern: str):
 
 
 class TensorMap:
-    """A tensor as the copy engine moves it, in boxes; refused as the driver would."""
+    """A tensor as TMA moves it, in boxes; refused as the driver would."""
 
     def __init__(
         self, values: np.ndarray, shape: list[int], strides: list[int], box: list[int], mode: int

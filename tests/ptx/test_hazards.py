@@ -165,7 +165,7 @@ def test_nothing_is_touched_before_the_kernels_before_are_through():
         attempt(COPY + wait)
 
 
-# The copy engine.
+# TMA.
 
 ENGINE = """
 setp.eq.s32 %p1, %r1, 0;
@@ -236,7 +236,7 @@ ENGINE_BAD = {
 
 
 @pytest.mark.parametrize("name", ENGINE_BAD)
-def test_what_the_copy_engine_would_get_wrong(name):
+def test_what_tma_would_get_wrong(name):
     old, new, message = ENGINE_BAD[name]
     assert ENGINE.count(old) == 1
     with pytest.raises(Fault, match=message):

@@ -55,7 +55,7 @@ def test_a_case_of_each_kernel(target):
     assert passed("--sample", "--target", target, *only(EVERYWHERE)) == EVERYWHERE
 
 
-def test_a_case_of_each_kernel_of_the_copy_engine():
+def test_a_case_of_each_kernel_with_tma():
     assert passed("--sample", "--target", "sm_90", "--pdl", *only(COPIED)) == COPIED
 
 

@@ -66,7 +66,7 @@ def launched(monkeypatch):
 CHOICES = {
     "as shipped": Choices("sm_90"),
     "hwnc": only("stem", "head", "gemm", "gemm_pair", "rot2", "conv2d_hwnc"),
-    "without a copy engine": Choices("sm_80"),
+    "without TMA": Choices("sm_80"),
 }
 
 

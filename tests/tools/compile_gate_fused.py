@@ -4,7 +4,7 @@
         [--json]
 
 Judges as compile_gate.py does. Kernels that read through tensor descriptors are compiled where the
-GPU has the copy engine for them, sm_90 and later. Exit status 1 when a case fails.
+GPU has TMA for them, sm_90 and later. Exit status 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
-_tma.has_copy_engine = conv3x3_hwnc.runs_on = bottleneck_hwnc.runs_on = lambda device: True
+_tma.has_tma = conv3x3_hwnc.runs_on = bottleneck_hwnc.runs_on = lambda device: True
 HOPPER = Machine(132, 227 * 1024)
 gemm.machine_of = rot2.machine_of = bottleneck_hwnc.machine_of = lambda device: HOPPER
 
@@ -92,7 +92,7 @@ def stem_cases(full: bool) -> Iterator[Case]:
                 yield case(row, "sm_90", inputs, torch.bfloat16, planar=planar)
 
 
-COPY_ENGINES = ("sm_90", "sm_100")
+TMA_TARGETS = ("sm_90", "sm_100")
 PRECISIONS = {
     "half": ((torch.float16, "ieee"), (torch.bfloat16, "ieee")),
     "tf32": ((torch.float32, "tf32"),),
@@ -112,7 +112,7 @@ def tile_name(row: TileConfig) -> str:
 def tile_case(
     kernel: str, what: str, row: TileConfig, target: str, kind: str, run: Callable[[], object]
 ) -> Case:
-    """A matrix kernel whose tiles the copy engine moves."""
+    """A matrix kernel whose tiles TMA moves."""
     fitted = row.fitted(2 if kind == "half" else 4, TARGETS[target].shared_limit)
     return Case(
         kernel,
@@ -147,7 +147,7 @@ def gemm_cases(full: bool) -> Iterator[Case]:
         for row in rows:
             strides = (0,) if row.persistent else (0, 1, 2)
             shown = {("sm_90", first, 0), ("sm_90", last, strides[-1]), ("sm_100", first, 0)}
-            every = product(COPY_ENGINES, PRECISIONS[kind], strides)
+            every = product(TMA_TARGETS, PRECISIONS[kind], strides)
             for target, (dtype, precision), stride in every if full else sorted(shown, key=str):
                 what = f"{('single', 'pair', 'pair/2')[stride]} {short(dtype)} {precision}"
                 run = partial(gemm_run, row, dtype, precision, stride)
@@ -183,7 +183,7 @@ def rot2_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> No
 
 
 def rot2_cases(full: bool) -> Iterator[Case]:
-    for (index, row), target in product(enumerate(rot2.CONFIGS), COPY_ENGINES):
+    for (index, row), target in product(enumerate(rot2.CONFIGS), TMA_TARGETS):
         fitting = [seam for seam in SEAMS if rot2.fits(row, *seam, HOPPER)]
         if not fitting or (target != "sm_90" and not full):
             continue
@@ -242,7 +242,7 @@ def hwnc_cases(full: bool) -> Iterator[Case]:
     for kind, rows in hwnc.CONFIGS.items():
         first = PRECISIONS[kind][0]
         paths = HWNC_PATHS.items()
-        for (index, row), target, (path, sizes) in product(enumerate(rows), COPY_ENGINES, paths):
+        for (index, row), target, (path, sizes) in product(enumerate(rows), TMA_TARGETS, paths):
             due = list(HWNC_PATHS)[index % 3] if target == "sm_90" else "pixel"
             if not full and path != due:
                 continue
