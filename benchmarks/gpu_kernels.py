@@ -35,7 +35,7 @@ from benchmarks.gpu_exact import (
 from fastres.kernels import (
     global_avg_pool,
     max_pool2d,
-    new_scratch,
+    new_workspace,
 )
 from fastres.kernels._config import Problem, candidates, machine_of
 from fastres.kernels.linear import linear
@@ -182,10 +182,10 @@ def _conv_rows(
     rows = candidates(table, problem, machine_of(setting.device))
     if not splits:
         rows = [r for r in rows if r.splits == 1 and r.block_m >= 64 and r.block_n >= 64]
-    scratch = new_scratch(setting.device)
+    workspace = new_workspace(setting.device)
 
     def ours(row: Any, x: Tensor, w: Tensor, b: Any, *rest: Any) -> Tensor:
-        return conv.conv2d(x, w, b, config=row, scratch=scratch, **given)
+        return conv.conv2d(x, w, b, config=row, workspace=workspace, **given)
 
     chosen = setting.rows(rows)
     return {machine_name("conv2d", row): partial(ours, row) for row in chosen}
@@ -423,7 +423,7 @@ def _stem(setting: Setting, batch: int, planar: bool, dtype: torch.dtype) -> dic
     return contest(setting, contenders, make, reference, flop=work, steady=True, choice=choice)
 
 
-HEAD_SCRATCH = 1 << 23  # elements, for every row at every batch here
+HEAD_WORKSPACE = 1 << 23  # elements, for every row at every batch here
 
 
 def head_cases(setting: Setting) -> Iterator[Case]:
@@ -434,7 +434,7 @@ def head_cases(setting: Setting) -> Iterator[Case]:
 
 def _head(setting: Setting, batch: int) -> dict[str, Any]:
     channels, outputs = (128, 40) if setting.tiny else (2048, 1000)
-    scratch = torch.zeros(HEAD_SCRATCH, device=setting.device)
+    workspace = torch.zeros(HEAD_WORKSPACE, device=setting.device)
 
     def make() -> Operands:
         w = normal(setting, outputs, channels, scale=channels**-0.5)
@@ -444,7 +444,7 @@ def _head(setting: Setting, batch: int) -> dict[str, Any]:
         return linear(global_avg_pool(x).flatten(1), w, b)
 
     def ours(row: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return head.head(x, w, b, config=row, scratch=scratch if row.splits > 1 else None)
+        return head.head(x, w, b, config=row, workspace=workspace if row.splits > 1 else None)
 
     contenders: dict[str, Call] = {"PyTorch": head.head_ref, "pool + linear": apart}
     for row in setting.rows(head.CONFIGS):

@@ -18,7 +18,7 @@ else:
     from ._common import INTERPRETED, LAUNCHES
     from ._config import TileConfig, machine_of
     from ._tma import has_tma
-    from .conv import conv2d, conv2d_ref, new_scratch
+    from .conv import conv2d, conv2d_ref, new_workspace
     from .elementwise import add_relu, add_relu_ref, relu, relu_ref
     from .global_pool import global_avg_pool, global_avg_pool_ref
     from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
@@ -45,7 +45,7 @@ __all__ = [
     "machine_of",
     "max_pool2d",
     "max_pool2d_ref",
-    "new_scratch",
+    "new_workspace",
     "pool",
     "relu",
     "relu_ref",

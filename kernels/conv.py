@@ -83,7 +83,7 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
 }
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
 
-SCRATCH_COUNTS = tl.constexpr(4096)  # the most tiles whose reduction can be split
+WORKSPACE_COUNTS = tl.constexpr(4096)  # the most tiles whose reduction can be split
 
 
 @triton.jit
@@ -120,16 +120,16 @@ def _write(
 
 
 @triton.jit
-def _sum_splits(acc, scratch_ptr, tile, split, SPLITS):
-    """Leave ``acc`` in the scratch memory; (sum over the splits, whether this program, the last of
+def _sum_splits(acc, workspace_ptr, tile, split, SPLITS):
+    """Leave ``acc`` in the workspace; (sum over the splits, whether this program, the last of
     its tile to arrive, holds it). The sum runs in the order of the splits, so it is always the
-    same. ``scratch_ptr`` begins with a count per tile, 0 before and after."""
+    same. ``workspace_ptr`` begins with a count per tile, 0 before and after."""
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
     i = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    first = scratch_ptr + SCRATCH_COUNTS + tile * SPLITS * SIZE + i
+    first = workspace_ptr + WORKSPACE_COUNTS + tile * SPLITS * SIZE + i
     tl.store(first + split * SIZE, acc)
     tl.debug_barrier()  # all of the partial sum is written before the arrival is announced
-    count_ptr = scratch_ptr.to(tl.pointer_type(tl.int32)) + tile
+    count_ptr = workspace_ptr.to(tl.pointer_type(tl.int32)) + tile
     last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1
     acc = tl.zeros_like(acc)
     if last:
@@ -146,7 +146,7 @@ def conv2d_kernel(
     b_ptr,  # [GROUPS * K] or None
     residual_ptr,  # [M, GROUPS * K] or None
     y_ptr,  # [M, GROUPS * K]
-    scratch_ptr,  # [SCRATCH_COUNTS + programs * BLOCK_M * BLOCK_N], None without splits
+    workspace_ptr,  # [WORKSPACE_COUNTS + programs * BLOCK_M * BLOCK_N], None without splits
     M,  # N * P * Q
     H,
     W,
@@ -180,7 +180,7 @@ def conv2d_kernel(
     tiles_n = tl.cdiv(K, BLOCK_N)
     tile = tl.program_id(0)
     split = 0
-    if scratch_ptr is not None:
+    if workspace_ptr is not None:
         split = tile % SPLITS
         tile = tile // SPLITS
     group = tile // tiles_n % GROUPS
@@ -210,7 +210,7 @@ def conv2d_kernel(
     WINDOW: tl.constexpr = R * S * GATHER_C
     steps = tl.cdiv(WINDOW, BLOCK_K) if GATHER_C > 0 else R * S * tl.cdiv(C, BLOCK_K)
     begin = 0
-    if scratch_ptr is not None:
+    if workspace_ptr is not None:
         begin = split * steps // SPLITS
         steps = (split + 1) * steps // SPLITS
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -262,10 +262,10 @@ def conv2d_kernel(
     if b_ptr is not None:
         b_ptr += group * K
     n0 = n_tile * BLOCK_N
-    if scratch_ptr is None:
+    if workspace_ptr is None:
         _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
     else:
-        acc, last = _sum_splits(acc, scratch_ptr, tile, split, SPLITS)
+        acc, last = _sum_splits(acc, workspace_ptr, tile, split, SPLITS)
         if last:
             _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
 
@@ -357,42 +357,43 @@ def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
     return select_config(CONFIGS[kind], problem, kind, machine_of(device))
 
 
-def scratch_size(problem: Problem, config: TileConfig) -> int:
-    """Elements of float32 that this tile needs as ``scratch``; 0 unless it splits the reduction."""
-    return _scratch_size(problem.tiles(config), config.splits, config.block_m * config.block_n)
+def workspace_size(problem: Problem, config: TileConfig) -> int:
+    """Elements of float32 that this tile needs as ``workspace``; 0 without a split reduction."""
+    return _workspace_size(problem.tiles(config), config.splits, config.block_m * config.block_n)
 
 
-def _scratch_size(tiles: int, splits: int, block: int) -> int:
-    return SCRATCH_COUNTS.value + tiles * splits * block if splits > 1 else 0
+def _workspace_size(tiles: int, splits: int, block: int) -> int:
+    return WORKSPACE_COUNTS.value + tiles * splits * block if splits > 1 else 0
 
 
-def new_scratch(device: torch.device) -> Tensor:
-    """Memory to pass as ``scratch`` to any number of calls in a row, whatever tiles they select."""
-    size = SCRATCH_COUNTS.value + split_elements(machine_of(device))
+def new_workspace(device: torch.device) -> Tensor:
+    """To be passed as ``workspace`` to any number of calls in a row, whatever tiles they select."""
+    size = WORKSPACE_COUNTS.value + split_elements(machine_of(device))
     return torch.zeros(size, dtype=torch.float32, device=device)
 
 
-def split_scratch(
+def split_workspace(
     given: Tensor | None, tiles: int, splits: int, block: int, device: torch.device
 ) -> Tensor | None:
-    """Scratch memory for ``tiles`` of ``block`` elements in ``splits`` parts: ``given``, or new."""
-    size = _scratch_size(tiles, splits, block)
+    """Workspace for ``tiles`` of ``block`` elements in ``splits`` parts: ``given``, or new."""
+    size = _workspace_size(tiles, splits, block)
     if not size:
         return None
-    if tiles > SCRATCH_COUNTS.value:
+    if tiles > WORKSPACE_COUNTS.value:
         raise ValueError(
             f"config splits the reduction of {tiles} tiles; at most "
-            f"{SCRATCH_COUNTS.value} can be split"
+            f"{WORKSPACE_COUNTS.value} can be split"
         )
     if given is None:
         given = torch.empty(size, dtype=torch.float32, device=device)
         given[:tiles].zero_()
     elif given.dtype != torch.float32 or given.device != device or given.numel() < size:
         raise ValueError(
-            f"scratch must be {size} or more elements of float32 on {device}, got {describe(given)}"
+            f"workspace must be {size} or more elements of float32 on {device}, "
+            f"got {describe(given)}"
         )
     else:
-        check_contiguous("scratch", given)
+        check_contiguous("workspace", given)
     return given
 
 
@@ -410,7 +411,7 @@ def conv2d(
     precision: str = "ieee",
     out: Tensor | None = None,
     config: TileConfig | None = None,
-    scratch: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """``relu(conv2d(x, w) + b + residual)`` in one kernel.
 
@@ -423,7 +424,7 @@ def conv2d(
         out: where to write; may be ``residual`` itself, since each program reads its tile of the
             residual before it writes that tile, and no other program touches it.
         config: the tile to use instead of the selected one.
-        scratch: float32 memory for a split reduction, of at least :func:`scratch_size` elements,
+        workspace: float32 memory for a split reduction, :func:`workspace_size` elements at least,
             zero at first and left fit for the next call; never for two calls at a time. Without
             it each split call takes and clears its own.
 
@@ -460,8 +461,8 @@ def conv2d(
         b,
         residual,
         out,
-        split_scratch(
-            scratch,
+        split_workspace(
+            workspace,
             problem.tiles(config),
             config.splits,
             config.block_m * config.block_n,

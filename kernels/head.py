@@ -37,7 +37,7 @@ from ._common import (
     store_rounded,
 )
 from ._config import Machine, machine_of, split_elements
-from .conv import SCRATCH_COUNTS, _sum_splits, split_scratch
+from .conv import WORKSPACE_COUNTS, _sum_splits, split_workspace
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
 from .pool import check_image
@@ -97,7 +97,7 @@ def head_kernel(
     w_ptr,  # [K, C]
     b_ptr,  # [K] or None
     y_ptr,  # [N, K]
-    scratch_ptr,  # as conv.py's, None without splits
+    workspace_ptr,  # as conv.py's, None without splits
     N,
     PIXELS,
     C,
@@ -146,8 +146,8 @@ def head_kernel(
             acc = dot(mean, w.T, acc, PRECISION)
 
     last = True
-    if scratch_ptr is not None:
-        acc, last = _sum_splits(acc, scratch_ptr, tile, split, SPLITS)
+    if workspace_ptr is not None:
+        acc, last = _sum_splits(acc, workspace_ptr, tile, split, SPLITS)
     if last:
         if b_ptr is not None:
             acc += tl.load(b_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
@@ -190,9 +190,9 @@ def estimated_cycles(row: HeadConfig, problem: _Problem, machine: Machine) -> fl
 
 
 def _splittable(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
-    """Whether the partial sums fit the scratch memory that every launch may share."""
+    """Whether the partial sums fit the workspace that every launch may share."""
     programs = problem.tiles(row) * row.splits
-    few = problem.tiles(row) <= SCRATCH_COUNTS.value
+    few = problem.tiles(row) <= WORKSPACE_COUNTS.value
     return few and programs * row.block_m * row.block_n <= split_elements(machine)
 
 
@@ -224,7 +224,7 @@ def head(
     precision: str = "ieee",
     out: Tensor | None = None,
     config: HeadConfig | None = None,
-    scratch: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """``linear(global_avg_pool(x), w, b)`` in one kernel.
 
@@ -235,7 +235,7 @@ def head(
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
         out: where to write; must not overlap an input.
         config: the row to use instead of the selected one.
-        scratch: as for :func:`conv2d`.
+        workspace: as for :func:`conv2d`.
 
     Returns:
         (N, K) of x's dtype. A batch of 0 launches nothing.
@@ -267,8 +267,8 @@ def head(
         w,
         b,
         out,
-        split_scratch(
-            scratch,
+        split_workspace(
+            workspace,
             problem.tiles(config),
             config.splits,
             config.block_m * config.block_n,

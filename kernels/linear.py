@@ -59,7 +59,7 @@ def linear(
     precision: str = "ieee",
     out: Tensor | None = None,
     config: TileConfig | None = None,
-    scratch: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Tensor:
     """``relu(x @ w.T + b)`` in one kernel.
 
@@ -70,7 +70,7 @@ def linear(
         precision: products of float32: ``"ieee"`` in full, ``"tf32"`` on tensor cores.
         out: where to write; must not overlap an input.
         config: the tile to use instead of the selected one.
-        scratch: as for :func:`conv2d`.
+        workspace: as for :func:`conv2d`.
 
     Returns:
         (N, K) of x's dtype. A batch of 0 launches nothing.
@@ -92,7 +92,7 @@ def linear(
         precision=precision,
         out=None if out is None else _pixels(out),
         config=config,
-        scratch=scratch,
+        workspace=workspace,
     )
     return y.view(y.shape[:2]) if out is None else out
 

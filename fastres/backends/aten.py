@@ -118,8 +118,8 @@ class AtenOps:
         """The name of what computes a group, for the plan's table."""
         return f"{self.name} {group.kernel}"
 
-    def scratch_held(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Scratch memory that the calls inside share, handed out to be kept as long as they run."""
+    def workspace_held(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Workspace that the calls inside share, handed out to be kept as long as they run."""
         return nullcontext()
 
     def serves(self, op: Operation) -> str:

@@ -44,7 +44,7 @@ class FusedCall:
         weights: weight and bias of each step, None for steps without.
         extra: what the kernel's ``prepare`` has made.
         inputs: the values of ``group.inputs``.
-        scratch: memory that consecutive calls share, or None.
+        workspace: memory that consecutive calls share, or None.
         layout: the memory order of the activations.
     """
 
@@ -53,7 +53,7 @@ class FusedCall:
     weights: list[Any]
     extra: tuple[Tensor, ...]
     inputs: list[Tensor]
-    scratch: Tensor | None
+    workspace: Tensor | None
     layout: Layout = NHWC
 
     def operands(self, step: Step) -> list[Tensor]:
@@ -213,8 +213,8 @@ class Head(FusedKernel):
         (x,) = call.inputs
         x = x.contiguous(memory_format=CHANNELS_LAST)
         weight, bias = call.weights[-1]
-        precision, scratch = matmul_precision(), call.scratch
-        return (call.kernels.head.head(x, weight, bias, precision=precision, scratch=scratch),)
+        precision, workspace = matmul_precision(), call.workspace
+        return (call.kernels.head.head(x, weight, bias, precision=precision, workspace=workspace),)
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
         head, linear, x = kernels.head, group.steps[-1].op, sizes.of(group.inputs[0])

@@ -50,9 +50,9 @@ class TritonOps(AtenOps):
         self._held = threading.local()
 
     @property
-    def scratch(self) -> Any:
-        """Scratch memory that calls in a row share, or None."""
-        return getattr(self._held, "scratch", None)
+    def workspace(self) -> Any:
+        """Workspace that calls in a row share, or None."""
+        return getattr(self._held, "workspace", None)
 
     def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
         patterns = self._patterns(device)
@@ -112,19 +112,19 @@ class TritonOps(AtenOps):
         if not kernel.accepts(inputs, prepared):
             return None
         layout = self.layout_of(inputs)
-        call = FusedCall(self.kernels, group, prepared, extra, inputs, self.scratch, layout)
+        call = FusedCall(self.kernels, group, prepared, extra, inputs, self.workspace, layout)
         return kernel.run(call)
 
     def serves_group(self, group: Group) -> str:
         return self.by_name[group.kernel].label(group)
 
     @contextmanager
-    def scratch_held(self, device: torch.device) -> Iterator[Any]:
-        self._held.scratch = self.kernels.new_scratch(device)
+    def workspace_held(self, device: torch.device) -> Iterator[Any]:
+        self._held.workspace = self.kernels.new_workspace(device)
         try:
-            yield self._held.scratch
+            yield self._held.workspace
         finally:
-            self._held.scratch = None
+            self._held.workspace = None
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         return weights
@@ -147,7 +147,7 @@ class TritonOps(AtenOps):
             relu=op.relu,
             precision=conv_precision(),
             out=residual if in_place else None,
-            scratch=self.scratch,
+            workspace=self.workspace,
         )
 
     def linear(self, op: Linear, prepared: Any, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ class TritonOps(AtenOps):
             bias,
             relu=op.relu,
             precision=matmul_precision(),
-            scratch=self.scratch,
+            workspace=self.workspace,
         )
         return y.view(*x.shape[:-1], op.out_features)
 

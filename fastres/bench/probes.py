@@ -236,7 +236,7 @@ def layers(
         single = Executor(Plan((alone,), parameters, Ref(step.name)), model, ops, dtype)
         given = dict(zip(step.inputs, operands, strict=True))
         copies = [given[p.name].clone() for p in parameters]  # a residual is overwritten
-        with ops.scratch_held(x.device):
+        with ops.workspace_held(x.device):
             timed.append((step, _step_seconds(lambda: single.run(copies), x)))
 
     Executor(whole, model, ops, dtype).run([x.to(dtype)], observe)

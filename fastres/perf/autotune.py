@@ -199,7 +199,7 @@ class _Session:
                         excluded[kernel] = wrong
                         continue
                     # As in a captured network, where no call clears memory of its own.
-                    with executor.ops.scratch_held(self.device):
+                    with executor.ops.workspace_held(self.device):
                         seconds[kernel] = self.clock(_turns(executor, inputs))
                 except Exception as failure:
                     excluded[kernel] = one_line(failure)

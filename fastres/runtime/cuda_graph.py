@@ -32,7 +32,7 @@ class _Captured:
     graph: torch.cuda.CUDAGraph
     source: Tensor
     output: Any
-    scratch: Any
+    workspace: Any
 
 
 class GraphRunner:
@@ -126,7 +126,7 @@ class GraphRunner:
             # The allocator shares a pool's memory among captures on one stream alone.
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream = self._stream
-        with torch.inference_mode(False), torch.no_grad(), self._scratch(x) as scratch:
+        with torch.inference_mode(False), torch.no_grad(), self._workspace(x) as workspace:
             source, contiguous = self._source(x), not is_channels_last(x)
             # Memory that is aligned as the caller's was not wants kernels of its own, and while
             # capturing none can be compiled or loaded.
@@ -141,7 +141,7 @@ class GraphRunner:
             ):
                 output = self.executor.run([source], contiguous=contiguous)
             torch.cuda.current_stream().wait_stream(stream)
-        self._graphs[key] = _Captured(graph, source, output, scratch)
+        self._graphs[key] = _Captured(graph, source, output, workspace)
         return self._graphs[key]
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -153,9 +153,9 @@ class GraphRunner:
         order = torch.preserve_format if self.executor.reads_any_order(x) else CHANNELS_LAST
         return torch.empty_like(x, dtype=dtype, memory_format=order).copy_(x)
 
-    def _scratch(self, x: Tensor) -> AbstractContextManager[Any]:
+    def _workspace(self, x: Tensor) -> AbstractContextManager[Any]:
         """Memory of the graph's own, so that its kernels need not clear any."""
-        return self.executor.ops.scratch_held(x.device)
+        return self.executor.ops.workspace_held(x.device)
 
     def _replay(self, entry: _Captured, x: Tensor) -> Any:
         entry.source.copy_(x)

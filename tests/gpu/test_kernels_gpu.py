@@ -28,7 +28,7 @@ from fastres.kernels import (
     max_pool2d_ref,
 )
 from fastres.kernels._config import Problem, candidates, machine_of
-from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op, scratch_size
+from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op, workspace_size
 from fastres.kernels.linear import linear, linear_ref
 
 pytestmark = [
@@ -166,10 +166,10 @@ def test_alignment_may_change_from_call_to_call(integers):
 def test_a_hundred_calls_give_the_same_bits(splits):
     x, w = nhwc(2, 256, 7, 7), nhwc(512, 256, 3, 3)
     config = fitted("ieee", torch.float32, CONFIGS["ieee"][1], splits)
-    scratch = torch.zeros(scratch_size(Problem(98, 512, 256, 9, 1, 4), config), device=CUDA)
+    workspace = torch.zeros(workspace_size(Problem(98, 512, 256, 9, 1, 4), config), device=CUDA)
     first = conv2d(x, w, padding=1, config=config)
     for _ in range(100):
-        assert torch.equal(conv2d(x, w, padding=1, config=config, scratch=scratch), first)
+        assert torch.equal(conv2d(x, w, padding=1, config=config, workspace=workspace), first)
 
 
 @pytest.mark.fault(21)
@@ -221,18 +221,18 @@ def test_another_stream_and_an_input_freed_at_once(integers):
 
 
 @pytest.mark.fault(25)
-@pytest.mark.parametrize("own_scratch", [False, True])
+@pytest.mark.parametrize("own_workspace", [False, True])
 @pytest.mark.parametrize("splits", [1, 4])
-def test_a_captured_call_replays_on_new_values(integers, splits, own_scratch):
+def test_a_captured_call_replays_on_new_values(integers, splits, own_workspace):
     x = integers(2, 128, 7, 7, dtype=torch.float16)
     w = integers(64, 128, 3, 3, dtype=torch.float16)
     config = fitted("half", torch.float16, CONFIGS["half"][6], splits)
-    size = scratch_size(Problem(98, 64, 128, 9, 1, 2), config)
-    scratch = torch.zeros(size, device=CUDA) if own_scratch else None
-    conv2d(x, w, padding=1, config=config, scratch=scratch)
+    size = workspace_size(Problem(98, 64, 128, 9, 1, 2), config)
+    workspace = torch.zeros(size, device=CUDA) if own_workspace else None
+    conv2d(x, w, padding=1, config=config, workspace=workspace)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = conv2d(x, w, padding=1, config=config, scratch=scratch)
+        y = conv2d(x, w, padding=1, config=config, workspace=workspace)
     for _ in range(5):
         x.copy_(integers(*x.shape, dtype=x.dtype))
         graph.replay()

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from fastres.kernels import LAUNCHES, TileConfig, conv2d, conv2d_ref
 from fastres.kernels import conv as conv_module
 from fastres.kernels._config import Problem
-from fastres.kernels.conv import CONFIGS, SCRATCH_COUNTS, arithmetic, scratch_size
+from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, arithmetic, workspace_size
 
 pytestmark = pytest.mark.interpreter
 
@@ -256,34 +256,34 @@ def test_every_config_splits(integers, kind, row):
     assert torch.equal(got, expected(x, w))
 
 
-def test_scratch_serves_one_call_after_another(integers, device):
-    scratch = torch.zeros(20_000, device=device)
+def test_workspace_serves_one_call_after_another(integers, device):
+    workspace = torch.zeros(20_000, device=device)
     for name, splits in [("3x3", 2), ("1x1", 3), ("3x3", 5)]:
         x, w, geometry = operands(integers, SHAPES[name], torch.float32)
         config = replace(SMALL, splits=splits)
-        got = conv2d(x, w, config=config, scratch=scratch, **geometry)
+        got = conv2d(x, w, config=config, workspace=workspace, **geometry)
         assert torch.equal(got, expected(x, w, **geometry))
-        counts = scratch[: SCRATCH_COUNTS.value]
+        counts = workspace[: WORKSPACE_COUNTS.value]
         assert torch.equal(counts, torch.zeros_like(counts))
 
 
 @pytest.mark.parametrize(
-    ("scratch", "message"),
+    ("workspace", "message"),
     [
-        (torch.zeros(100), "scratch must be 5632 or more elements"),
+        (torch.zeros(100), "workspace must be 5632 or more elements"),
         (torch.zeros(9999).half(), "of float32"),
-        (torch.zeros(9999, 2)[:, 0], "scratch must be contiguous"),
+        (torch.zeros(9999, 2)[:, 0], "workspace must be contiguous"),
     ],
     ids=["small", "half", "strided"],
 )
-def test_scratch_that_does_not_serve_is_refused(integers, device, scratch, message):
+def test_workspace_that_does_not_serve_is_refused(integers, device, workspace, message):
     x, w = integers(1, 64, 4, 5), integers(16, 64, 1, 1)
     config = replace(SMALL, splits=3)
     with pytest.raises(ValueError, match=message):
-        conv2d(x, w, config=config, scratch=scratch.to(device))
+        conv2d(x, w, config=config, workspace=workspace.to(device))
     problem = Problem(20, 16, 64, 1, 1, 4)
-    assert scratch_size(problem, config) == SCRATCH_COUNTS.value + 2 * 3 * 16 * 16
-    assert scratch_size(problem, SMALL) == 0
+    assert workspace_size(problem, config) == WORKSPACE_COUNTS.value + 2 * 3 * 16 * 16
+    assert workspace_size(problem, SMALL) == 0
 
 
 def test_too_many_tiles_to_split_are_refused(device):

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastres.kernels import LAUNCHES, new_scratch
+from fastres.kernels import LAUNCHES, new_workspace
 from fastres.kernels import head as head_module
 from fastres.kernels._config import Machine
 from fastres.kernels.head import (
@@ -66,13 +66,13 @@ def test_every_config_is_exact(integers, poisoned, row, channels):
 
 @interpreter
 @pytest.mark.parametrize("config", SMALL, ids=["vector", "matrix"])
-def test_scratch_memory_is_left_ready_for_the_next_call(integers, device, config):
-    scratch = new_scratch(device)
-    scratch[4096:] = math.nan
+def test_the_workspace_is_left_ready_for_the_next_call(integers, device, config):
+    workspace = new_workspace(device)
+    workspace[4096:] = math.nan
     for batch in (3, 5, 1):
         x, w = integers(batch, 48, 2, 2, dtype=HALF), integers(20, 48, dtype=HALF)
-        assert torch.equal(head(x, w, config=config, scratch=scratch), expected(x, w))
-        assert not scratch[:4096].any()
+        assert torch.equal(head(x, w, config=config, workspace=workspace), expected(x, w))
+        assert not workspace[:4096].any()
 
 
 @interpreter
@@ -125,7 +125,7 @@ def test_an_empty_batch_launches_nothing(device):
     assert LAUNCHES.total() == before
 
 
-def test_every_batch_fits_the_shared_scratch_memory():
+def test_every_batch_fits_the_shared_workspace():
     hopper = Machine(132, 227 * 1024)
     for batch in (1, 2, 5, 32, 256, 3000):
         row = select_config(_Problem(batch, 1000, 2048, 49, 2), hopper)
@@ -145,10 +145,10 @@ BAD = {
     "precision": ({"precision": "fast"}, ValueError, "precision must be"),
     "out shape": ({"out": torch.randn(2, 6)}, ValueError, r"out must have shape \(2, 5\)"),
     "out over w": ({"out": W.view(-1)[:10].view(2, 5)}, ValueError, "out overlaps w"),
-    "scratch small": (
-        {"scratch": torch.zeros(9), "config": SMALL[0]},
+    "workspace small": (
+        {"workspace": torch.zeros(9), "config": SMALL[0]},
         ValueError,
-        "scratch must be .* or more elements",
+        "workspace must be .* or more elements",
     ),
 }
 

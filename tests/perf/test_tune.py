@@ -85,15 +85,15 @@ def test_the_plan_shows_what_was_measured(tuned_file, cheap, expected, unwanted)
     assert served(model, 5).served_by == far.served_by, "more than twice the batch measured"
 
 
-def test_what_is_timed_has_the_scratch_memory_that_a_captured_network_has(tuned_file, monkeypatch):
+def test_what_is_timed_has_the_workspace_that_a_captured_network_has(tuned_file, monkeypatch):
     given, timed = {}, {}
 
     def record(module, name):
         kernel = getattr(module, name)
 
-        def recorded(*operands, scratch=None, **options):
-            given[name] = scratch
-            return kernel(*operands, scratch=scratch, **options)
+        def recorded(*operands, workspace=None, **options):
+            given[name] = workspace
+            return kernel(*operands, workspace=workspace, **options)
 
         monkeypatch.setattr(module, name, recorded)
 
@@ -109,7 +109,7 @@ def test_what_is_timed_has_the_scratch_memory_that_a_captured_network_has(tuned_
     found = tune(network(), [(2, 3, 8, 8)], [HALF], CPU, clock=watching)
     assert not found.wrong
     assert {"conv2d", "linear", "head"} == timed.keys()
-    assert all(scratch is not None for scratch in timed.values())
+    assert all(workspace is not None for workspace in timed.values())
 
 
 def test_apart_is_the_best_that_the_parts_can_do(tuned_file):

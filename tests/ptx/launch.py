@@ -38,7 +38,7 @@ def launch(
     is given. Returns how many warps executed each opcode, where the memory has a profile.
     """
     program, steps = prepared(text)
-    given = itertools.chain(values, itertools.repeat(0))  # Triton's own scratch comes last
+    given = itertools.chain(values, itertools.repeat(0))  # Triton's own workspace comes last
     named = dict(zip(program.parameters, given, strict=False))
     threads = program.threads
     if any(i.opcode.startswith("atom") for i in program.code):

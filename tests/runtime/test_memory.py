@@ -39,13 +39,13 @@ def test_resnet50_needs_half_of_eagers_activations(layout):
 
 
 def test_the_plan_foretells_the_peak():
-    """Exact where no step needs scratch memory: the CIFAR networks have no max pool."""
+    """Exact where no step needs workspace: the CIFAR networks have no max pool."""
     model = hostile_(fastres.create_model("resnet20", shortcut="B"))
     x = real_images(8, 32).contiguous(memory_format=torch.channels_last)
     foretold = model.plan().peak_activation_bytes(tuple(x.shape), x.element_size())
     # The largest maps: a block's input, overwritten by its output, and the map between its layers.
     assert foretold == 2 * 8 * 16 * 32 * 32 * 4
-    # Small change: a convolution's scratch, alignment of the allocator, scalars.
+    # Small change: a convolution's workspace, alignment of the allocator, scalars.
     assert foretold <= peak(model, x) <= 1.02 * foretold
 
 

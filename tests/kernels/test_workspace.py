@@ -1,11 +1,11 @@
-"""One scratch memory serves every split reduction that the tables can select."""
+"""One workspace serves every split reduction that the tables can select."""
 
 import pytest
 import torch
 
-from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_scratch
+from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_workspace
 from fastres.kernels._config import Machine, Problem, select_config, split_elements
-from fastres.kernels.conv import CONFIGS, SCRATCH_COUNTS, scratch_size
+from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, workspace_size
 
 H200 = Machine(sms=132, shared_limit=227 * 1024)
 SMALL = Machine(sms=20, shared_limit=99 * 1024)
@@ -13,8 +13,8 @@ SMALL = Machine(sms=20, shared_limit=99 * 1024)
 
 @pytest.mark.parametrize("machine", [H200, SMALL], ids=["H200", "small"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_scratch_suffices_for_every_selected_tile(machine, kind):
-    room = SCRATCH_COUNTS.value + split_elements(machine)
+def test_workspace_suffices_for_every_selected_tile(machine, kind):
+    room = WORKSPACE_COUNTS.value + split_elements(machine)
     split = 0
     for pixels in (49, 196, 784, 3136, 12544):
         for batch in (1, 2, 8, 33):
@@ -23,19 +23,19 @@ def test_scratch_suffices_for_every_selected_tile(machine, kind):
                 problem = Problem(batch * pixels, n, channels, taps, 1, itemsize)
                 row = select_config(CONFIGS[kind], problem, kind, machine)
                 split += row.splits > 1
-                assert scratch_size(problem, row) <= room
+                assert workspace_size(problem, row) <= room
     assert split or machine is SMALL, "no shape splits, so nothing was shown"
 
 
-def test_calls_in_a_row_share_one_scratch(device):
+def test_calls_in_a_row_share_one_workspace(device):
     generator = torch.Generator().manual_seed(5)
-    scratch = new_scratch(device)
+    workspace = new_workspace(device)
     for channels, splits in ((64, 4), (48, 2), (64, 3), (32, 2)):
         x = torch.randint(-3, 4, (1, channels, 5, 6), generator=generator).float()
         w = torch.randint(-3, 4, (24, channels, 3, 3), generator=generator).float()
         x, w = (t.to(device, memory_format=torch.channels_last) for t in (x, w))
         row = TileConfig(16, 16, 16, 4, 2, splits)
-        y = conv2d(x, w, padding=1, config=row, scratch=scratch)
+        y = conv2d(x, w, padding=1, config=row, workspace=workspace)
         exact = conv2d_ref(x, w, padding=1, upcast=True).float()
         assert torch.equal(y, exact), "integers are exact in any order"
-    assert not scratch[: SCRATCH_COUNTS.value].any(), "the counters are left at zero"
+    assert not workspace[: WORKSPACE_COUNTS.value].any(), "the counters are left at zero"
