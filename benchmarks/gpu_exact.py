@@ -55,9 +55,9 @@ def precision(kind: str) -> str:
     return "tf32" if kind == "tf32" else "ieee"
 
 
-def conv_trial(kind: str, row: Any, splits: int) -> Trial:
+def conv_trial(kind: str, row: Any, split_k: int) -> Trial:
     def run(setting: Setting) -> Pairs:
-        used = replace(fitted(row, setting), splits=splits)
+        used = replace(fitted(row, setting), split_k=split_k)
         channels, outputs = row.block_k + 8, 72
         x, w = integers(setting, 3, channels, 9, 7), integers(setting, outputs, channels, 3, 3)
         b, residual = integers(setting, outputs, dtype=FLOAT), integers(setting, 3, outputs, 9, 7)
@@ -204,7 +204,7 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
         for dtype in DTYPES[kind]:
             for row in rows:
                 yield f"conv2d {kind}", dtype, row, conv_trial(kind, row, 1)
-                if row.splittable:
+                if row.can_split_k:
                     yield f"conv2d {kind} split", dtype, row, conv_trial(kind, row, 4)
     for kind, rows in gemm.CONFIGS.items():
         for dtype in DTYPES[kind]:

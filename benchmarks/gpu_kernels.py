@@ -140,7 +140,7 @@ def _to_nchw(y: Tensor) -> Tensor:
 
 
 def _conv3x3(
-    setting: Setting, stage: Stage, batch: int, stride: int, splits: bool
+    setting: Setting, stage: Stage, batch: int, stride: int, split_k: bool
 ) -> dict[str, Any]:
     c, size = stage.channels, stage.size * stride
     given = {"stride": stride, "padding": 1, "relu": True}
@@ -159,9 +159,9 @@ def _conv3x3(
 
     contenders: dict[str, Call] = {"cuDNN unfused": reference}
     contenders |= on_gpu(setting, cuDNN_fused=cudnn)
-    contenders |= _conv_rows(setting, Problem(batch * stage.size**2, c, c, 9, 1, 2), splits, given)
-    rows = [] if splits else rows_that_fit(setting, hwnc.CONFIGS)
-    if (c, stride, splits) == (conv3x3_hwnc.CHANNELS, 1, False) and conv3x3_hwnc.runs_on(
+    contenders |= _conv_rows(setting, Problem(batch * stage.size**2, c, c, 9, 1, 2), split_k, given)
+    rows = [] if split_k else rows_that_fit(setting, hwnc.CONFIGS)
+    if (c, stride, split_k) == (conv3x3_hwnc.CHANNELS, 1, False) and conv3x3_hwnc.runs_on(
         setting.device
     ):
         rows += conv3x3_hwnc.CONFIGS
@@ -170,18 +170,18 @@ def _conv3x3(
             hwnc.conv2d_hwnc(h, w, b, config=row, **given)
         )
     work = 2 * batch * stage.size**2 * 9 * c * c
-    choice = None if splits else Choice("conv2d_hwnc", "conv2d ", c, batch)
-    return contest(setting, contenders, make, reference, flop=work, steady=splits, choice=choice)
+    choice = None if split_k else Choice("conv2d_hwnc", "conv2d ", c, batch)
+    return contest(setting, contenders, make, reference, flop=work, steady=split_k, choice=choice)
 
 
 def _conv_rows(
-    setting: Setting, problem: Problem, splits: bool, given: dict[str, Any]
+    setting: Setting, problem: Problem, split_k: bool, given: dict[str, Any]
 ) -> dict[str, Call]:
-    """conv2d's tiles; with ``splits`` all that are considered, else the larger ones unsplit."""
+    """conv2d's tiles; with ``split_k`` all that are considered, else the larger ones unsplit."""
     table = conv.CONFIGS[KINDS[setting.dtype]]
     rows = candidates(table, problem, machine_of(setting.device))
-    if not splits:
-        rows = [r for r in rows if r.splits == 1 and r.block_m >= 64 and r.block_n >= 64]
+    if not split_k:
+        rows = [r for r in rows if r.split_k == 1 and r.block_m >= 64 and r.block_n >= 64]
     workspace = new_workspace(setting.device)
 
     def ours(row: Any, x: Tensor, w: Tensor, b: Any, *rest: Any) -> Tensor:
@@ -444,7 +444,7 @@ def _head(setting: Setting, batch: int) -> dict[str, Any]:
         return linear(global_avg_pool(x).flatten(1), w, b)
 
     def ours(row: Any, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return head.head(x, w, b, config=row, workspace=workspace if row.splits > 1 else None)
+        return head.head(x, w, b, config=row, workspace=workspace if row.split_k > 1 else None)
 
     contenders: dict[str, Call] = {"PyTorch": head.head_ref, "pool + linear": apart}
     for row in setting.rows(head.CONFIGS):

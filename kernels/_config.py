@@ -23,7 +23,7 @@ _SPLIT_WAVES = 2  # programs per SM, at most, of a split reduction
 class TileConfig:
     """One tile of a matrix kernel: ``block_m x block_n`` outputs, ``block_k`` products a step.
 
-    With ``splits`` above 1, that many programs share the reduction of a tile.
+    With ``split_k`` above 1, that many programs share the reduction of a tile.
     """
 
     block_m: int
@@ -31,7 +31,7 @@ class TileConfig:
     block_k: int
     num_warps: int
     num_stages: int
-    splits: int = 1
+    split_k: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
@@ -42,14 +42,14 @@ class TileConfig:
             raise ValueError(f"num_warps must be 1, 2, 4, 8 or 16, got {self.num_warps}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages must be at least 1, got {self.num_stages}")
-        if self.splits < 1 or (self.splits > 1 and not self.splittable):
+        if self.split_k < 1 or (self.split_k > 1 and not self.can_split_k):
             raise ValueError(
-                f"splits must be 1, or at least 1 for tiles of up to {_LARGEST_SPLIT} elements, "
-                f"got {self.splits} for {self.block_m}x{self.block_n}"
+                f"split_k must be 1, or at least 1 for tiles of up to {_LARGEST_SPLIT} elements, "
+                f"got {self.split_k} for {self.block_m}x{self.block_n}"
             )
 
     @property
-    def splittable(self) -> bool:
+    def can_split_k(self) -> bool:
         """Whether the partial sums of a tile can be exchanged without spilling registers."""
         return self.block_m * self.block_n <= _LARGEST_SPLIT
 
@@ -127,8 +127,8 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     An SM works through its share of the tiles, bound by arithmetic or by its part of L2's
     bandwidth, or waits for operands where the blocks it holds at once do not hide the latency.
     """
-    programs = problem.tiles(row) * row.splits
-    steps = ceil(problem.steps(row.block_k) / row.splits)
+    programs = problem.tiles(row) * row.split_k
+    steps = ceil(problem.steps(row.block_k) / row.split_k)
     no_wgmma = kind != "ieee" and row.block_m < 64  # such tiles use the older, slower mma
     rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
     arithmetic = row.block_m * row.block_n * row.block_k / rate
@@ -147,13 +147,13 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     waves = ceil(programs / (machine.sms * max(1, resident)))
     waiting = waves * steps * _STEP_LATENCY / row.num_stages
     overhead: float = _TILE_OVERHEAD
-    if row.splits > 1:
+    if row.split_k > 1:
         partial_sum = 4 * row.block_m * row.block_n
-        overhead += _SPLIT_OVERHEAD + (1 + row.splits) * partial_sum / bandwidth
+        overhead += _SPLIT_OVERHEAD + (1 + row.split_k) * partial_sum / bandwidth
     return max(busy, waiting) + waves * overhead
 
 
-SPLITS = (1, 2, 4, 8, 16)
+SPLIT_K_FACTORS = (1, 2, 4, 8, 16)
 """Ways to split a reduction that are considered."""
 
 
@@ -162,14 +162,14 @@ def candidates(rows: Iterable[TileConfig], problem: Problem, machine: Machine) -
     that leave each program a step and that do not oversubscribe the machine."""
     fitting = (row.fitted(problem.itemsize, machine.shared_limit) for row in rows)
     return [
-        replace(row, splits=splits)
+        replace(row, split_k=split_k)
         for row in fitting
         if row is not None
-        for splits in (SPLITS if row.splittable else (1,))
-        if splits == 1
+        for split_k in (SPLIT_K_FACTORS if row.can_split_k else (1,))
+        if split_k == 1
         or (
-            splits <= problem.steps(row.block_k)
-            and problem.tiles(row) * splits <= _SPLIT_WAVES * machine.sms
+            split_k <= problem.steps(row.block_k)
+            and problem.tiles(row) * split_k <= _SPLIT_WAVES * machine.sms
         )
     ]
 

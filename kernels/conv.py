@@ -120,26 +120,26 @@ def _write(
 
 
 @triton.jit
-def _sum_splits(acc, workspace_ptr, tile, split, SPLITS):
+def _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K):
     """Leave ``acc`` in the workspace; (sum over the splits, whether this program, the last of
     its tile to arrive, holds it). The sum runs in the order of the splits, so it is always the
     same. ``workspace_ptr`` begins with a count per tile, 0 before and after."""
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
     i = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    first = workspace_ptr + WORKSPACE_COUNTS + tile * SPLITS * SIZE + i
+    first = workspace_ptr + WORKSPACE_COUNTS + tile * SPLIT_K * SIZE + i
     tl.store(first + split * SIZE, acc)
     tl.debug_barrier()  # all of the partial sum is written before the arrival is announced
     count_ptr = workspace_ptr.to(tl.pointer_type(tl.int32)) + tile
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLIT_K - 1
     acc = tl.zeros_like(acc)
     if last:
-        for other in range(SPLITS):
+        for other in range(SPLIT_K):
             acc += tl.load(first + other * SIZE, cache_modifier=".cg")
         tl.store(count_ptr, 0)
     return acc, last
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLITS"])
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLIT_K"])
 def conv2d_kernel(
     x_ptr,  # [N, H, W, GROUPS * C]
     w_ptr,  # [GROUPS * K, R, S, C]
@@ -154,7 +154,7 @@ def conv2d_kernel(
     Q,
     C,
     K,
-    SPLITS,  # programs that share the reduction of a tile
+    SPLIT_K,  # programs that share the reduction of a tile
     GROUPS: tl.constexpr,
     R: tl.constexpr,
     S: tl.constexpr,
@@ -181,8 +181,8 @@ def conv2d_kernel(
     tile = tl.program_id(0)
     split = 0
     if workspace_ptr is not None:
-        split = tile % SPLITS
-        tile = tile // SPLITS
+        split = tile % SPLIT_K
+        tile = tile // SPLIT_K
     group = tile // tiles_n % GROUPS
     m_tile = tile // (tiles_n * GROUPS)
     if INT64:
@@ -211,8 +211,8 @@ def conv2d_kernel(
     steps = tl.cdiv(WINDOW, BLOCK_K) if GATHER_C > 0 else R * S * tl.cdiv(C, BLOCK_K)
     begin = 0
     if workspace_ptr is not None:
-        begin = split * steps // SPLITS
-        steps = (split + 1) * steps // SPLITS
+        begin = split * steps // SPLIT_K
+        steps = (split + 1) * steps // SPLIT_K
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATHER_C > 0:
         for step in range(begin, steps):
@@ -265,7 +265,7 @@ def conv2d_kernel(
     if workspace_ptr is None:
         _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
     else:
-        acc, last = _sum_splits(acc, workspace_ptr, tile, split, SPLITS)
+        acc, last = _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
         if last:
             _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
 
@@ -359,11 +359,11 @@ def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
 
 def workspace_size(problem: Problem, config: TileConfig) -> int:
     """Elements of float32 that this tile needs as ``workspace``; 0 without a split reduction."""
-    return _workspace_size(problem.tiles(config), config.splits, config.block_m * config.block_n)
+    return _workspace_size(problem.tiles(config), config.split_k, config.block_m * config.block_n)
 
 
-def _workspace_size(tiles: int, splits: int, block: int) -> int:
-    return WORKSPACE_COUNTS.value + tiles * splits * block if splits > 1 else 0
+def _workspace_size(tiles: int, split_k: int, block: int) -> int:
+    return WORKSPACE_COUNTS.value + tiles * split_k * block if split_k > 1 else 0
 
 
 def new_workspace(device: torch.device) -> Tensor:
@@ -373,10 +373,10 @@ def new_workspace(device: torch.device) -> Tensor:
 
 
 def split_workspace(
-    given: Tensor | None, tiles: int, splits: int, block: int, device: torch.device
+    given: Tensor | None, tiles: int, split_k: int, block: int, device: torch.device
 ) -> Tensor | None:
-    """Workspace for ``tiles`` of ``block`` elements in ``splits`` parts: ``given``, or new."""
-    size = _workspace_size(tiles, splits, block)
+    """Workspace for ``tiles`` of ``block`` elements in ``split_k`` parts: ``given``, or new."""
+    size = _workspace_size(tiles, split_k, block)
     if not size:
         return None
     if tiles > WORKSPACE_COUNTS.value:
@@ -451,7 +451,7 @@ def conv2d(
     problem = Problem(batch * p * q, k // groups, c, r * s, groups, x.element_size())
     if config is None:
         config = _select(problem, arithmetic(x.dtype, precision), x.device)
-    programs = problem.tiles(config) * config.splits
+    programs = problem.tiles(config) * config.split_k
     launch(
         conv2d_kernel,
         programs,
@@ -464,7 +464,7 @@ def conv2d(
         split_workspace(
             workspace,
             problem.tiles(config),
-            config.splits,
+            config.split_k,
             config.block_m * config.block_n,
             x.device,
         ),
@@ -475,7 +475,7 @@ def conv2d(
         q,
         c,
         problem.n,
-        config.splits,
+        config.split_k,
         GROUPS=groups,
         R=r,
         S=s,

@@ -46,7 +46,7 @@ class GemmConfig(TileConfig):
     persistent: bool = False
 
     @property
-    def splittable(self) -> bool:
+    def can_split_k(self) -> bool:
         return False
 
     def shared_bytes(self, itemsize: int) -> int:

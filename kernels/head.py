@@ -37,7 +37,7 @@ from ._common import (
     store_rounded,
 )
 from ._config import Machine, machine_of, split_elements
-from .conv import WORKSPACE_COUNTS, _sum_splits, split_workspace
+from .conv import WORKSPACE_COUNTS, _sum_split_k, split_workspace
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
 from .pool import check_image
@@ -45,14 +45,14 @@ from .pool import check_image
 
 @dataclass(frozen=True, slots=True)
 class HeadConfig:
-    """A program makes ``block_n`` outputs of ``block_m`` images from its part, of ``splits``, of
+    """A program makes ``block_n`` outputs of ``block_m`` images from its part, of ``split_k``, of
     the channels; it reads ``block_p`` pixels of ``block_c`` channels at a time."""
 
     block_m: int
     block_n: int
     block_c: int
     block_p: int
-    splits: int
+    split_k: int
     num_warps: int
 
 
@@ -91,7 +91,7 @@ def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
     return total
 
 
-@triton.jit(do_not_specialize=["N", "PIXELS", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "PIXELS", "SPLIT_K"])
 def head_kernel(
     x_ptr,  # [N, PIXELS, C]
     w_ptr,  # [K, C]
@@ -102,7 +102,7 @@ def head_kernel(
     PIXELS,
     C,
     K,
-    SPLITS,  # programs that share the reduction of a tile
+    SPLIT_K,  # programs that share the reduction of a tile
     EVEN_C: tl.constexpr,  # C is a multiple of BLOCK_C
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -115,8 +115,8 @@ def head_kernel(
     await_producers(PDL)
     # Programs that read the same images run together: outputs run faster than images.
     tiles_n = tl.cdiv(K, BLOCK_N)
-    split = tl.program_id(0) % SPLITS
-    tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % SPLIT_K
+    tile = tl.program_id(0) // SPLIT_K
     n = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     n_ok = n < N
@@ -129,7 +129,7 @@ def head_kernel(
 
     steps = tl.cdiv(C, BLOCK_C)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(split * steps // SPLITS, (split + 1) * steps // SPLITS):
+    for step in range(split * steps // SPLIT_K, (split + 1) * steps // SPLIT_K):
         c = step * BLOCK_C + tl.arange(0, BLOCK_C)
         c_ok = tl.full((BLOCK_C,), True, tl.int1)
         if not EVEN_C:
@@ -147,7 +147,7 @@ def head_kernel(
 
     last = True
     if workspace_ptr is not None:
-        acc, last = _sum_splits(acc, workspace_ptr, tile, split, SPLITS)
+        acc, last = _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
     if last:
         if b_ptr is not None:
             acc += tl.load(b_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]
@@ -181,17 +181,17 @@ _SPLIT_OVERHEAD = 2500  # cycles to publish partial sums and to find them
 
 def estimated_cycles(row: HeadConfig, problem: _Problem, machine: Machine) -> float:
     """Cycles for the whole head: waves of programs that read images and weights from L2."""
-    part = problem.channels / row.splits
+    part = problem.channels / row.split_k
     images = min(row.block_m, problem.batch)
     moved = (images * problem.pixels + row.block_n) * part * problem.itemsize
-    waves = ceil(problem.tiles(row) * row.splits / machine.sms)
-    overhead = _LATENCY + (_SPLIT_OVERHEAD if row.splits > 1 else 0)
+    waves = ceil(problem.tiles(row) * row.split_k / machine.sms)
+    overhead = _LATENCY + (_SPLIT_OVERHEAD if row.split_k > 1 else 0)
     return waves * moved / _SM_BYTES + overhead
 
 
-def _splittable(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
+def _can_split_k(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
     """Whether the partial sums fit the workspace that every launch may share."""
-    programs = problem.tiles(row) * row.splits
+    programs = problem.tiles(row) * row.split_k
     few = problem.tiles(row) <= WORKSPACE_COUNTS.value
     return few and programs * row.block_m * row.block_n <= split_elements(machine)
 
@@ -199,7 +199,7 @@ def _splittable(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
 @lru_cache(maxsize=256)
 def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
     """The row of least estimated cycles, the first of equals."""
-    usable = [r for r in CONFIGS if r.splits == 1 or _splittable(r, problem, machine)]
+    usable = [r for r in CONFIGS if r.split_k == 1 or _can_split_k(r, problem, machine)]
     return min(usable, key=lambda row: estimated_cycles(row, problem, machine))
 
 
@@ -261,7 +261,7 @@ def head(
         config = select_config(problem, machine_of(x.device))
     launch(
         head_kernel,
-        problem.tiles(config) * config.splits,
+        problem.tiles(config) * config.split_k,
         x.device,
         x,
         w,
@@ -270,7 +270,7 @@ def head(
         split_workspace(
             workspace,
             problem.tiles(config),
-            config.splits,
+            config.split_k,
             config.block_m * config.block_n,
             x.device,
         ),
@@ -278,7 +278,7 @@ def head(
         height * width,
         channels,
         shape[1],
-        config.splits,
+        config.split_k,
         EVEN_C=channels % config.block_c == 0,
         PRECISION=precision,
         INT64=needs_int64(x),

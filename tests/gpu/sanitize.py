@@ -60,7 +60,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[Call]:
     yield case("groups", tensor(1, 12, 6, 6), tensor(8, 3, 3, 3), groups=4, dilation=2, padding=2)
     yield case("unaligned", tensor(1, 8, 5, 5, offset=1), tensor(6, 8, 1, 1, offset=3), relu=True)
     yield case("smallest tile", tensor(1, 40, 4, 4), tensor(33, 40, 1, 1), config=smallest)
-    deep = k.TileConfig(16, 16, 16, 2, 2, splits=3)
+    deep = k.TileConfig(16, 16, 16, 2, 2, split_k=3)
     yield case("split sum", tensor(1, 64, 3, 3), tensor(17, 64, 3, 3), padding=1, config=deep)
 
 

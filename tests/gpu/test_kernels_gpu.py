@@ -50,19 +50,19 @@ def nhwc(*shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
     return t.to(dtype, memory_format=torch.channels_last)
 
 
-def fitted(kind: str, dtype: torch.dtype, row, splits: int = 1):
+def fitted(kind: str, dtype: torch.dtype, row, split_k: int = 1):
     """The row as this GPU can run it, or a skip that names it."""
     used = row.fitted(dtype.itemsize, machine_of(CUDA).shared_limit)
     if used is None:
         pytest.skip(f"{row} needs more shared memory than this GPU has: pruned")
-    return replace(used, splits=splits if used.splittable else 1)
+    return replace(used, split_k=split_k if used.can_split_k else 1)
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize("splits", [1, 4])
+@pytest.mark.parametrize("split_k", [1, 4])
 @pytest.mark.parametrize(("kind", "dtype", "row"), ROWS, ids=str)
-def test_every_config_is_exact_on_the_device(integers, poisoned, kind, dtype, row, splits):
-    config = fitted(kind, dtype, row, splits)
+def test_every_config_is_exact_on_the_device(integers, poisoned, kind, dtype, row, split_k):
+    config = fitted(kind, dtype, row, split_k)
     precision = "ieee" if kind == "half" else kind
     for channels, outputs, window in [(128, 136, 3), (row.block_k + 8, 72, 3), (4, 64, 7)]:
         x = integers(5, channels, 15, 14, dtype=dtype)
@@ -162,10 +162,10 @@ def test_alignment_may_change_from_call_to_call(integers):
 
 
 @pytest.mark.fault(18)
-@pytest.mark.parametrize("splits", [1, 8])
-def test_a_hundred_calls_give_the_same_bits(splits):
+@pytest.mark.parametrize("split_k", [1, 8])
+def test_a_hundred_calls_give_the_same_bits(split_k):
     x, w = nhwc(2, 256, 7, 7), nhwc(512, 256, 3, 3)
-    config = fitted("ieee", torch.float32, CONFIGS["ieee"][1], splits)
+    config = fitted("ieee", torch.float32, CONFIGS["ieee"][1], split_k)
     workspace = torch.zeros(workspace_size(Problem(98, 512, 256, 9, 1, 4), config), device=CUDA)
     first = conv2d(x, w, padding=1, config=config)
     for _ in range(100):
@@ -222,11 +222,11 @@ def test_another_stream_and_an_input_freed_at_once(integers):
 
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("own_workspace", [False, True])
-@pytest.mark.parametrize("splits", [1, 4])
-def test_a_captured_call_replays_on_new_values(integers, splits, own_workspace):
+@pytest.mark.parametrize("split_k", [1, 4])
+def test_a_captured_call_replays_on_new_values(integers, split_k, own_workspace):
     x = integers(2, 128, 7, 7, dtype=torch.float16)
     w = integers(64, 128, 3, 3, dtype=torch.float16)
-    config = fitted("half", torch.float16, CONFIGS["half"][6], splits)
+    config = fitted("half", torch.float16, CONFIGS["half"][6], split_k)
     size = workspace_size(Problem(98, 64, 128, 9, 1, 2), config)
     workspace = torch.zeros(size, device=CUDA) if own_workspace else None
     conv2d(x, w, padding=1, config=config, workspace=workspace)

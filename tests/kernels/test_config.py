@@ -74,22 +74,22 @@ def test_every_row_fits_a_hopper_gpu_as_written(kind):
 def test_large_batches_take_large_tiles_and_small_ones_fill_the_gpu():
     large, small = conv(256, 14, 256, 256, 3), conv(1, 14, 256, 256, 3)
     assert pick(large).block_m * pick(large).block_n >= 128 * 128
-    assert small.tiles(pick(small)) * pick(small).splits > 40
+    assert small.tiles(pick(small)) * pick(small).split_k > 40
 
 
 def test_a_deep_reduction_over_few_tiles_is_split():
     problem = conv(1, 7, 512, 512, 3)
     row = pick(problem)
-    assert row.splits > 1
-    assert problem.tiles(row) * row.splits <= 2 * H200.sms
-    assert pick(conv(256, 7, 512, 512, 3)).splits == 1
+    assert row.split_k > 1
+    assert problem.tiles(row) * row.split_k <= 2 * H200.sms
+    assert pick(conv(256, 7, 512, 512, 3)).split_k == 1
 
 
 def test_splits_leave_each_program_a_step():
     problem = conv(1, 7, 64, 64, 1)
     for row in candidates(CONFIGS["half"], problem, H200):
-        assert row.splits <= problem.steps(row.block_k)
-        assert row.splits == 1 or row.splittable
+        assert row.split_k <= problem.steps(row.block_k)
+        assert row.split_k == 1 or row.can_split_k
 
 
 def test_narrow_outputs_do_not_get_wide_tiles():
@@ -115,5 +115,5 @@ def test_a_tile_names_what_is_wrong_with_it():
         TileConfig(16, 16, 16, 3, 2)
     with pytest.raises(ValueError, match="num_stages must be at least 1, got 0"):
         TileConfig(16, 16, 16, 4, 0)
-    with pytest.raises(ValueError, match=r"splits must be .* got 2 for 128x256"):
+    with pytest.raises(ValueError, match=r"split_k must be .* got 2 for 128x256"):
         TileConfig(128, 256, 64, 8, 3, 2)

@@ -229,15 +229,15 @@ def test_position_and_company_of_an_image_change_no_bit(numbers):
         assert torch.equal(conv2d(x[i : i + 1], w, padding=1, config=SMALL)[0], batch[i])
 
 
-@pytest.mark.parametrize("splits", [2, 3, 8, 20])
+@pytest.mark.parametrize("split_k", [2, 3, 8, 20])
 @pytest.mark.parametrize("name", ["3x3", "1x1", "stem", "groups of 17"])
-def test_a_split_reduction_is_exact(integers, poisoned, name, splits):
+def test_a_split_reduction_is_exact(integers, poisoned, name, split_k):
     x, w, geometry = operands(integers, SHAPES[name], torch.float16)
     b = integers(w.shape[0])
     residual = integers(*conv2d_ref(x, w, **geometry).shape, dtype=x.dtype)
     want = expected(x, w, b, residual=residual, relu=True, **geometry)
     guarded = poisoned(want.shape, x.dtype)
-    config = replace(SMALL, splits=splits)
+    config = replace(SMALL, split_k=split_k)
     conv2d(x, w, b, residual=residual, relu=True, out=guarded.out, config=config, **geometry)
     guarded.check()
     assert torch.equal(guarded.out, want)
@@ -246,21 +246,21 @@ def test_a_split_reduction_is_exact(integers, poisoned, name, splits):
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize(("kind", "row"), [r for r in ROWS if r[1].splittable], ids=str)
-def test_every_config_splits(integers, kind, row):
+@pytest.mark.parametrize(("kind", "row"), [r for r in ROWS if r[1].can_split_k], ids=str)
+def test_every_config_SPL(integers, kind, row):
     dtype = torch.float16 if kind == "half" else torch.float32
     c = 2 * row.block_k + 3
     x, w = integers(1, c, 5, 4, dtype=dtype), integers(21, c, 2, 2, dtype=dtype)
     precision = "ieee" if kind == "half" else kind
-    got = conv2d(x, w, precision=precision, config=replace(row, splits=4))
+    got = conv2d(x, w, precision=precision, config=replace(row, split_k=4))
     assert torch.equal(got, expected(x, w))
 
 
 def test_workspace_serves_one_call_after_another(integers, device):
     workspace = torch.zeros(20_000, device=device)
-    for name, splits in [("3x3", 2), ("1x1", 3), ("3x3", 5)]:
+    for name, split_k in [("3x3", 2), ("1x1", 3), ("3x3", 5)]:
         x, w, geometry = operands(integers, SHAPES[name], torch.float32)
-        config = replace(SMALL, splits=splits)
+        config = replace(SMALL, split_k=split_k)
         got = conv2d(x, w, config=config, workspace=workspace, **geometry)
         assert torch.equal(got, expected(x, w, **geometry))
         counts = workspace[: WORKSPACE_COUNTS.value]
@@ -278,7 +278,7 @@ def test_workspace_serves_one_call_after_another(integers, device):
 )
 def test_workspace_that_does_not_serve_is_refused(integers, device, workspace, message):
     x, w = integers(1, 64, 4, 5), integers(16, 64, 1, 1)
-    config = replace(SMALL, splits=3)
+    config = replace(SMALL, split_k=3)
     with pytest.raises(ValueError, match=message):
         conv2d(x, w, config=config, workspace=workspace.to(device))
     problem = Problem(20, 16, 64, 1, 1, 4)
@@ -289,7 +289,7 @@ def test_workspace_that_does_not_serve_is_refused(integers, device, workspace, m
 def test_too_many_tiles_to_split_are_refused(device):
     x = torch.empty(70_000, 16, 1, 1, device=device)
     with pytest.raises(ValueError, match="config splits the reduction of 4375 tiles; at most 4096"):
-        conv2d(x, torch.empty(16, 16, 1, 1, device=device), config=replace(SMALL, splits=2))
+        conv2d(x, torch.empty(16, 16, 1, 1, device=device), config=replace(SMALL, split_k=2))
 
 
 def test_arithmetic_names_a_table():

@@ -129,9 +129,9 @@ def test_every_batch_fits_the_shared_workspace():
     hopper = Machine(132, 227 * 1024)
     for batch in (1, 2, 5, 32, 256, 3000):
         row = select_config(_Problem(batch, 1000, 2048, 49, 2), hopper)
-        size = _Problem(batch, 1000, 2048, 49, 2).tiles(row) * row.splits
-        assert row.splits == 1 or size * row.block_m * row.block_n <= 2 * 132 * 64 * 128
-    assert select_config(_Problem(1, 1000, 2048, 49, 2), hopper).splits > 1
+        size = _Problem(batch, 1000, 2048, 49, 2).tiles(row) * row.split_k
+        assert row.split_k == 1 or size * row.block_m * row.block_n <= 2 * 132 * 64 * 128
+    assert select_config(_Problem(1, 1000, 2048, 49, 2), hopper).split_k > 1
 
 
 X, W = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 8)

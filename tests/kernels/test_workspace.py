@@ -22,7 +22,7 @@ def test_workspace_suffices_for_every_selected_tile(machine, kind):
                 itemsize = 2 if kind == "half" else 4
                 problem = Problem(batch * pixels, n, channels, taps, 1, itemsize)
                 row = select_config(CONFIGS[kind], problem, kind, machine)
-                split += row.splits > 1
+                split += row.split_k > 1
                 assert workspace_size(problem, row) <= room
     assert split or machine is SMALL, "no shape splits, so nothing was shown"
 
@@ -30,11 +30,11 @@ def test_workspace_suffices_for_every_selected_tile(machine, kind):
 def test_calls_in_a_row_share_one_workspace(device):
     generator = torch.Generator().manual_seed(5)
     workspace = new_workspace(device)
-    for channels, splits in ((64, 4), (48, 2), (64, 3), (32, 2)):
+    for channels, split_k in ((64, 4), (48, 2), (64, 3), (32, 2)):
         x = torch.randint(-3, 4, (1, channels, 5, 6), generator=generator).float()
         w = torch.randint(-3, 4, (24, channels, 3, 3), generator=generator).float()
         x, w = (t.to(device, memory_format=torch.channels_last) for t in (x, w))
-        row = TileConfig(16, 16, 16, 4, 2, splits)
+        row = TileConfig(16, 16, 16, 4, 2, split_k)
         y = conv2d(x, w, padding=1, config=row, workspace=workspace)
         exact = conv2d_ref(x, w, padding=1, upcast=True).float()
         assert torch.equal(y, exact), "integers are exact in any order"

@@ -108,15 +108,15 @@ def conv_cases(target: str) -> Iterator[Case]:
                 continue
             shapes = list(CONVS)
             chosen = {"3x3": 1, shapes[1 + index % 4]: 1}
-            if fitted.splittable:
+            if fitted.can_split_k:
                 chosen["split"] = 3
-            for what, splits in chosen.items():
+            for what, split_k in chosen.items():
                 used = BFLOAT if kind == "half" and index % 2 else dtype
                 shape = "3x3" if what == "split" else what
                 yield Case(
                     "conv2d",
                     f"{what} {kind if kind != 'half' else str(used)[6:]}",
-                    replace(fitted, splits=splits),
+                    replace(fitted, split_k=split_k),
                     conv.conv2d,
                     conv.conv2d_ref,
                     lambda shape=shape, used=used: conv_inputs(shape, used),

@@ -301,7 +301,7 @@ class ConvShape:
     residual: bool = True
     batch: int = 32
     size: int = 14
-    splits: int = 1
+    split_k: int = 1
 
     def problem(self, itemsize: int) -> Problem:
         pixels = self.batch * (self.size // self.stride) ** 2
@@ -335,7 +335,7 @@ CONV_SHAPES = {
     "ragged": ConvShape(272, 80, 3),
     "groups": ConvShape(128, 128, 3, groups=32, residual=False),
     "int64": ConvShape(256, 256, 3, batch=2**31 // (14 * 14 * 256) + 1),
-    "split": ConvShape(256, 256, 3, batch=1, splits=4),
+    "split": ConvShape(256, 256, 3, batch=1, split_k=4),
 }
 COPY_CHANNELS = {"stem": 0, "stem4": 4, "groups": 4}  # neighbours in memory, elsewhere plenty
 
@@ -358,9 +358,9 @@ def conv_case(
     unusable = ""
     if fitted != row and target == "sm_90":
         unusable = f"{row.shared_bytes(dtype.itemsize)} bytes of shared memory: never as written"
-    elif fitted is None or (CONV_SHAPES[shape].splits > 1 and not row.splittable):
+    elif fitted is None or (CONV_SHAPES[shape].split_k > 1 and not row.can_split_k):
         return None
-    used = replace(fitted or row, splits=CONV_SHAPES[shape].splits)
+    used = replace(fitted or row, split_k=CONV_SHAPES[shape].split_k)
     bits = min(128, 8 * dtype.itemsize * COPY_CHANNELS.get(shape, 8))
     wgmma = kind != "ieee" and target == "sm_90" and row.block_m >= 64
     return Case(
@@ -393,7 +393,7 @@ def conv_cases(full: bool) -> Iterator[Case | None]:
         for shape in ("1x1/2", "stem", "stem4", "ragged", "groups", "int64"):
             problem, hopper = CONV_SHAPES[shape].problem(first.itemsize), Machine(132, 227 * 1024)
             row = select_config(rows, problem, kind, hopper)
-            yield conv_case(kind, replace(row, splits=1), first, shape, "sm_90")
+            yield conv_case(kind, replace(row, split_k=1), first, shape, "sm_90")
 
 
 def image_case(

@@ -91,7 +91,7 @@ def conv_cases(draw: Any) -> Case:
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
     kind = arithmetic(DTYPES[dtype], precision)
     row = draw(st.sampled_from([None, *conv.CONFIGS[kind], TileConfig(16, 16, 16, 4, 2)]))
-    splits = draw(st.integers(1, 5)) if row and row.splittable else 1
+    split_k = draw(st.integers(1, 5)) if row and row.can_split_k else 1
     case = {
         "dtype": dtype,
         "precision": precision,
@@ -107,7 +107,7 @@ def conv_cases(draw: Any) -> Case:
         "bias": draw(st.sampled_from(["none", "float32", "same"])),
         "residual": draw(st.sampled_from(["none", "apart", "in place"])),
         "relu": draw(flags),
-        "config": [*astuple(row)[:5], splits] if row else None,
+        "config": [*astuple(row)[:5], split_k] if row else None,
         "offset": draw(offsets),
         "seed": draw(seeds),
     }
