@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.gpu_contest import Case, Setting, compile_ahead, integers, row_text, tensors
 from fastres.backends.aten import cudnn_benchmarking
 from fastres.kernels import conv, elementwise, gemm, global_pool, head, pool, rot2, stem
-from fastres.kernels._config import machine_of
+from fastres.kernels._config import gpu_of
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 Pairs = Iterator[tuple[Any, Any]]  # of each launch, what it gives and what is exact
@@ -48,7 +48,7 @@ def poison(like: Tensor) -> Tensor:
 
 def fitted(row: Any, setting: Setting) -> Any:
     """The row as this GPU would run it, or None."""
-    return row.fitted(setting.dtype.itemsize, machine_of(setting.device).shared_limit)
+    return row.fitted(setting.dtype.itemsize, gpu_of(setting.device).shared_limit)
 
 
 def precision(kind: str) -> str:
@@ -265,12 +265,12 @@ def image_trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
 
 def usable(name: str, row: Any, setting: Setting) -> bool:
     """Whether this GPU is offered the row at all."""
-    machine = machine_of(setting.device)
+    gpu = gpu_of(setting.device)
     if name.startswith("rot2"):
-        return bool(rot2.fits(row, 64, 64, machine))
+        return bool(rot2.fits(row, 64, 64, gpu))
     if name.startswith("bottleneck_hwnc"):
         reduced = int(name.split()[1])
-        fits = bottleneck_hwnc.fits(row, 256, reduced, machine)
+        fits = bottleneck_hwnc.fits(row, 256, reduced, gpu)
         return fits and bottleneck_hwnc.runs_on(setting.device)
     if isinstance(row, conv3x3_hwnc.Conv3x3Config):
         return bool(conv3x3_hwnc.runs_on(setting.device))

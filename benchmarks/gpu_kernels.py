@@ -37,7 +37,7 @@ from fastres.kernels import (
     max_pool2d,
     new_workspace,
 )
-from fastres.kernels._config import Problem, candidates, machine_of
+from fastres.kernels._config import ProblemSize, candidates, gpu_of
 from fastres.kernels.linear import linear
 
 KINDS = {torch.float16: "half", torch.bfloat16: "half", torch.float32: "ieee"}
@@ -159,7 +159,9 @@ def _conv3x3(
 
     contenders: dict[str, Call] = {"cuDNN unfused": reference}
     contenders |= on_gpu(setting, cuDNN_fused=cudnn)
-    contenders |= _conv_rows(setting, Problem(batch * stage.size**2, c, c, 9, 1, 2), split_k, given)
+    contenders |= _conv_rows(
+        setting, ProblemSize(batch * stage.size**2, c, c, 9, 1, 2), split_k, given
+    )
     rows = [] if split_k else rows_that_fit(setting, hwnc.CONFIGS)
     if (c, stride, split_k) == (conv3x3_hwnc.CHANNELS, 1, False) and conv3x3_hwnc.runs_on(
         setting.device
@@ -175,11 +177,11 @@ def _conv3x3(
 
 
 def _conv_rows(
-    setting: Setting, problem: Problem, split_k: bool, given: dict[str, Any]
+    setting: Setting, problem: ProblemSize, split_k: bool, given: dict[str, Any]
 ) -> dict[str, Call]:
     """conv2d's tiles; with ``split_k`` all that are considered, else the larger ones unsplit."""
     table = conv.CONFIGS[KINDS[setting.dtype]]
-    rows = candidates(table, problem, machine_of(setting.device))
+    rows = candidates(table, problem, gpu_of(setting.device))
     if not split_k:
         rows = [r for r in rows if r.split_k == 1 and r.block_m >= 64 and r.block_n >= 64]
     workspace = new_workspace(setting.device)
@@ -336,7 +338,7 @@ def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, A
     contenders |= on_gpu(setting, cuDNN_fused=_two_cudnn)
     contenders["two of gemm"] = _two_products
     for row in setting.rows(rot2.CONFIGS):
-        if rot2.fits(row, c, reduced, machine_of(setting.device)):
+        if rot2.fits(row, c, reduced, gpu_of(setting.device)):
             contenders[machine_name("rot2", row)] = partial(_seam, config=row)
     work = 2 * batch * stage.size**2 * 4 * c * (c + reduced)
     choice = Choice("rot2", "two of gemm", c, batch)
@@ -367,7 +369,7 @@ def _sliding(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str
     contenders: dict[str, Call] = {"PyTorch": bottleneck_hwnc.bottleneck_hwnc_ref}
     contenders["conv2d_hwnc + rot2"] = parts
     for row in setting.rows(bottleneck_hwnc.CONFIGS):
-        if bottleneck_hwnc.fits(row, 4 * c, reduced, machine_of(setting.device)):
+        if bottleneck_hwnc.fits(row, 4 * c, reduced, gpu_of(setting.device)):
             contenders[machine_name("bottleneck_hwnc", row)] = partial(
                 bottleneck_hwnc.bottleneck_hwnc, config=row
             )

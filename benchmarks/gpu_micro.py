@@ -13,7 +13,7 @@ import triton.language as tl
 
 from benchmarks.gpu_contest import Case, Graphed, Setting
 from fastres.bench.probes import sustained
-from fastres.kernels._config import machine_of
+from fastres.kernels._config import gpu_of
 from fastres.kernels._tma import descriptor
 from fastres.perf.ceilings import measured_ceilings
 from fastres.perf.timing import measure
@@ -72,7 +72,7 @@ def _l2(setting: Setting, megabytes: int) -> dict[str, Any]:
     """Every SM reads distinct tiles of one working set over and over."""
     tiles = megabytes * 2**20 // (ROWS * COLUMNS * 2)
     x = torch.randint(-3, 4, (tiles * ROWS, COLUMNS), device=setting.device).half()
-    programs = 2 if setting.tiny else 2 * machine_of(setting.device).sms
+    programs = 2 if setting.tiny else 2 * gpu_of(setting.device).sms
     steps = 3 if setting.tiny else 400
     y = torch.empty(programs, device=setting.device)
 

@@ -16,7 +16,7 @@ elif __name__ != "fastres.kernels":
 else:
     from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
     from ._common import INTERPRETED, LAUNCHES
-    from ._config import TileConfig, machine_of
+    from ._config import TileConfig, gpu_of
     from ._tma import has_tma
     from .conv import conv2d, conv2d_ref, new_workspace
     from .elementwise import add_relu, add_relu_ref, relu, relu_ref
@@ -42,7 +42,7 @@ __all__ = [
     "has_tma",
     "head",
     "linear",
-    "machine_of",
+    "gpu_of",
     "max_pool2d",
     "max_pool2d_ref",
     "new_workspace",

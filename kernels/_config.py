@@ -73,7 +73,7 @@ class TileConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Gpu:
     """What the choice of a tile needs to know of a GPU."""
 
     sms: int
@@ -81,7 +81,7 @@ class Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ProblemSize:
     """A convolution as ``groups`` matrix products [m, taps * channels] x [taps * channels, n]."""
 
     m: int
@@ -121,7 +121,7 @@ def l2_bandwidth(programs: int) -> float:
     return min(_SM_BYTES, _L2_BYTES / programs)
 
 
-def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Machine) -> float:
+def estimated_cycles(row: TileConfig, problem: ProblemSize, kind: str, gpu: Gpu) -> float:
     """Cycles that the whole product takes with this row.
 
     An SM works through its share of the tiles, bound by arithmetic or by its part of L2's
@@ -133,18 +133,18 @@ def estimated_cycles(row: TileConfig, problem: Problem, kind: str, machine: Mach
     rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
     arithmetic = row.block_m * row.block_n * row.block_k / rate
     traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize
-    full, rest = divmod(programs, machine.sms)
-    bandwidth = l2_bandwidth(min(programs, machine.sms))
+    full, rest = divmod(programs, gpu.sms)
+    bandwidth = l2_bandwidth(min(programs, gpu.sms))
     busy = full * steps * max(arithmetic, traffic / bandwidth)
     if rest:  # the last wave has L2 for itself
         busy += steps * max(arithmetic, traffic / l2_bandwidth(rest))
 
     registers = 56 + row.block_m * row.block_n // (32 * row.num_warps)  # per thread
     resident = min(
-        machine.shared_limit // row.shared_bytes(problem.itemsize),
+        gpu.shared_limit // row.shared_bytes(problem.itemsize),
         65536 // (32 * row.num_warps * registers),
     )
-    waves = ceil(programs / (machine.sms * max(1, resident)))
+    waves = ceil(programs / (gpu.sms * max(1, resident)))
     waiting = waves * steps * _STEP_LATENCY / row.num_stages
     overhead: float = _TILE_OVERHEAD
     if row.split_k > 1:
@@ -157,10 +157,10 @@ SPLIT_K_FACTORS = (1, 2, 4, 8, 16)
 """Ways to split a reduction that are considered."""
 
 
-def candidates(rows: Iterable[TileConfig], problem: Problem, machine: Machine) -> list[TileConfig]:
-    """The rows that fit the machine, with as many stages as fit, and their useful splits: those
-    that leave each program a step and that do not oversubscribe the machine."""
-    fitting = (row.fitted(problem.itemsize, machine.shared_limit) for row in rows)
+def candidates(rows: Iterable[TileConfig], problem: ProblemSize, gpu: Gpu) -> list[TileConfig]:
+    """The rows that fit the GPU, with as many stages as fit, and their useful splits: those
+    that leave each program a step and that do not oversubscribe the GPU."""
+    fitting = (row.fitted(problem.itemsize, gpu.shared_limit) for row in rows)
     return [
         replace(row, split_k=split_k)
         for row in fitting
@@ -169,39 +169,39 @@ def candidates(rows: Iterable[TileConfig], problem: Problem, machine: Machine) -
         if split_k == 1
         or (
             split_k <= problem.steps(row.block_k)
-            and problem.tiles(row) * split_k <= _SPLIT_WAVES * machine.sms
+            and problem.tiles(row) * split_k <= _SPLIT_WAVES * gpu.sms
         )
     ]
 
 
 def select_config(
-    rows: Iterable[TileConfig], problem: Problem, kind: str, machine: Machine
+    rows: Iterable[TileConfig], problem: ProblemSize, kind: str, gpu: Gpu
 ) -> TileConfig:
     """The row of least estimated cycles among those that fit; the first of equals.
 
     Raises:
-        RuntimeError: no row fits the machine's shared memory.
+        RuntimeError: no row fits the GPU's shared memory.
     """
-    usable = candidates(rows, problem, machine)
+    usable = candidates(rows, problem, gpu)
     if not usable:
-        raise RuntimeError(f"no tile fits {machine.shared_limit} bytes of shared memory per block")
-    return min(usable, key=lambda row: estimated_cycles(row, problem, kind, machine))
+        raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
+    return min(usable, key=lambda row: estimated_cycles(row, problem, kind, gpu))
 
 
-def split_elements(machine: Machine) -> int:
+def split_elements(gpu: Gpu) -> int:
     """Elements of the partial sums that any selected tile exchanges, at most."""
-    return _SPLIT_WAVES * machine.sms * _LARGEST_SPLIT
+    return _SPLIT_WAVES * gpu.sms * _LARGEST_SPLIT
 
 
-def machine_of(device: torch.device) -> Machine:
+def gpu_of(device: torch.device) -> Gpu:
     """The GPU behind ``device``, or what stands in for one on the CPU."""
     if (stand_in := host(device)) is not None:
-        return Machine(stand_in.sms, stand_in.shared_limit)
+        return Gpu(stand_in.sms, stand_in.shared_limit)
     return _gpu(device)
 
 
 @cache
-def _gpu(device: torch.device) -> Machine:
+def _gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
     limit = getattr(properties, "shared_memory_per_block_optin", 0)
-    return Machine(properties.multi_processor_count, limit or properties.shared_memory_per_block)
+    return Gpu(properties.multi_processor_count, limit or properties.shared_memory_per_block)

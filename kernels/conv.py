@@ -43,7 +43,7 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import Problem, TileConfig, machine_of, select_config, split_elements
+from ._config import ProblemSize, TileConfig, gpu_of, select_config, split_elements
 
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "half": (
@@ -353,11 +353,11 @@ def arithmetic(dtype: torch.dtype, precision: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, kind: str, device: torch.device) -> TileConfig:
-    return select_config(CONFIGS[kind], problem, kind, machine_of(device))
+def _select(problem: ProblemSize, kind: str, device: torch.device) -> TileConfig:
+    return select_config(CONFIGS[kind], problem, kind, gpu_of(device))
 
 
-def workspace_size(problem: Problem, config: TileConfig) -> int:
+def workspace_size(problem: ProblemSize, config: TileConfig) -> int:
     """Elements of float32 that this tile needs as ``workspace``; 0 without a split reduction."""
     return _workspace_size(problem.tiles(config), config.split_k, config.block_m * config.block_n)
 
@@ -368,7 +368,7 @@ def _workspace_size(tiles: int, split_k: int, block: int) -> int:
 
 def new_workspace(device: torch.device) -> Tensor:
     """To be passed as ``workspace`` to any number of calls in a row, whatever tiles they select."""
-    size = WORKSPACE_COUNTS.value + split_elements(machine_of(device))
+    size = WORKSPACE_COUNTS.value + split_elements(gpu_of(device))
     return torch.zeros(size, dtype=torch.float32, device=device)
 
 
@@ -448,7 +448,7 @@ def conv2d(
 
     batch, k, p, q = geometry.shape
     c, r, s = w.shape[1:]
-    problem = Problem(batch * p * q, k // groups, c, r * s, groups, x.element_size())
+    problem = ProblemSize(batch * p * q, k // groups, c, r * s, groups, x.element_size())
     if config is None:
         config = _select(problem, arithmetic(x.dtype, precision), x.device)
     programs = problem.tiles(config) * config.split_k

@@ -34,7 +34,7 @@ from ._common import (
     relu_keeping_nan,
     rounded,
 )
-from ._config import Problem, TileConfig, machine_of, select_config
+from ._config import ProblemSize, TileConfig, gpu_of, select_config
 from ._tma import check_aligned, check_rows, check_tma, descriptor, fits_descriptor
 from .conv import arithmetic
 
@@ -323,9 +323,9 @@ def _check_pair(
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: Problem, kind: str, persistent: bool, device: torch.device) -> GemmConfig:
+def _select(problem: ProblemSize, kind: str, persistent: bool, device: torch.device) -> GemmConfig:
     rows = [row for row in CONFIGS[kind] if persistent or not row.persistent]
-    row = select_config(rows, problem, kind, machine_of(device))
+    row = select_config(rows, problem, kind, gpu_of(device))
     assert isinstance(row, GemmConfig)
     return row
 
@@ -359,7 +359,7 @@ def _run(
 
     rows, outputs = shape
     channels2 = 0 if x2 is None else x2.shape[1]
-    problem = Problem(rows, outputs, x.shape[1] + channels2, 1, 1, x.element_size())
+    problem = ProblemSize(rows, outputs, x.shape[1] + channels2, 1, 1, x.element_size())
     if config is None:
         config = _select(problem, arithmetic(x.dtype, precision), x2 is None, x.device)
     elif config.persistent and x2 is not None:
@@ -371,7 +371,7 @@ def _run(
         second = descriptor(x2, bm, bk)
     launch(
         gemm_kernel,
-        min(tiles, machine_of(x.device).sms) if config.persistent else tiles,
+        min(tiles, gpu_of(x.device).sms) if config.persistent else tiles,
         x.device,
         descriptor(x, bm, bk),
         descriptor(w, bn, bk),

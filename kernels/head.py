@@ -36,7 +36,7 @@ from ._common import (
     rounded,
     store_rounded,
 )
-from ._config import Machine, machine_of, split_elements
+from ._config import Gpu, gpu_of, split_elements
 from .conv import WORKSPACE_COUNTS, _sum_split_k, split_workspace
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
@@ -163,7 +163,7 @@ def head_ref(x: Tensor, w: Tensor, b: Tensor | None = None, *, upcast: bool = Fa
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class _ProblemSize:
     batch: int
     outputs: int
     channels: int
@@ -179,28 +179,28 @@ _LATENCY = 1500  # cycles of a program that are spent waiting
 _SPLIT_OVERHEAD = 2500  # cycles to publish partial sums and to find them
 
 
-def estimated_cycles(row: HeadConfig, problem: _Problem, machine: Machine) -> float:
+def estimated_cycles(row: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> float:
     """Cycles for the whole head: waves of programs that read images and weights from L2."""
     part = problem.channels / row.split_k
     images = min(row.block_m, problem.batch)
     moved = (images * problem.pixels + row.block_n) * part * problem.itemsize
-    waves = ceil(problem.tiles(row) * row.split_k / machine.sms)
+    waves = ceil(problem.tiles(row) * row.split_k / gpu.sms)
     overhead = _LATENCY + (_SPLIT_OVERHEAD if row.split_k > 1 else 0)
     return waves * moved / _SM_BYTES + overhead
 
 
-def _can_split_k(row: HeadConfig, problem: _Problem, machine: Machine) -> bool:
+def _can_split_k(row: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> bool:
     """Whether the partial sums fit the workspace that every launch may share."""
     programs = problem.tiles(row) * row.split_k
     few = problem.tiles(row) <= WORKSPACE_COUNTS.value
-    return few and programs * row.block_m * row.block_n <= split_elements(machine)
+    return few and programs * row.block_m * row.block_n <= split_elements(gpu)
 
 
 @lru_cache(maxsize=256)
-def select_config(problem: _Problem, machine: Machine) -> HeadConfig:
+def select_config(problem: _ProblemSize, gpu: Gpu) -> HeadConfig:
     """The row of least estimated cycles, the first of equals."""
-    usable = [r for r in CONFIGS if r.split_k == 1 or _can_split_k(r, problem, machine)]
-    return min(usable, key=lambda row: estimated_cycles(row, problem, machine))
+    usable = [r for r in CONFIGS if r.split_k == 1 or _can_split_k(r, problem, gpu)]
+    return min(usable, key=lambda row: estimated_cycles(row, problem, gpu))
 
 
 def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:
@@ -256,9 +256,9 @@ def head(
     if not out.numel():
         return out
     batch, channels, height, width = x.shape
-    problem = _Problem(batch, shape[1], channels, height * width, x.element_size())
+    problem = _ProblemSize(batch, shape[1], channels, height * width, x.element_size())
     if config is None:
-        config = select_config(problem, machine_of(x.device))
+        config = select_config(problem, gpu_of(x.device))
     launch(
         head_kernel,
         problem.tiles(config) * config.split_k,

@@ -32,7 +32,7 @@ from ._common import (
     relu_keeping_nan,
     rounded,
 )
-from ._config import Machine, machine_of
+from ._config import Gpu, gpu_of
 from ._tma import check_aligned, check_rows, check_tma, descriptor
 from .gemm import gemm_ref
 
@@ -134,11 +134,11 @@ def supports(channels: int, expanded: int, reduced: int, dtype: torch.dtype) -> 
     return dtype in HALVES and narrow and expanded > 0 and expanded % 64 == 0
 
 
-def fits(row: Rot2Config, channels: int, reduced: int, machine: Machine) -> bool:
+def fits(row: Rot2Config, channels: int, reduced: int, gpu: Gpu) -> bool:
     """Whether a block of this row fits the registers and the shared memory."""
     if row.registers(reduced) > _MOST_ACCUMULATORS:
         return False
-    return row.shared_bytes(channels, reduced) <= machine.shared_limit
+    return row.shared_bytes(channels, reduced) <= gpu.shared_limit
 
 
 _L2_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
@@ -148,7 +148,7 @@ _PROGRAM_OVERHEAD = 4000  # cycles of latency that a program alone on its SM doe
 
 
 def estimated_cycles(
-    row: Rot2Config, rows: int, channels: int, expanded: int, reduced: int, machine: Machine
+    row: Rot2Config, rows: int, channels: int, expanded: int, reduced: int, gpu: Gpu
 ) -> float:
     """Cycles for all rows: an SM works through its share, bound by arithmetic or by L2, and pays
     the latency of each program that it does not hold together with another."""
@@ -158,15 +158,15 @@ def estimated_cycles(
     )
     products = row.block_m * expanded * (channels + reduced)
     resident = min(
-        machine.shared_limit // row.shared_bytes(channels, reduced),
+        gpu.shared_limit // row.shared_bytes(channels, reduced),
         65536 // (32 * row.num_warps * (row.registers(reduced) + 56)),
     )
-    full, rest = divmod(programs, machine.sms)
+    full, rest = divmod(programs, gpu.sms)
     busy = full * max(moved / _L2_BYTES, products / _MULTIPLY_ADDS)
     if rest:  # the last wave has L2 for itself
-        bandwidth = min(_SM_BYTES, _L2_BYTES * machine.sms / rest)
+        bandwidth = min(_SM_BYTES, _L2_BYTES * gpu.sms / rest)
         busy += max(moved / bandwidth, products / _MULTIPLY_ADDS)
-    return busy + ceil(programs / (machine.sms * max(1, resident))) * _PROGRAM_OVERHEAD
+    return busy + ceil(programs / (gpu.sms * max(1, resident))) * _PROGRAM_OVERHEAD
 
 
 @lru_cache(maxsize=1024)
@@ -176,18 +176,18 @@ def select_config(
     channels: int,
     expanded: int,
     reduced: int,
-    machine: Machine,
+    gpu: Gpu,
 ) -> Rot2Config:
     """The row of least estimated cycles among those that fit; the first of equals.
 
     Raises:
-        RuntimeError: no row fits the machine.
+        RuntimeError: no row fits the GPU.
     """
-    usable = [row for row in table if fits(row, channels, reduced, machine)]
+    usable = [row for row in table if fits(row, channels, reduced, gpu)]
     if not usable:
-        raise RuntimeError(f"no tile fits {machine.shared_limit} bytes of shared memory per block")
+        raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
     return min(
-        usable, key=lambda row: estimated_cycles(row, rows, channels, expanded, reduced, machine)
+        usable, key=lambda row: estimated_cycles(row, rows, channels, expanded, reduced, gpu)
     )
 
 
@@ -271,9 +271,9 @@ def rot2(
     if not t.shape[0]:
         return x_next, t_next
     check_aligned(t=t, w3=w3, x=x, w1=w1, x_next=x_next, t_next=t_next)
-    machine = machine_of(t.device)
+    gpu = gpu_of(t.device)
     if config is None:
-        config = select_config(CONFIGS, t.shape[0], channels, expanded, reduced, machine)
+        config = select_config(CONFIGS, t.shape[0], channels, expanded, reduced, gpu)
     bm, bn = config.block_m, config.block_n
     launch(
         rot2_kernel,

@@ -43,7 +43,7 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import Machine, machine_of
+from ._config import Gpu, gpu_of
 
 WINDOW, STRIDE, PADDING = 7, 2, 3  # of the convolution
 
@@ -329,7 +329,7 @@ def _check(
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
+class _ProblemSize:
     batch: int
     outputs: int
     rows: int  # pooled
@@ -344,21 +344,21 @@ _ROW_LATENCY = 2500  # cycles that a program waits in each row of the convolutio
 _COLUMN_CYCLES = 28  # of an SM, for one of ``columns`` in such a row
 
 
-def estimated_cycles(row: StemConfig, problem: _Problem, machine: Machine) -> float:
+def estimated_cycles(row: StemConfig, problem: _ProblemSize, gpu: Gpu) -> float:
     """Cycles that the whole stem takes with this row: an SM works through its share, or waits
     where the two programs that it holds at once do not hide the latency."""
     programs = problem.programs(row)
     steps = 2 * min(row.rows, problem.rows) + 1
     work = row.columns * _COLUMN_CYCLES
-    busy = ceil(programs / machine.sms) * work
-    waiting = ceil(programs / (2 * machine.sms)) * (_ROW_LATENCY + work)
+    busy = ceil(programs / gpu.sms) * work
+    waiting = ceil(programs / (2 * gpu.sms)) * (_ROW_LATENCY + work)
     return steps * max(busy, waiting)
 
 
 @lru_cache(maxsize=256)
-def select_config(problem: _Problem, kind: str, machine: Machine) -> StemConfig:
+def select_config(problem: _ProblemSize, kind: str, gpu: Gpu) -> StemConfig:
     """The row of least estimated cycles, the first of equals."""
-    return min(CONFIGS[kind], key=lambda row: estimated_cycles(row, problem, machine))
+    return min(CONFIGS[kind], key=lambda row: estimated_cycles(row, problem, gpu))
 
 
 def stem(
@@ -411,10 +411,10 @@ def stem(
 
     batch, outputs, pooled_p, pooled_q = shape
     channels, height, width = x.shape[1:]
-    problem = _Problem(batch, outputs, pooled_p, pooled_q)
+    problem = _ProblemSize(batch, outputs, pooled_p, pooled_q)
     if config is None:
         kind = "single" if w.dtype == torch.float32 else "half"
-        config = select_config(problem, kind, machine_of(x.device))
+        config = select_config(problem, kind, gpu_of(x.device))
     launch(
         stem_kernel,
         problem.programs(config),

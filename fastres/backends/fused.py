@@ -117,12 +117,12 @@ class Sizes:
     Attributes:
         shapes: of the group's values, all known.
         itemsize: bytes of an element.
-        machine: the GPU, as the kernels know it.
+        gpu: the GPU, as the kernels know it.
     """
 
     shapes: Shapes
     itemsize: int
-    machine: Any
+    gpu: Any
 
     def of(self, name: str) -> Shape:
         """The shape of a value.
@@ -151,11 +151,11 @@ class Sizes:
         op, config = step.op, kernels._config
         taps, groups = (prod(op.kernel), op.groups) if isinstance(op, Conv2d) else (1, 1)
         reduced = channels or self.of(step.inputs[0])[1]
-        problem = config.Problem(
+        problem = config.ProblemSize(
             self.pixels(step), outputs(op) // groups, reduced // groups, taps, groups, self.itemsize
         )
-        tile = config.select_config(table, problem, "half", self.machine)
-        return float(config.estimated_cycles(tile, problem, "half", self.machine))
+        tile = config.select_config(table, problem, "half", self.gpu)
+        return float(config.estimated_cycles(tile, problem, "half", self.gpu))
 
 
 class Stem(FusedKernel):
@@ -192,8 +192,8 @@ class Stem(FusedKernel):
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
         stem, pooled = kernels.stem, sizes.of(group.steps[-1].name)
-        problem = stem._Problem(pooled[0], pooled[1], pooled[2], pooled[3])
-        return least(stem.estimated_cycles, stem.CONFIGS["half"], problem, sizes.machine)
+        problem = stem._ProblemSize(pooled[0], pooled[1], pooled[2], pooled[3])
+        return least(stem.estimated_cycles, stem.CONFIGS["half"], problem, sizes.gpu)
 
 
 class Head(FusedKernel):
@@ -218,9 +218,9 @@ class Head(FusedKernel):
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
         head, linear, x = kernels.head, group.steps[-1].op, sizes.of(group.inputs[0])
-        problem = head._Problem(x[0], outputs(linear), x[1], prod(x[2:]), sizes.itemsize)
-        tile = head.select_config(problem, sizes.machine)
-        return float(head.estimated_cycles(tile, problem, sizes.machine))
+        problem = head._ProblemSize(x[0], outputs(linear), x[1], prod(x[2:]), sizes.itemsize)
+        tile = head.select_config(problem, sizes.gpu)
+        return float(head.estimated_cycles(tile, problem, sizes.gpu))
 
 
 class Gemm(FusedKernel):
@@ -335,7 +335,7 @@ class Rot2(FusedKernel):
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
         rot2, (expand, reduce) = kernels.rot2, group.steps
         widths = sizes.of(expand.inputs[0])[1], outputs(expand.op), outputs(reduce.op)
-        problem = (sizes.pixels(expand), *widths, sizes.machine)
+        problem = (sizes.pixels(expand), *widths, sizes.gpu)
         tile = rot2.select_config(rot2.CONFIGS, *problem)
         return float(rot2.estimated_cycles(tile, *problem))
 
@@ -398,9 +398,9 @@ def same_pixels(x: Tensor, residual: Tensor, channels: int) -> bool:
     return tuple(residual.shape) == (n, channels, h, w)
 
 
-def least(cycles: Any, tiles: Iterable[Any], problem: Any, machine: Any) -> float:
+def least(cycles: Any, tiles: Iterable[Any], problem: Any, gpu: Any) -> float:
     """The cycles of the tile that takes least."""
-    return float(min(cycles(tile, problem, machine) for tile in tiles))
+    return float(min(cycles(tile, problem, gpu) for tile in tiles))
 
 
 def _fills_rows(kernels: Any, group: Group, dtype: torch.dtype) -> bool:

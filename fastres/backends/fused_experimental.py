@@ -95,9 +95,7 @@ class ConvHwnc(FusedKernel):
         given = (op.in_channels, op.kernel, op.stride[0], op.padding[0], torch.half)
         if slides is None or not slides.supports(*given):
             return tiles
-        return min(
-            tiles, least(slides.estimated_cycles, slides.CONFIGS, (p, q, n, k), sizes.machine)
-        )
+        return min(tiles, least(slides.estimated_cycles, slides.CONFIGS, (p, q, n, k), sizes.gpu))
 
 
 class BottleneckHwnc(FusedKernel):
@@ -119,9 +117,9 @@ class BottleneckHwnc(FusedKernel):
         reduced = sum(op.out_channels for op in reduce)
         widths = conv.in_channels, conv.out_channels, expand.out_channels, reduced
         anywhere = device.type == "cpu" and not kernels.INTERPRETED
-        machine = block.HOPPER if anywhere else kernels.machine_of(device)
+        gpu = block.HOPPER if anywhere else kernels.gpu_of(device)
         runs = expand.residual and (anywhere or block.runs_on(device))
-        return bool(runs and block.supports(*widths, dtype, machine))
+        return bool(runs and block.supports(*widths, dtype, gpu))
 
     def run(self, call: FusedCall) -> Outputs:
         from ..kernels.experimental.bottleneck_hwnc import bottleneck_hwnc
@@ -146,7 +144,7 @@ class BottleneckHwnc(FusedKernel):
         conv, expand, *reduce = group.steps
         n, _, p, q = sizes.of(conv.name)
         reduced = sum(outputs(step.op) for step in reduce)
-        problem = ((p, q, n), outputs(expand.op), reduced, sizes.machine)
+        problem = ((p, q, n), outputs(expand.op), reduced, sizes.gpu)
         tile = block.select_config(block.CONFIGS, *problem)
         return float(block.estimated_cycles(tile, *problem))
 

@@ -104,7 +104,7 @@ def predicted_seconds(
     """
     kernels = import_module("fastres.kernels")
     by_name = {kernel.name: kernel for kernel in fused}
-    sizes = Sizes(shapes, itemsize, kernels._config.Machine(*H200_SHAPE))
+    sizes = Sizes(shapes, itemsize, kernels._config.Gpu(*H200_SHAPE))
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 

@@ -45,7 +45,7 @@ from .._common import (
     launch,
     relu_keeping_nan,
 )
-from .._config import MULTIPLY_ADDS, Machine, l2_bandwidth, machine_of
+from .._config import MULTIPLY_ADDS, Gpu, gpu_of, l2_bandwidth
 from .._tma import check_aligned
 from .conv3x3_hwnc import (
     CHANNELS,
@@ -64,7 +64,7 @@ Outputs = tuple[Tensor, Tensor | None]
 Shape = tuple[int, ...]
 
 IMAGES = 64
-HOPPER = Machine(132, 227 * 1024)
+HOPPER = Gpu(132, 227 * 1024)
 """The GPU that the kernel is made for, where another one plans."""
 _TILE = 2 * 64 * 64  # bytes
 _HALVES = (torch.float16, torch.bfloat16)
@@ -101,7 +101,7 @@ def estimated_cycles(
     size: tuple[int, int, int],
     expanded: int,
     reduced: int,
-    machine: Machine,
+    gpu: Gpu,
 ) -> float:
     """Cycles for outputs of size (P, Q, N): an SM holds one block, which seldom overlaps its parts;
     each stage is taken to shorten the wait for a column."""
@@ -111,22 +111,22 @@ def estimated_cycles(
     waiting = _TURN / row.num_stages + _PART * expanded / 64
     products = IMAGES * weights / MULTIPLY_ADDS["half"]
     moved = 2 * IMAGES * (3 * CHANNELS + 2 * expanded + reduced)
-    column = max(products + waiting, moved / l2_bandwidth(min(programs, machine.sms)))
-    return ceil(programs / machine.sms) * (columns_of(q) * column + _START)
+    column = max(products + waiting, moved / l2_bandwidth(min(programs, gpu.sms)))
+    return ceil(programs / gpu.sms) * (columns_of(q) * column + _START)
 
 
-def fits(row: BottleneckConfig, expanded: int, reduced: int, machine: Machine) -> bool:
+def fits(row: BottleneckConfig, expanded: int, reduced: int, gpu: Gpu) -> bool:
     """Whether a block of this row has the shared memory that it needs."""
-    return row.shared_bytes(expanded, reduced) <= machine.shared_limit
+    return row.shared_bytes(expanded, reduced) <= gpu.shared_limit
 
 
 def supports(
-    channels: int, middle: int, expanded: int, reduced: int, dtype: torch.dtype, machine: Machine
+    channels: int, middle: int, expanded: int, reduced: int, dtype: torch.dtype, gpu: Gpu
 ) -> bool:
     """Whether the kernel takes these widths; ``reduced`` is 0 without the next reduction."""
     widths = channels == middle == CHANNELS and reduced in (0, 64, 128)
     whole = expanded > 0 and expanded % 64 == 0 and dtype in _HALVES
-    return widths and whole and any(fits(row, expanded, reduced, machine) for row in CONFIGS)
+    return widths and whole and any(fits(row, expanded, reduced, gpu) for row in CONFIGS)
 
 
 def select_config(
@@ -134,11 +134,11 @@ def select_config(
     size: tuple[int, int, int],
     expanded: int,
     reduced: int,
-    machine: Machine,
+    gpu: Gpu,
 ) -> BottleneckConfig:
     """The row of least estimated cycles among those that fit; the first of equals."""
-    usable = [row for row in rows if fits(row, expanded, reduced, machine)]
-    return min(usable, key=lambda row: estimated_cycles(row, size, expanded, reduced, machine))
+    usable = [row for row in rows if fits(row, expanded, reduced, gpu)]
+    return min(usable, key=lambda row: estimated_cycles(row, size, expanded, reduced, gpu))
 
 
 @gluon.jit
@@ -404,13 +404,13 @@ def _check(
     if not t.shape[0] * t.shape[1]:
         raise ValueError(f"t of {t.shape[0]}x{t.shape[1]} has no pixels")
     check_hwnc("x", x, (*t.shape[:3], expanded), t)
-    machine = machine_of(t.device)
+    gpu = gpu_of(t.device)
     if (w1 is not None and not reduced) or not supports(
-        CHANNELS, CHANNELS, expanded, reduced, t.dtype, machine
+        CHANNELS, CHANNELS, expanded, reduced, t.dtype, gpu
     ):
         raise ValueError(
             "w3 must have a multiple of 64 rows and w1 64 or 128, and all weights must fit "
-            f"{machine.shared_limit} bytes of shared memory, got {expanded} and {reduced} rows"
+            f"{gpu.shared_limit} bytes of shared memory, got {expanded} and {reduced} rows"
         )
     return expanded, reduced
 
@@ -463,11 +463,11 @@ def bottleneck_hwnc(
         return x_next, t_next
     check_aligned(t=t, w2=w2, w3=w3, x=x, w1=w1, x_next=x_next, t_next=t_next)
     height, width, batch, _ = t.shape
-    machine = machine_of(t.device)
+    gpu = gpu_of(t.device)
     if config is None:
-        config = select_config(CONFIGS, (height, width, batch), expanded, reduced, machine)
-    elif not fits(config, expanded, reduced, machine):
-        raise ValueError(f"config needs more than {machine.shared_limit} bytes: {config}")
+        config = select_config(CONFIGS, (height, width, batch), expanded, reduced, gpu)
+    elif not fits(config, expanded, reduced, gpu):
+        raise ValueError(f"config needs more than {gpu.shared_limit} bytes: {config}")
     launch(
         bottleneck_hwnc_kernel,
         height * ceil(batch / IMAGES),

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._common import await_producers, capability, host, launch, relu_keeping_nan
-from .._config import MULTIPLY_ADDS, Machine, l2_bandwidth
+from .._config import MULTIPLY_ADDS, Gpu, l2_bandwidth
 
 # Triton 3.7 and later have other names for the same.
 copy_in: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -80,25 +80,23 @@ _START = 4000  # cycles to bring the weights
 _TURN = 600  # cycles between the last product of a column and the first of the next
 
 
-def estimated_cycles(
-    row: Conv3x3Config, size: tuple[int, int, int, int], machine: Machine
-) -> float:
+def estimated_cycles(row: Conv3x3Config, size: tuple[int, int, int, int], gpu: Gpu) -> float:
     """Cycles for outputs of size (P, Q, N, K) with this row."""
     p, q, n, k = size
     programs = p * ceil(n / row.images) * ceil(k / CHANNELS)
-    resident = max(1, machine.shared_limit // row.shared_bytes())
-    here = min(resident, ceil(programs / machine.sms))
+    resident = max(1, gpu.shared_limit // row.shared_bytes())
+    here = min(resident, ceil(programs / gpu.sms))
     products = 9 * CHANNELS * CHANNELS * row.images / MULTIPLY_ADDS["half"]
-    traffic = 3 * CHANNELS * 2 * row.images / l2_bandwidth(min(programs, machine.sms))
+    traffic = 3 * CHANNELS * 2 * row.images / l2_bandwidth(min(programs, gpu.sms))
     column = max(here * products, here * traffic, products + _TURN)
-    return ceil(programs / (machine.sms * resident)) * (columns_of(q) * column + _START)
+    return ceil(programs / (gpu.sms * resident)) * (columns_of(q) * column + _START)
 
 
 def select_config(
-    rows: Iterable[Conv3x3Config], size: tuple[int, int, int, int], machine: Machine
+    rows: Iterable[Conv3x3Config], size: tuple[int, int, int, int], gpu: Gpu
 ) -> Conv3x3Config:
     """The row of least estimated cycles; the first of equals."""
-    return min(rows, key=lambda row: estimated_cycles(row, size, machine))
+    return min(rows, key=lambda row: estimated_cycles(row, size, gpu))
 
 
 def supports(

@@ -40,7 +40,7 @@ from .._common import (
     rounded,
     window_count,
 )
-from .._config import Machine, Problem, estimated_cycles, machine_of, select_config
+from .._config import Gpu, ProblemSize, estimated_cycles, gpu_of, select_config
 from .._tma import check_aligned, check_tma, descriptor, fits_descriptor
 from ..conv import arithmetic, conv2d_ref
 from ..gemm import GemmConfig
@@ -277,30 +277,30 @@ def _check(
 
 
 def select(
-    problem: Problem, kind: str, machine: Machine, slides: tuple[int, int, int, int] | None
+    problem: ProblemSize, kind: str, gpu: Gpu, slides: tuple[int, int, int, int] | None
 ) -> Config:
     """The row of least estimated cycles, also of the sliding kernel for outputs of size ``slides``
     (P, Q, N, K) where it can serve them."""
     rows = [row for row in CONFIGS[kind] if problem.channels % row.block_k == 0]
-    row = select_config(rows, problem, kind, machine)
+    row = select_config(rows, problem, kind, gpu)
     assert isinstance(row, GemmConfig)
     if slides is None:
         return row
-    other = conv3x3_hwnc.select_config(conv3x3_hwnc.CONFIGS, slides, machine)
-    faster = conv3x3_hwnc.estimated_cycles(other, slides, machine) < estimated_cycles(
-        row, problem, kind, machine
+    other = conv3x3_hwnc.select_config(conv3x3_hwnc.CONFIGS, slides, gpu)
+    faster = conv3x3_hwnc.estimated_cycles(other, slides, gpu) < estimated_cycles(
+        row, problem, kind, gpu
     )
     return other if faster else row
 
 
 @lru_cache(maxsize=4096)
 def _select(
-    problem: Problem,
+    problem: ProblemSize,
     kind: str,
     slides: tuple[int, int, int, int] | None,
     device: torch.device,
 ) -> Config:
-    return select(problem, kind, machine_of(device), slides)
+    return select(problem, kind, gpu_of(device), slides)
 
 
 def _slides(x: Tensor, w: Tensor, stride: int, padding: int) -> bool:
@@ -358,7 +358,7 @@ def conv2d_hwnc(
 
     p, q, batch, outputs = shape
     height, width, _, channels = x.shape
-    problem = Problem(
+    problem = ProblemSize(
         p * q * batch, outputs, channels, w.shape[2] * w.shape[3], 1, x.element_size()
     )
     slides = _slides(x, w, stride, padding)

@@ -27,7 +27,7 @@ from fastres.kernels import (
     max_pool2d,
     max_pool2d_ref,
 )
-from fastres.kernels._config import Problem, candidates, machine_of
+from fastres.kernels._config import ProblemSize, candidates, gpu_of
 from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op, workspace_size
 from fastres.kernels.linear import linear, linear_ref
 
@@ -52,7 +52,7 @@ def nhwc(*shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
 
 def fitted(kind: str, dtype: torch.dtype, row, split_k: int = 1):
     """The row as this GPU can run it, or a skip that names it."""
-    used = row.fitted(dtype.itemsize, machine_of(CUDA).shared_limit)
+    used = row.fitted(dtype.itemsize, gpu_of(CUDA).shared_limit)
     if used is None:
         pytest.skip(f"{row} needs more shared memory than this GPU has: pruned")
     return replace(used, split_k=split_k if used.can_split_k else 1)
@@ -117,7 +117,7 @@ def test_the_layers_of_a_resnet_keep_the_rule_of_two(rule_of_two, kind, layer, b
 def test_more_than_65535_tiles(integers):
     x, w = integers(70_000, 16, 1, 16, dtype=torch.float16), integers(16, 16, 1, 1).half()
     config = fitted("half", torch.float16, CONFIGS["half"][-1])
-    assert Problem(70_000 * 16, 16, 16, 1, 1, 2).tiles(config) > 65_535
+    assert ProblemSize(70_000 * 16, 16, 16, 1, 1, 2).tiles(config) > 65_535
     assert torch.equal(conv2d(x, w, config=config), conv2d_ref(x, w, upcast=True).half())
 
 
@@ -166,7 +166,7 @@ def test_alignment_may_change_from_call_to_call(integers):
 def test_a_hundred_calls_give_the_same_bits(split_k):
     x, w = nhwc(2, 256, 7, 7), nhwc(512, 256, 3, 3)
     config = fitted("ieee", torch.float32, CONFIGS["ieee"][1], split_k)
-    workspace = torch.zeros(workspace_size(Problem(98, 512, 256, 9, 1, 4), config), device=CUDA)
+    workspace = torch.zeros(workspace_size(ProblemSize(98, 512, 256, 9, 1, 4), config), device=CUDA)
     first = conv2d(x, w, padding=1, config=config)
     for _ in range(100):
         assert torch.equal(conv2d(x, w, padding=1, config=config, workspace=workspace), first)
@@ -227,7 +227,7 @@ def test_a_captured_call_replays_on_new_values(integers, split_k, own_workspace)
     x = integers(2, 128, 7, 7, dtype=torch.float16)
     w = integers(64, 128, 3, 3, dtype=torch.float16)
     config = fitted("half", torch.float16, CONFIGS["half"][6], split_k)
-    size = workspace_size(Problem(98, 64, 128, 9, 1, 2), config)
+    size = workspace_size(ProblemSize(98, 64, 128, 9, 1, 2), config)
     workspace = torch.zeros(size, device=CUDA) if own_workspace else None
     conv2d(x, w, padding=1, config=config, workspace=workspace)
     graph = torch.cuda.CUDAGraph()
@@ -244,8 +244,8 @@ def test_every_candidate_runs_on_this_gpu(integers):
     x, w = integers(1, 512, 7, 7, dtype=torch.float16), integers(512, 512, 3, 3).half()
     w = w.contiguous(memory_format=torch.channels_last)
     want = conv2d_ref(x, w, padding=1, upcast=True).half()
-    problem = Problem(49, 512, 512, 9, 1, 2)
-    for config in candidates(CONFIGS["half"], problem, machine_of(CUDA)):
+    problem = ProblemSize(49, 512, 512, 9, 1, 2)
+    for config in candidates(CONFIGS["half"], problem, gpu_of(CUDA)):
         assert torch.equal(conv2d(x, w, padding=1, config=config), want), config
 
 

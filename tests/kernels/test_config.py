@@ -1,4 +1,4 @@
-"""The choice of tiles: pure, by shape and machine, and never too large for the GPU."""
+"""The choice of tiles: pure, by shape and GPU, and never too large for the GPU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 from fastres.kernels._config import (
-    Machine,
-    Problem,
+    Gpu,
+    ProblemSize,
     TileConfig,
     candidates,
     estimated_cycles,
@@ -18,38 +18,37 @@ from fastres.kernels._config import (
 )
 from fastres.kernels.conv import CONFIGS
 
-H200 = Machine(sms=132, shared_limit=227 * 1024)
-ADA = Machine(sms=128, shared_limit=99 * 1024)
-AMD = Machine(sms=304, shared_limit=64 * 1024)
+H200 = Gpu(sms=132, shared_limit=227 * 1024)
+ADA = Gpu(sms=128, shared_limit=99 * 1024)
+AMD = Gpu(sms=304, shared_limit=64 * 1024)
 KINDS = {"half": 2, "tf32": 4, "ieee": 4}
 
 
 def conv(batch: int, size: int, outputs: int, channels: int, window: int, itemsize: int = 2):
-    return Problem(batch * size * size, outputs, channels, window**2, 1, itemsize)
+    return ProblemSize(batch * size * size, outputs, channels, window**2, 1, itemsize)
 
 
-def pick(problem: Problem, kind: str = "half", machine: Machine = H200) -> TileConfig:
-    return select_config(CONFIGS[kind], problem, kind, machine)
+def pick(problem: ProblemSize, kind: str = "half", gpu: Gpu = H200) -> TileConfig:
+    return select_config(CONFIGS[kind], problem, kind, gpu)
 
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("machine", [H200, ADA, AMD], ids=["H200", "Ada", "AMD"])
+@pytest.mark.parametrize("gpu", [H200, ADA, AMD], ids=["H200", "Ada", "AMD"])
 @pytest.mark.parametrize("batch", [1, 8, 32, 256])
 @pytest.mark.parametrize(
     "layer",
     [(56, 64, 64, 3), (28, 512, 128, 1), (7, 512, 512, 3), (112, 64, 3, 7), (1, 1000, 512, 1)],
 )
-def test_the_choice_fits_and_repeats(kind, machine, batch, layer):
+def test_the_choice_fits_and_repeats(kind, gpu, batch, layer):
     problem = conv(batch, *layer, KINDS[kind])
-    row = pick(problem, kind, machine)
-    assert row.shared_bytes(problem.itemsize) <= machine.shared_limit
-    assert row == pick(problem, kind, machine)
+    row = pick(problem, kind, gpu)
+    assert row.shared_bytes(problem.itemsize) <= gpu.shared_limit
+    assert row == pick(problem, kind, gpu)
     least = min(
-        estimated_cycles(r, problem, kind, machine)
-        for r in candidates(CONFIGS[kind], problem, machine)
+        estimated_cycles(r, problem, kind, gpu) for r in candidates(CONFIGS[kind], problem, gpu)
     )
-    assert estimated_cycles(row, problem, kind, machine) == least
+    assert estimated_cycles(row, problem, kind, gpu) == least
 
 
 @pytest.mark.fault(27)
@@ -61,7 +60,7 @@ def test_rows_lose_stages_before_they_are_pruned():
     assert row.fitted(2, 63 * 1024) is None
     problem = conv(1, 7, 64, 64, 3)
     with pytest.raises(RuntimeError, match="no tile fits 1024 bytes of shared memory"):
-        select_config([row], problem, "half", Machine(1, 1024))
+        select_config([row], problem, "half", Gpu(1, 1024))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -93,7 +92,7 @@ def test_splits_leave_each_program_a_step():
 
 
 def test_narrow_outputs_do_not_get_wide_tiles():
-    groups = Problem(32 * 28 * 28, 4, 4, 9, 32, 2)
+    groups = ProblemSize(32 * 28 * 28, 4, 4, 9, 32, 2)
     assert pick(groups).block_n <= 32
     assert pick(conv(256, 56, 64, 64, 3)).block_n == 64
 
@@ -103,7 +102,7 @@ def test_narrow_outputs_do_not_get_wide_tiles():
     [(64, 9, 64, False, 9), (65, 9, 64, False, 18), (3, 49, 64, True, 3), (63, 1, 64, True, 1)],
 )
 def test_steps_of_the_reduction(channels, taps, block_k, gathers, steps):
-    problem = Problem(1, 1, channels, taps, 1, 2)
+    problem = ProblemSize(1, 1, channels, taps, 1, 2)
     assert problem.gathers(block_k) == gathers
     assert problem.steps(block_k) == steps
 

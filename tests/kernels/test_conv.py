@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, TileConfig, conv2d, conv2d_ref
 from fastres.kernels import conv as conv_module
-from fastres.kernels._config import Problem
+from fastres.kernels._config import ProblemSize
 from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, arithmetic, workspace_size
 
 pytestmark = pytest.mark.interpreter
@@ -281,7 +281,7 @@ def test_workspace_that_does_not_serve_is_refused(integers, device, workspace, m
     config = replace(SMALL, split_k=3)
     with pytest.raises(ValueError, match=message):
         conv2d(x, w, config=config, workspace=workspace.to(device))
-    problem = Problem(20, 16, 64, 1, 1, 4)
+    problem = ProblemSize(20, 16, 64, 1, 1, 4)
     assert workspace_size(problem, config) == WORKSPACE_COUNTS.value + 2 * 3 * 16 * 16
     assert workspace_size(problem, SMALL) == 0
 

@@ -11,11 +11,11 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, new_workspace
 from fastres.kernels import head as head_module
-from fastres.kernels._config import Machine
+from fastres.kernels._config import Gpu
 from fastres.kernels.head import (
     CONFIGS,
     HeadConfig,
-    _Problem,
+    _ProblemSize,
     head,
     head_ref,
     select_config,
@@ -126,12 +126,12 @@ def test_an_empty_batch_launches_nothing(device):
 
 
 def test_every_batch_fits_the_shared_workspace():
-    hopper = Machine(132, 227 * 1024)
+    hopper = Gpu(132, 227 * 1024)
     for batch in (1, 2, 5, 32, 256, 3000):
-        row = select_config(_Problem(batch, 1000, 2048, 49, 2), hopper)
-        size = _Problem(batch, 1000, 2048, 49, 2).tiles(row) * row.split_k
+        row = select_config(_ProblemSize(batch, 1000, 2048, 49, 2), hopper)
+        size = _ProblemSize(batch, 1000, 2048, 49, 2).tiles(row) * row.split_k
         assert row.split_k == 1 or size * row.block_m * row.block_n <= 2 * 132 * 64 * 128
-    assert select_config(_Problem(1, 1000, 2048, 49, 2), hopper).split_k > 1
+    assert select_config(_ProblemSize(1, 1000, 2048, 49, 2), hopper).split_k > 1
 
 
 X, W = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 8)

@@ -4,27 +4,27 @@ import pytest
 import torch
 
 from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_workspace
-from fastres.kernels._config import Machine, Problem, select_config, split_elements
+from fastres.kernels._config import Gpu, ProblemSize, select_config, split_elements
 from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, workspace_size
 
-H200 = Machine(sms=132, shared_limit=227 * 1024)
-SMALL = Machine(sms=20, shared_limit=99 * 1024)
+H200 = Gpu(sms=132, shared_limit=227 * 1024)
+SMALL = Gpu(sms=20, shared_limit=99 * 1024)
 
 
-@pytest.mark.parametrize("machine", [H200, SMALL], ids=["H200", "small"])
+@pytest.mark.parametrize("gpu", [H200, SMALL], ids=["H200", "small"])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_workspace_suffices_for_every_selected_tile(machine, kind):
-    room = WORKSPACE_COUNTS.value + split_elements(machine)
+def test_workspace_suffices_for_every_selected_tile(gpu, kind):
+    room = WORKSPACE_COUNTS.value + split_elements(gpu)
     split = 0
     for pixels in (49, 196, 784, 3136, 12544):
         for batch in (1, 2, 8, 33):
             for n, channels, taps in ((64, 64, 9), (256, 64, 1), (512, 512, 9), (512, 2048, 1)):
                 itemsize = 2 if kind == "half" else 4
-                problem = Problem(batch * pixels, n, channels, taps, 1, itemsize)
-                row = select_config(CONFIGS[kind], problem, kind, machine)
+                problem = ProblemSize(batch * pixels, n, channels, taps, 1, itemsize)
+                row = select_config(CONFIGS[kind], problem, kind, gpu)
                 split += row.split_k > 1
                 assert workspace_size(problem, row) <= room
-    assert split or machine is SMALL, "no shape splits, so nothing was shown"
+    assert split or gpu is SMALL, "no shape splits, so nothing was shown"
 
 
 def test_calls_in_a_row_share_one_workspace(device):

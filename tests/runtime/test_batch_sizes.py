@@ -48,13 +48,13 @@ def kind(value, specialized):
 def launched(monkeypatch):
     """The variants launched; nothing runs, and tiles are chosen for the 132 SMs of an H200."""
     found = set()
-    hopper = import_module("fastres.kernels._config").Machine(132, 227 * 1024)
+    hopper = import_module("fastres.kernels._config").Gpu(132, 227 * 1024)
     modules = [import_module(f"fastres.kernels.{name}") for name in MODULES]
     for module in modules:
         monkeypatch.setattr(
             module, "launch", lambda kernel, grid, device, *a, **m: found.add(variant(kernel, a, m))
         )
-        monkeypatch.setattr(module, "machine_of", lambda device: hopper, raising=False)
+        monkeypatch.setattr(module, "gpu_of", lambda device: hopper, raising=False)
     chosen = [module._select for module in modules if hasattr(module, "_select")]
     for select in chosen:
         select.cache_clear()

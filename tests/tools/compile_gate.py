@@ -42,7 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from fastres.kernels import _common, conv, elementwise, global_pool, pool
-from fastres.kernels._config import Machine, Problem, TileConfig, select_config
+from fastres.kernels._config import Gpu, ProblemSize, TileConfig, select_config
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
@@ -303,10 +303,10 @@ class ConvShape:
     size: int = 14
     split_k: int = 1
 
-    def problem(self, itemsize: int) -> Problem:
+    def problem(self, itemsize: int) -> ProblemSize:
         pixels = self.batch * (self.size // self.stride) ** 2
         outputs, channels = self.outputs // self.groups, self.channels // self.groups
-        return Problem(pixels, outputs, channels, self.window**2, self.groups, itemsize)
+        return ProblemSize(pixels, outputs, channels, self.window**2, self.groups, itemsize)
 
     def run(self, dtype: torch.dtype, precision: str, config: TileConfig) -> None:
         padding = self.window // 2
@@ -391,7 +391,7 @@ def conv_cases(full: bool) -> Iterator[Case | None]:
                 for dtype, shape, target in product(DTYPES[kind], CONV_SHAPES, TARGETS):
                     yield conv_case(kind, row, dtype, shape, target)
         for shape in ("1x1/2", "stem", "stem4", "ragged", "groups", "int64"):
-            problem, hopper = CONV_SHAPES[shape].problem(first.itemsize), Machine(132, 227 * 1024)
+            problem, hopper = CONV_SHAPES[shape].problem(first.itemsize), Gpu(132, 227 * 1024)
             row = select_config(rows, problem, kind, hopper)
             yield conv_case(kind, replace(row, split_k=1), first, shape, "sm_90")
 

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
 
 from fastres.kernels import LAUNCHES
-from fastres.kernels._config import Machine, Problem
+from fastres.kernels._config import Gpu, ProblemSize
 from fastres.kernels.experimental import conv3x3_hwnc as module
 from fastres.kernels.experimental.conv3x3_hwnc import CONFIGS, Conv3x3Config
 from fastres.kernels.experimental.hwnc import conv2d_hwnc, conv2d_hwnc_ref, select
@@ -21,7 +21,7 @@ from fastres.kernels.gemm import GemmConfig
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 FIRST = CONFIGS[0]
 ROWS = (*CONFIGS, Conv3x3Config(64, 4, 2), Conv3x3Config(64, 4, 3), Conv3x3Config(128, 8, 1))
-HOPPER = Machine(132, 227 * 1024)
+HOPPER = Gpu(132, 227 * 1024)
 
 # (H, W, N), outputs. A tile is 64 or 128 images; a turn is three columns.
 SHAPES = {
@@ -163,7 +163,7 @@ def test_wrong_rows_are_refused(numbers, message):
 def test_it_is_chosen_for_large_images_and_batches_alone():
     def chosen(p, q, n, slides=True):
         size = (p, q, n, 64)
-        problem = Problem(p * q * n, 64, 64, 9, 1, 2)
+        problem = ProblemSize(p * q * n, 64, 64, 9, 1, 2)
         return select(problem, "half", HOPPER, size if slides else None)
 
     assert isinstance(chosen(56, 56, 256), Conv3x3Config)
