@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu_contest import Case, Setting, compile_ahead, integers, row_text, tensors
 from fastres.backends.aten import cudnn_benchmarking
-from fastres.kernels import conv, elementwise, gemm, global_pool, head, pool, rot2, stem
+from fastres.kernels import b2b_gemm, conv, elementwise, gemm, global_pool, head, pool, stem
 from fastres.kernels._config import gpu_of
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
@@ -85,8 +85,8 @@ def gemm_trial(kind: str, row: Any) -> Trial:
             x2 = integers(setting, rows * stride**2, 40)
             w2 = integers(setting, outputs, 40)
             where = {"images": images, "stride": stride}
-            want = gemm.gemm_pair_ref(x, w, x2, w2, b, relu=True, upcast=True, **where)
-            yield gemm.gemm_pair(x, w, x2, w2, b, out=poison(residual), **where, **given), want
+            want = gemm.dual_gemm_ref(x, w, x2, w2, b, relu=True, upcast=True, **where)
+            yield gemm.dual_gemm(x, w, x2, w2, b, out=poison(residual), **where, **given), want
 
     return run
 
@@ -100,7 +100,7 @@ def sparse(setting: Setting, outputs: int, channels: int) -> Tensor:
     return w.to(setting.dtype)
 
 
-def rot2_trial(row: Any, channels: int, reduced: int) -> Trial:
+def b2b_gemm_trial(row: Any, channels: int, reduced: int) -> Trial:
     def run(setting: Setting) -> Pairs:
         rows, wide = row.block_m + 3, 4 * channels
         inputs = (
@@ -111,9 +111,9 @@ def rot2_trial(row: Any, channels: int, reduced: int) -> Trial:
             sparse(setting, reduced, wide),
             integers(setting, reduced, dtype=FLOAT),
         )
-        want = rot2.rot2_ref(*inputs, upcast=True)
+        want = b2b_gemm.b2b_gemm_ref(*inputs, upcast=True)
         out = tuple(poison(t.to(setting.dtype)) for t in want)
-        yield rot2.rot2(*inputs, out=out, config=row), want
+        yield b2b_gemm.b2b_gemm(*inputs, out=out, config=row), want
 
     return run
 
@@ -218,8 +218,8 @@ def trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
         for row in bottleneck_hwnc.CONFIGS:
             for reduced in (0, 64, 128):
                 yield f"bottleneck_hwnc {reduced}", dtype, row, block_trial(row, reduced)
-        for row in rot2.CONFIGS:
-            yield "rot2", dtype, row, rot2_trial(row, 64, 64)
+        for row in b2b_gemm.CONFIGS:
+            yield "b2b_gemm", dtype, row, b2b_gemm_trial(row, 64, 64)
     for kind, rows in stem.CONFIGS.items():
         for dtype in DTYPES[kind]:
             yield from ((f"stem {kind}", dtype, row, stem_trial(row)) for row in rows)
@@ -266,8 +266,8 @@ def image_trials() -> Iterator[tuple[str, torch.dtype, Any, Trial]]:
 def usable(name: str, row: Any, setting: Setting) -> bool:
     """Whether this GPU is offered the row at all."""
     gpu = gpu_of(setting.device)
-    if name.startswith("rot2"):
-        return bool(rot2.fits(row, 64, 64, gpu))
+    if name.startswith("b2b_gemm"):
+        return bool(b2b_gemm.fits(row, 64, 64, gpu))
     if name.startswith("bottleneck_hwnc"):
         reduced = int(name.split()[1])
         fits = bottleneck_hwnc.fits(row, 256, reduced, gpu)

@@ -22,6 +22,7 @@ from benchmarks.gpu_contest import (
     row_text,
 )
 from benchmarks.gpu_exact import (
+    b2b_gemm,
     bottleneck_hwnc,
     conv,
     conv3x3_hwnc,
@@ -29,7 +30,6 @@ from benchmarks.gpu_exact import (
     gemm,
     head,
     hwnc,
-    rot2,
     stem,
 )
 from fastres.kernels import (
@@ -231,7 +231,7 @@ def _pair(setting: Setting, stage: Stage, batch: int) -> dict[str, Any]:
         return conv.conv2d(t, _window(w), b, residual=y, relu=True, out=y)
 
     def ours(row: Any, t: Tensor, w: Tensor, x: Tensor, w2: Tensor, b: Tensor) -> Tensor:
-        y = gemm.gemm_pair(
+        y = gemm.dual_gemm(
             gemm.rows_of(t),
             w,
             gemm.rows_of(x),
@@ -249,9 +249,9 @@ def _pair(setting: Setting, stage: Stage, batch: int) -> dict[str, Any]:
     contenders["two of conv2d"] = single
     for row in rows_that_fit(setting, gemm.CONFIGS):
         if not row.persistent:
-            contenders[machine_name("gemm_pair", row)] = partial(ours, row)
+            contenders[machine_name("dual_gemm", row)] = partial(ours, row)
     work = 2 * batch * stage.size**2 * e * (c + wide)
-    choice = Choice("gemm_pair", "two of conv2d", c, batch)
+    choice = Choice("dual_gemm", "two of conv2d", c, batch)
     return contest(setting, contenders, make, reference, flop=work, choice=choice)
 
 
@@ -268,13 +268,13 @@ SEAMS = ((1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
 """Stage, and by how much the next block's first convolution is wider than this one's 3x3."""
 
 
-def rot2_cases(setting: Setting) -> Iterator[Case]:
+def b2b_gemm_cases(setting: Setting) -> Iterator[Case]:
     """Expansion + residual + next reduction: in one kernel, as two products, by cuDNN."""
     for batch in setting.batches(256, 32):
         for number, times in SEAMS[:1] if setting.tiny else SEAMS:
             for stage in stages(setting, number):
                 title = f"stage {number} to {times * stage.channels} channels batch {batch}"
-                yield Case(title, partial(_rot2, setting, stage, batch, times))
+                yield Case(title, partial(_b2b_gemm, setting, stage, batch, times))
     if bottleneck_hwnc.runs_on(setting.device):
         yield from _sliding_cases(setting)
 
@@ -301,8 +301,8 @@ def _images(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def _seam(t: Tensor, w3: Tensor, b3: Tensor, x: Tensor, w1: Tensor, b1: Tensor, **given: Any):
-    """rot2 on images."""
-    wide, narrow = rot2.rot2(gemm.rows_of(t), w3, b3, gemm.rows_of(x), w1, b1, **given)
+    """b2b_gemm on images."""
+    wide, narrow = b2b_gemm.b2b_gemm(gemm.rows_of(t), w3, b3, gemm.rows_of(x), w1, b1, **given)
     return _images(wide, t), _images(narrow, t)
 
 
@@ -323,11 +323,13 @@ def _two_cudnn(t: Tensor, w3: Tensor, b3: Tensor, x: Tensor, w1: Tensor, b1: Ten
 def _seam_ref(
     t: Tensor, w3: Tensor, b3: Tensor, x: Tensor, w1: Tensor, b1: Tensor, upcast: bool = False
 ) -> tuple[Tensor, Tensor]:
-    wide, narrow = rot2.rot2_ref(gemm.rows_of(t), w3, b3, gemm.rows_of(x), w1, b1, upcast=upcast)
+    wide, narrow = b2b_gemm.b2b_gemm_ref(
+        gemm.rows_of(t), w3, b3, gemm.rows_of(x), w1, b1, upcast=upcast
+    )
     return _images(wide, t), _images(narrow, t)
 
 
-def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, Any]:
+def _b2b_gemm(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, Any]:
     c, reduced = stage.channels, times * stage.channels
 
     def make() -> Operands:
@@ -337,16 +339,16 @@ def _rot2(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str, A
     contenders: dict[str, Call] = {"PyTorch": _seam_ref}
     contenders |= on_gpu(setting, cuDNN_fused=_two_cudnn)
     contenders["two of gemm"] = _two_products
-    for row in setting.rows(rot2.CONFIGS):
-        if rot2.fits(row, c, reduced, gpu_of(setting.device)):
-            contenders[machine_name("rot2", row)] = partial(_seam, config=row)
+    for row in setting.rows(b2b_gemm.CONFIGS):
+        if b2b_gemm.fits(row, c, reduced, gpu_of(setting.device)):
+            contenders[machine_name("b2b_gemm", row)] = partial(_seam, config=row)
     work = 2 * batch * stage.size**2 * 4 * c * (c + reduced)
-    choice = Choice("rot2", "two of gemm", c, batch)
+    choice = Choice("b2b_gemm", "two of gemm", c, batch)
     return contest(setting, contenders, make, _seam_ref, flop=work, choice=choice)
 
 
 def _sliding_cases(setting: Setting) -> Iterator[Case]:
-    """The 3x3 of stage 1 as well, in HWNC: in one kernel, or as conv2d_hwnc + rot2."""
+    """The 3x3 of stage 1 as well, in HWNC: in one kernel, or as conv2d_hwnc + b2b_gemm."""
     for batch in setting.batches(256, 64):
         for _, times in SEAMS[:2]:
             for stage in stages(setting, 1):
@@ -363,11 +365,11 @@ def _sliding(setting: Setting, stage: Stage, batch: int, times: int) -> dict[str
 
     def parts(t: Tensor, w2: Tensor, b2: Tensor, w3: Tensor, b3: Tensor, x: Tensor, *rest: Tensor):
         middle = hwnc.conv2d_hwnc(t, w2, b2, padding=1, relu=True)
-        wide, narrow = rot2.rot2(middle.view(-1, c), w3, b3, x.view(-1, 4 * c), *rest)
+        wide, narrow = b2b_gemm.b2b_gemm(middle.view(-1, c), w3, b3, x.view(-1, 4 * c), *rest)
         return wide.view(x.shape), narrow.view(*x.shape[:3], -1)
 
     contenders: dict[str, Call] = {"PyTorch": bottleneck_hwnc.bottleneck_hwnc_ref}
-    contenders["conv2d_hwnc + rot2"] = parts
+    contenders["conv2d_hwnc + b2b_gemm"] = parts
     for row in setting.rows(bottleneck_hwnc.CONFIGS):
         if bottleneck_hwnc.fits(row, 4 * c, reduced, gpu_of(setting.device)):
             contenders[machine_name("bottleneck_hwnc", row)] = partial(

@@ -139,7 +139,7 @@ LAYOUTS = {
     "NHWC": "-conv2d_hwnc",
     "HWNC": "conv2d_hwnc,-bottleneck_hwnc",
     "HWNC, whole blocks": "conv2d_hwnc,bottleneck_hwnc",
-    "NHWC, no rot2": "-conv2d_hwnc,-rot2",
+    "NHWC, no b2b_gemm": "-conv2d_hwnc,-b2b_gemm",
 }
 """What FASTRES_KERNELS asks for, by what it is."""
 

@@ -1,6 +1,6 @@
 """All that waits for a GPU, measured in one call of at most nine minutes.
 
-    python benchmarks/kernels_gpu.py --output out/gpu [--budget 525] [--sections conv3x3 rot2]
+    python benchmarks/kernels_gpu.py --output out/gpu [--budget 525] [--sections conv3x3 b2b_gemm]
     python benchmarks/kernels_gpu.py --dry            the plan, and its checks on tiny shapes
     python benchmarks/kernels_gpu.py --output out/gpu --report      the tables of an earlier run
 
@@ -44,7 +44,7 @@ PLAN: tuple[tuple[str, str, float, str, float], ...] = (
     ("exact", "every row on whole numbers", 40, "gpu_exact:cases", 60),
     ("conv3x3", "3x3 convolutions", 35, "gpu_kernels:conv3x3_cases", 45),
     ("gemm", "1x1 convolutions", 35, "gpu_kernels:gemm_cases", 45),
-    ("rot2", "expansion + next reduction", 30, "gpu_kernels:rot2_cases", 45),
+    ("b2b_gemm", "expansion + next reduction", 30, "gpu_kernels:b2b_gemm_cases", 45),
     ("layouts", "the network in NHWC and HWNC", 15, "gpu_networks:layout_cases", 60),
     ("stem", "stem and pool", 15, "gpu_kernels:stem_cases", 45),
     ("split", "split reductions at batch 1", 15, "gpu_kernels:split_cases", 45),

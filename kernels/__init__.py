@@ -14,7 +14,7 @@ elif __name__ != "fastres.kernels":
         "(a second copy would register the same custom operators twice)"
     )
 else:
-    from . import conv, elementwise, gemm, global_pool, head, linear, pool, rot2, stem
+    from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
     from ._common import INTERPRETED, LAUNCHES
     from ._config import TileConfig, gpu_of
     from ._tma import has_tma
@@ -49,6 +49,6 @@ __all__ = [
     "pool",
     "relu",
     "relu_ref",
-    "rot2",
+    "b2b_gemm",
     "stem",
 ]

@@ -246,7 +246,7 @@ def gemm_ref(
     return y.relu() if relu else y
 
 
-def gemm_pair_ref(
+def dual_gemm_ref(
     x: Tensor,
     w: Tensor,
     x2: Tensor,
@@ -439,7 +439,7 @@ def gemm(
     return _run(x, w, b, residual, None, None, images, 1, relu, precision, out, config)
 
 
-def gemm_pair(
+def dual_gemm(
     x: Tensor,
     w: Tensor,
     x2: Tensor,

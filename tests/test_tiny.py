@@ -107,7 +107,7 @@ KERNELS = {
     "sum": ("elementwise.add_relu", lambda n: (n(2, 16, 6, 6), n(2, 16, 6, 6))),
     "ReLU": ("elementwise.relu", lambda n: (n(2, 16, 6, 6),)),
     "product": ("gemm.gemm", lambda n: (n(8, 16), n(8, 16), n(8))),
-    "two products": ("gemm.gemm_pair", lambda n: (n(8, 16), n(8, 16), n(8, 8), n(8, 8), n(8))),
+    "two products": ("gemm.dual_gemm", lambda n: (n(8, 16), n(8, 16), n(8, 8), n(8, 8), n(8))),
     "global pool": ("global_pool.global_avg_pool", lambda n: (n(2, 16, 4, 4),)),
     "head": ("head.head", lambda n: (n(2, 16, 2, 2), n(8, 16), n(8))),
     "linear": ("linear.linear", lambda n: (n(8, 16), n(8, 16), n(8))),

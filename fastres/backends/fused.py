@@ -257,10 +257,10 @@ class Gemm(FusedKernel):
         return sizes.matrix_cycles(kernels, group.steps[0], kernels.gemm.CONFIGS["half"])
 
 
-class GemmPair(FusedKernel):
+class DualGemm(FusedKernel):
     """expansion and projection of a block's first sum"""
 
-    name = "gemm_pair"
+    name = "dual_gemm"
     pattern = staticmethod(expand_project)
 
     def supports(
@@ -283,7 +283,7 @@ class GemmPair(FusedKernel):
         if tuple(t.shape[2:]) != tuple(-(-size // stride) for size in x.shape[2:]):
             return None
         layout = call.layout
-        y = call.kernels.gemm.gemm_pair(
+        y = call.kernels.gemm.dual_gemm(
             layout.rows(t),
             call.weights[0][0].flatten(1),
             layout.rows(x),
@@ -303,10 +303,10 @@ class GemmPair(FusedKernel):
         return sizes.matrix_cycles(kernels, expand, tiles, channels)
 
 
-class Rot2(FusedKernel):
+class B2bGemm(FusedKernel):
     """expansion, sum and the next block's reduction"""
 
-    name = "rot2"
+    name = "b2b_gemm"
     pattern = staticmethod(expand_reduce)
 
     def supports(
@@ -316,7 +316,7 @@ class Rot2(FusedKernel):
             return False
         expand, reduce = map(conv_of, group.steps)
         widths = (expand.in_channels, expand.out_channels, reduce.out_channels)
-        return bool(kernels.rot2.supports(*widths, dtype))
+        return bool(kernels.b2b_gemm.supports(*widths, dtype))
 
     def run(self, call: FusedCall) -> Outputs:
         expand = call.group.steps[0]
@@ -328,16 +328,18 @@ class Rot2(FusedKernel):
         narrow, wide = layout.rows(t), layout.rows(x)
         reduced = narrow.new_empty(narrow.shape[0], w1.shape[0])
         out = (wide if expand.in_place else torch.empty_like(wide), reduced)
-        made = call.kernels.rot2.rot2(narrow, w3.flatten(1), b3, wide, w1.flatten(1), b1, out=out)
+        made = call.kernels.b2b_gemm.b2b_gemm(
+            narrow, w3.flatten(1), b3, wide, w1.flatten(1), b1, out=out
+        )
         named = dict(zip((s.name for s in call.group.steps), made, strict=True))
         return tuple(layout.from_rows(named[name], t) for name in call.group.outputs)
 
     def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
-        rot2, (expand, reduce) = kernels.rot2, group.steps
+        b2b_gemm, (expand, reduce) = kernels.b2b_gemm, group.steps
         widths = sizes.of(expand.inputs[0])[1], outputs(expand.op), outputs(reduce.op)
         problem = (sizes.pixels(expand), *widths, sizes.gpu)
-        tile = rot2.select_config(rot2.CONFIGS, *problem)
-        return float(rot2.estimated_cycles(tile, *problem))
+        tile = b2b_gemm.select_config(b2b_gemm.CONFIGS, *problem)
+        return float(b2b_gemm.estimated_cycles(tile, *problem))
 
 
 class Cudnn(FusedKernel):
@@ -367,7 +369,7 @@ class Cudnn(FusedKernel):
         return (self._ops.conv(op, prepared, x, residual, step.in_place),)
 
 
-FUSED_KERNELS: tuple[FusedKernel, ...] = (Rot2(), GemmPair(), Stem(), Head(), Gemm(), Cudnn())
+FUSED_KERNELS: tuple[FusedKernel, ...] = (B2bGemm(), DualGemm(), Stem(), Head(), Gemm(), Cudnn())
 """By preference: of the kernels that are chosen for steps from one on, the first runs them."""
 
 KERNELS: dict[str, str] = {kernel.name: str(kernel.__doc__) for kernel in FUSED_KERNELS}

@@ -18,14 +18,14 @@ from ..graph.plan import Plan, Shape
 from .aten import conv_precision, residual_fits
 from .fused import (
     EXPERIMENTAL,
+    B2bGemm,
     Cudnn,
+    DualGemm,
     FusedCall,
     FusedKernel,
     Gemm,
-    GemmPair,
     Head,
     Outputs,
-    Rot2,
     Sizes,
     Stem,
     conv_of,
@@ -154,8 +154,8 @@ class HwncOps(TritonOps):
 
     fused: ClassVar[tuple[FusedKernel, ...]] = (
         BottleneckHwnc(),
-        Rot2(),
-        GemmPair(),
+        B2bGemm(),
+        DualGemm(),
         StemHwnc(),
         Head(),
         ConvHwnc(),

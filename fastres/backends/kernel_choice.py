@@ -24,7 +24,9 @@ from .fused import EXPERIMENTAL, KERNELS
 from .kernel_table import shipped
 
 FORMAT = 1
-APART = "apart"
+UNFUSED = "unfused"
+FORMER = {"rot2": "b2b_gemm", "gemm_pair": "dual_gemm", "apart": UNFUSED}
+"""Names that FASTRES_KERNELS and measured files may still hold."""
 PATH_VARIABLE = "FASTRES_TUNED"
 FORCE_VARIABLE = "FASTRES_KERNELS"
 NEAREST = 2.0
@@ -36,7 +38,7 @@ class Measurement:
     """What was found for one case at one batch size.
 
     Attributes:
-        seconds: of one call, by kernel; ``"apart"`` stands for the best way without the kernel.
+        seconds: of one call, by kernel; ``"unfused"`` stands for the best way without the kernel.
         excluded: kernels that are out, each with the reason: a wrong answer, an error.
     """
 
@@ -133,10 +135,16 @@ def standard(device: torch.device, barred: frozenset[str] = frozenset()) -> Choi
 
 
 def forced(text: str) -> dict[str, bool]:
-    """``"gemm,-rot2"`` as ``{"gemm": True, "rot2": False}``."""
+    """``"gemm,-b2b_gemm"`` as ``{"gemm": True, "b2b_gemm": False}``."""
     names = [part.strip() for part in text.split(",") if part.strip()]
-    check_kernels((name.removeprefix("-") for name in names), FORCE_VARIABLE)
-    return {name.removeprefix("-"): not name.startswith("-") for name in names}
+    found = {current(name.removeprefix("-")): not name.startswith("-") for name in names}
+    check_kernels(found, FORCE_VARIABLE)
+    return found
+
+
+def current(kernel: str) -> str:
+    """The name of today for one that a kernel had before."""
+    return FORMER.get(kernel, kernel)
 
 
 def _nearest(by_batch: Mapping[int, Measurement], batch: int) -> Measurement | None:
@@ -246,10 +254,10 @@ def _batch(text: str) -> int:
 
 
 def _measurement(entry: Mapping[str, Any]) -> Measurement:
-    seconds = {str(name): float(value) for name, value in entry["seconds"].items()}
+    seconds = {current(str(name)): float(value) for name, value in entry["seconds"].items()}
     if not all(0 < value < float("inf") for value in seconds.values()):
         raise ValueError(f"seconds must be positive, got {seconds}")
-    excluded = {str(name): str(reason) for name, reason in entry["excluded"].items()}
+    excluded = {current(str(name)): str(reason) for name, reason in entry["excluded"].items()}
     return Measurement(seconds, excluded)
 
 

@@ -6,7 +6,7 @@ tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a row that
 the
 GPU. What ``fastres tune`` has measured on the machine at hand goes before these rows, and the
 environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
-``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-rot2``.
+``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-b2b_gemm``.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ PORTABLE = (
 )
 HOPPER_RULES = (
     *PORTABLE,
-    Row("gemm_pair", "predicted: 1.05x to 2x, the projection stays on the chip", TENSOR),
+    Row("dual_gemm", "predicted: 1.05x to 2x, the projection stays on the chip", TENSOR),
     Row(
         "gemm",
         "predicted: conv2d's tiles, without its address arithmetic",
         TENSOR,
         batch=(32, float("inf")),
     ),
-    Row("rot2", "predicted: 1.3x at batch 32", HALF, (64,), rows=(32 * 56 * 56, float("inf"))),
+    Row("b2b_gemm", "predicted: 1.3x at batch 32", HALF, (64,), rows=(32 * 56 * 56, float("inf"))),
     Row(
-        "rot2",
+        "b2b_gemm",
         "predicted: 1.3x at batch 128, 1.03x into the next stage",
         HALF,
         (128,),
@@ -81,8 +81,8 @@ TABLES: dict[str, tuple[Row, ...]] = {
 }
 """Rows by architecture; their order has no meaning.
 
-Not chosen because unmeasured and doubtful: ``cudnn``, and ``rot2`` of width 256, whose prediction
-is within 2 % of its parts'. The kernels in ``kernels/experimental`` have no rows.
+Not chosen because unmeasured and doubtful: ``cudnn``, and ``b2b_gemm`` of width 256, whose
+prediction is within 2 % of its parts'. The kernels in ``kernels/experimental`` have no rows.
 """
 
 _LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}

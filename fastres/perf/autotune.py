@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.aten import AtenOps, conv_precision
-from ..backends.kernel_choice import APART, Measurement, cache_path, machine, only, store
+from ..backends.kernel_choice import UNFUSED, Measurement, cache_path, machine, only, store
 from ..backends.triton import TritonOps
 from ..errors import BackendError
 from ..files import check_target
@@ -77,7 +77,7 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
         case = case_of(group, shapes, kind)
         if case is None or isinstance(group.steps[0].op, Flatten):
             continue
-        plainest = DEFAULT if len(group.steps) == 1 else APART
+        plainest = DEFAULT if len(group.steps) == 1 else UNFUSED
         trial = found.setdefault(case.key, Trial(case, dtype, group, shapes, (plainest,)))
         if group.kernel and group.kernel not in trial.kernels:
             found[case.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
@@ -188,9 +188,9 @@ class _Session:
             inputs = _inputs(trial, self.device)
             exact, error = self._reference(trial, inputs)
             for kernel in trial.kernels:
-                apart = self._apart(trial.case.work) if kernel == APART else None
-                if apart is not None:
-                    seconds[kernel] = apart
+                unfused = self._unfused(trial.case.work) if kernel == UNFUSED else None
+                if unfused is not None:
+                    seconds[kernel] = unfused
                     continue
                 try:
                     executor = self._executor(trial, kernel)
@@ -207,7 +207,7 @@ class _Session:
                         torch.cuda.synchronize()  # raises if the GPU is lost: then nothing is kept
         return Measurement(seconds, excluded)
 
-    def _apart(self, work: tuple[str, ...]) -> float | None:
+    def _unfused(self, work: tuple[str, ...]) -> float | None:
         """Least seconds of a piece by smaller ones; None where those do not make it up."""
         least: list[float | None] = [None] * len(work) + [0.0]
         for start in reversed(range(len(work))):
@@ -225,7 +225,7 @@ class _Session:
 
     def _executor(self, trial: Trial, kernel: str) -> Executor:
         """Runs the piece by one kernel."""
-        choices = only(*(() if kernel in (DEFAULT, APART) else (kernel,)))
+        choices = only(*(() if kernel in (DEFAULT, UNFUSED) else (kernel,)))
         ops = TritonOps(cudnn=True, choices=choices)
         return Executor(_piece(trial.group), self.module, ops, trial.dtype)
 

@@ -65,7 +65,7 @@ def test_excluded_kernels_say_why():
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("", {}), ("gemm", {"gemm": True}), ("-rot2, head", {"rot2": False, "head": True})],
+    [("", {}), ("gemm", {"gemm": True}), ("-b2b_gemm, head", {"b2b_gemm": False, "head": True})],
 )
 def test_forcing_by_the_environment(text, expected):
     assert forced(text) == expected
@@ -101,7 +101,7 @@ def test_doubtful_kernels_are_off_and_tma_is_not_assumed():
         for doubtful in (*EXPERIMENTAL, "cudnn"):
             assert shipped(architecture, doubtful, CASE) is None
     for old in ("sm_80", "sm_89", "gfx942", "sm_75", "sm_120"):
-        for modern in ("gemm", "gemm_pair", "rot2"):
+        for modern in ("gemm", "dual_gemm", "b2b_gemm"):
             assert shipped(old, modern, CASE) is None
 
 
@@ -146,6 +146,15 @@ from pathlib import Path
 for i in range(25):
     store(Path(sys.argv[1]), "m", {f"{sys.argv[2]} {i}": {1: Measurement({"a": 1e-6})}})
 """
+
+
+def test_names_that_kernels_had_before_are_understood(tmp_path):
+    assert forced("rot2,-gemm_pair,stem") == {"b2b_gemm": True, "dual_gemm": False, "stem": True}
+    entry = {"seconds": {"apart": 2.0, "rot2": 1.0}, "excluded": {"gemm_pair": "a wrong answer"}}
+    path = tmp_path / "tuned.json"
+    path.write_text(json.dumps({"format": 1, "machines": {"m": {"k": {"8": entry}}}}))
+    seconds, excluded = {"unfused": 2.0, "b2b_gemm": 1.0}, {"dual_gemm": "a wrong answer"}
+    assert load(path, lambda: "m") == {"k": {8: Measurement(seconds, excluded)}}
 
 
 def test_two_processes_lose_nothing(tmp_path):

@@ -64,8 +64,8 @@ SERVED = {
     "stem": (basic, torch.float32, "stem_kernel", 1),
     "head": (basic, HALF, "head_kernel", 1),
     "gemm": (bottlenecks, HALF, "gemm_kernel", 7),
-    "gemm_pair": (bottlenecks, HALF, "gemm_kernel", 2),
-    "rot2": (bottlenecks, HALF, "rot2_kernel", 2),
+    "dual_gemm": (bottlenecks, HALF, "gemm_kernel", 2),
+    "b2b_gemm": (bottlenecks, HALF, "b2b_gemm_kernel", 2),
     "conv2d_hwnc": (bottlenecks, HALF, "conv2d_hwnc_kernel", 4),
     "cudnn": (basic, torch.float32, "conv2d_kernel", 1),
 }
@@ -84,7 +84,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     served = set(made.plan.served_by)
     assert any(kernel in name.lower() for name in served), served
     assert set(made.plan.reasons) == {"", "asked for", "as above"} - (
-        set() if kernel in ("stem", "head", "gemm_pair", "rot2") else {"as above"}
+        set() if kernel in ("stem", "head", "dual_gemm", "b2b_gemm") else {"as above"}
     )
 
 
@@ -103,7 +103,7 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
 
     model = Features().eval().to(device)
     built = plan.build(fold.fold(trace.trace(model)))
-    ops = triton_ops(choices=only("stem", "conv2d_hwnc", "gemm", "gemm_pair"))
+    ops = triton_ops(choices=only("stem", "conv2d_hwnc", "gemm", "dual_gemm"))
     made = Executor(built, model, ops, HALF)
     x = real_images(2, 32).to(device, HALF)
     assert made.plan.served_by.count("triton stem") == 2
@@ -164,7 +164,7 @@ def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monk
     assert chosen(bottlenecks(), conv) == {block: 0, conv: 3}
     assert chosen(bottlenecks(), block, conv) == {block: 1, conv: 2}
     assert chosen(basic(), block) == {block: 0, conv: 0}, "no bottleneck that it could run"
-    assert chosen(bottlenecks(), "rot2") == {block: 0, conv: 0}
+    assert chosen(bottlenecks(), "b2b_gemm") == {block: 0, conv: 0}
 
 
 def test_experimental_kernels_are_loaded_only_where_they_are_named():
@@ -193,9 +193,9 @@ SLOW = pytest.mark.slow
 NETWORKS = [
     pytest.param("resnet18", 32, FLAT, 11, id="resnet18"),
     pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc"),
-    pytest.param("resnet50", 64, f"{FLAT},gemm_pair,rot2", 8, id="resnet50", marks=SLOW),
+    pytest.param("resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm", 8, id="resnet50", marks=SLOW),
     pytest.param(
-        "resnet50", 64, f"{FLAT},gemm_pair,rot2,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SLOW
+        "resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SLOW
     ),
 ]
 
@@ -203,7 +203,7 @@ NETWORKS = [
 @pytest.mark.parametrize(("name", "size", "forced", "others"), NETWORKS)
 def test_whole_networks(name, size, forced, others, device, monkeypatch):
     """As users force them, through the environment; in fp16, which all of the kernels take."""
-    kept = {"rot2"} - set(forced.split(","))
+    kept = {"b2b_gemm"} - set(forced.split(","))
     monkeypatch.setenv("FASTRES_KERNELS", ",".join([forced, *(f"-{name}" for name in kept)]))
     model = shallow(name, 1 if name == "resnet18" else 2).to(device, HALF)
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
@@ -236,7 +236,7 @@ def test_ragged_batches(batch, planes, device):
     LAUNCHES.clear()
     assert_right(executor(model, HALF, *chosen, device=device), model, x)
     assert LAUNCHES["conv2d_hwnc_kernel"] == (3 if planes == 64 else 0)
-    assert LAUNCHES["rot2_kernel"] == LAUNCHES["head_kernel"] == 1
+    assert LAUNCHES["b2b_gemm_kernel"] == LAUNCHES["head_kernel"] == 1
 
 
 def test_an_empty_batch_and_misaligned_images(device):
@@ -291,7 +291,7 @@ def test_descriptors_only_where_a_graph_hides_their_launch(left, device):
 def test_new_weights_reach_every_kernel(device):
     """Refolding writes into the same storage, as captured graphs need, prepared extras too."""
     model = bottlenecks().to(device)
-    made = executor(model, HALF, "stem", "gemm_pair", "gemm", "rot2", "cudnn", device=device)
+    made = executor(model, HALF, "stem", "dual_gemm", "gemm", "b2b_gemm", "cudnn", device=device)
     x = real_images(1, 32).to(device, HALF)
     before = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}
     assert_right(made, model, x)

@@ -75,10 +75,10 @@ def test_measurements_that_are_none_are_ignored_with_one_warning(kind, tmp_path)
         assert kernel_choice.load(path, lambda: "here") == {}
 
 
-ENTRY = {"seconds": {"apart": 1e-3, "rot2": 2e-3}, "excluded": {}}
+ENTRY = {"seconds": {"unfused": 1e-3, "b2b_gemm": 2e-3}, "excluded": {}}
 WRONG = {
-    "seconds of text": {"1": {**ENTRY, "seconds": {"apart": "fast"}}},
-    "seconds past any float": {"1": {**ENTRY, "seconds": {"apart": 10**400}}},
+    "seconds of text": {"1": {**ENTRY, "seconds": {"unfused": "fast"}}},
+    "seconds past any float": {"1": {**ENTRY, "seconds": {"unfused": 10**400}}},
     "seconds that are a list": {"1": {**ENTRY, "seconds": [1]}},
     "no seconds": {"1": {"excluded": {}}},
     "no exclusions": {"1": {"seconds": {}}},

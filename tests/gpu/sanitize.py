@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastres import kernels as k
-from fastres.kernels import _tma, cache_read, gemm, head, rot2
+from fastres.kernels import _tma, b2b_gemm, cache_read, gemm, head
 from fastres.kernels._common import INTERPRETED
 from fastres.kernels.conv import CONFIGS, arithmetic
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
@@ -100,7 +100,7 @@ def by_tma(dtype: torch.dtype) -> Iterator[Call]:
     residual, bias = whole(37, 24, dtype=dtype), whole(24, dtype=torch.float32)
     added = {"residual": residual, "relu": True}
     yield "gemm", gemm.gemm, gemm.gemm_ref, (a, w, bias), {"ours": added, "ref": added}
-    yield "gemm_pair", gemm.gemm_pair, gemm.gemm_pair_ref, (a, w, a2, w2, bias), {}
+    yield "dual_gemm", gemm.dual_gemm, gemm.dual_gemm_ref, (a, w, a2, w2, bias), {}
     x = whole(4, 3, 16, 16, dtype=dtype).contiguous()
     window = whole(8, 16, 3, 3, dtype=dtype)
     keywords = {"ours": {"padding": 1, "config": PIXELS}, "ref": {"padding": 1}}
@@ -129,7 +129,7 @@ def by_tma(dtype: torch.dtype) -> Iterator[Call]:
     t, x2 = whole(37, 16, dtype=dtype), whole(37, 64, dtype=dtype)
     w3, w1 = whole(64, 16, dtype=dtype), torch.eye(16, 64, dtype=dtype, device=DEVICE)
     b3, b1 = whole(64, dtype=torch.float32), whole(16, dtype=torch.float32)
-    yield "rot2", rot2.rot2, rot2.rot2_ref, (t, w3, b3, x2, w1, b1), {}
+    yield "b2b_gemm", b2b_gemm.b2b_gemm, b2b_gemm.b2b_gemm_ref, (t, w3, b3, x2, w1, b1), {}
 
 
 def calls(dtype: torch.dtype) -> Iterator[Call]:

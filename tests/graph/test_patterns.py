@@ -121,8 +121,8 @@ def test_candidates_overlap():
     """Each place where a kernel could serve, whatever is chosen in the end."""
     whole = plan_of(fastres.resnet50())
     found = candidates(
-        whole, {"rot2": PATTERNS["expand_reduce"], "gemm": PATTERNS["flat"]}, lambda group: True
+        whole, {"b2b_gemm": PATTERNS["expand_reduce"], "gemm": PATTERNS["flat"]}, lambda group: True
     )
     starts = [group.steps[0].name for group in found]
-    assert len(starts) == len(set(starts)) + sum(g.kernel == "rot2" for g in found)
+    assert len(starts) == len(set(starts)) + sum(g.kernel == "b2b_gemm" for g in found)
     assert {g.kernel for g in candidates(whole, PATTERNS, lambda g: g.kernel == "flat")} == {"flat"}

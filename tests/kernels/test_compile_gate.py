@@ -29,7 +29,7 @@ IMAGE_KERNELS = {
     "avg_pool2d": pool.CONFIGS,
     "global_avg_pool": global_pool.CONFIGS,
 }
-FUSED_KERNELS = ("gemm", "head", "rot2", "stem")
+FUSED_KERNELS = ("gemm", "head", "b2b_gemm", "stem")
 EXPERIMENTAL = ("bottleneck_hwnc", "conv2d_hwnc", "conv3x3_hwnc")
 
 

@@ -16,9 +16,9 @@ from fastres.kernels import gemm as gemm_module
 from fastres.kernels.gemm import (
     CONFIGS,
     GemmConfig,
+    dual_gemm,
+    dual_gemm_ref,
     gemm,
-    gemm_pair,
-    gemm_pair_ref,
     gemm_ref,
     rows_of,
     supports,
@@ -98,8 +98,8 @@ def test_every_config_is_exact(integers, poisoned, kind, row):
     guarded.check()
     assert torch.equal(guarded.out, want)
     if not row.persistent:
-        want = gemm_pair_ref(x, w, x, w, b, upcast=True).to(dtype)
-        got = gemm_pair(x, w, x, w, b, precision=precision, config=row)
+        want = dual_gemm_ref(x, w, x, w, b, upcast=True).to(dtype)
+        got = dual_gemm(x, w, x, w, b, precision=precision, config=row)
         assert torch.equal(got, want)
 
 
@@ -117,9 +117,9 @@ def test_pairs_are_exact(integers, poisoned, images, stride, dtype):
     x2 = integers(outer * height * width * inner, 40, dtype=dtype)
     w2, b = integers(40, 40, dtype=dtype), integers(40)
     keywords = {"images": images, "stride": stride, "relu": True}
-    want = gemm_pair_ref(x, w, x2, w2, b, upcast=True, **keywords).to(dtype)
+    want = dual_gemm_ref(x, w, x2, w2, b, upcast=True, **keywords).to(dtype)
     guarded = poisoned((rows, 40), dtype)
-    gemm_pair(x, w, x2, w2, b, out=guarded.out, config=SMALL, **keywords)
+    dual_gemm(x, w, x2, w2, b, out=guarded.out, config=SMALL, **keywords)
     guarded.check()
     assert torch.equal(guarded.out, want)
 
@@ -134,7 +134,7 @@ def test_a_pair_is_a_blocks_expansion_and_projection(device, stride):
     t = t.contiguous(memory_format=torch.channels_last)
     w, w2 = torch.randn(24, 8, device=device).round(), torch.randn(24, 16, device=device).round()
     want = F.conv2d(t, w[:, :, None, None]) + F.conv2d(x, w2[:, :, None, None], stride=stride)
-    got = gemm_pair(rows_of(t), w, rows_of(x), w2, images=(2, 8, 6, 1), stride=stride)
+    got = dual_gemm(rows_of(t), w, rows_of(x), w2, images=(2, 8, 6, 1), stride=stride)
     assert torch.equal(got, rows_of(want))
 
 
@@ -144,8 +144,8 @@ def test_the_int64_path_is_exact(monkeypatch, integers):
     monkeypatch.setattr(gemm_module, "needs_int64", lambda *_: True)
     x, w, x2 = integers(12, 8), integers(8, 8), integers(40, 8)
     keywords = {"images": (2, 4, 5, 1), "stride": 2}
-    got = gemm_pair(x, w, x2, w, config=SMALL, **keywords)
-    assert torch.equal(got, gemm_pair_ref(x, w, x2, w, **keywords))
+    got = dual_gemm(x, w, x2, w, config=SMALL, **keywords)
+    assert torch.equal(got, dual_gemm_ref(x, w, x2, w, **keywords))
 
 
 @interpreter
@@ -157,8 +157,8 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype):
     keywords = {"residual": residual, "relu": True}
     ref = gemm_ref(x, w, b, upcast=True, **keywords)
     rule_of_two(gemm(x, w, b, config=SMALL, **keywords), gemm_ref(x, w, b, **keywords), ref)
-    ref = gemm_pair_ref(x, w, x, w, b, upcast=True)
-    rule_of_two(gemm_pair(x, w, x, w, b, config=SMALL), gemm_pair_ref(x, w, x, w, b), ref)
+    ref = dual_gemm_ref(x, w, x, w, b, upcast=True)
+    rule_of_two(dual_gemm(x, w, x, w, b, config=SMALL), dual_gemm_ref(x, w, x, w, b), ref)
 
 
 @pytest.mark.fault(12)
@@ -181,7 +181,7 @@ def test_the_tail_of_the_second_product_is_masked(device):
     x, x2 = torch.ones(1, 8, device=device), torch.ones(4, 24, device=device)
     x2[1:] = math.nan
     w, w2 = torch.ones(8, 8, device=device), torch.ones(8, 24, device=device)
-    got = gemm_pair(x, w, x2, w2, images=(1, 2, 2, 1), stride=2, config=SMALL)
+    got = dual_gemm(x, w, x2, w2, images=(1, 2, 2, 1), stride=2, config=SMALL)
     assert got.tolist() == [[32.0] * 8]
 
 
@@ -198,7 +198,7 @@ def test_the_same_bits_each_time_and_for_each_row(numbers):
 def test_no_rows_launch_nothing(device):
     before = LAUNCHES.total()
     x, w = torch.empty(0, 8, device=device).half(), torch.randn(16, 8, device=device).half()
-    assert gemm(x, w).shape == gemm_pair(x, w, x, w).shape == (0, 16)
+    assert gemm(x, w).shape == dual_gemm(x, w, x, w).shape == (0, 16)
     assert LAUNCHES.total() == before
 
 
@@ -249,7 +249,7 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
         call["x"] = torch.randn(33, device=device)[1:].view(4, 8)
     before = LAUNCHES.total()
     with pytest.raises(error, match=message):
-        (gemm_pair if pair else gemm)(**call)
+        (dual_gemm if pair else gemm)(**call)
     assert LAUNCHES.total() == before
 
 

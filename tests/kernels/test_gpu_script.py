@@ -25,7 +25,7 @@ from fastres.kernels.gemm import GemmConfig
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself runs")
 CPU = torch.device("cpu")
 TINY = Setting(CPU, tiny=True)
-CHEAP = ("ceilings", "gemm", "rot2", "split", "launches", "head", "repeats")
+CHEAP = ("ceilings", "gemm", "b2b_gemm", "split", "launches", "head", "repeats")
 
 
 def test_the_dry_run_prints_the_plan_and_checks_tiny_shapes():
@@ -114,7 +114,7 @@ def test_an_inexact_row_is_named():
 
 def test_what_compiles_ahead_reaches_every_launch_of_a_trial(monkeypatch):
     """Nothing is computed then, so each launch gives the poison that it was given."""
-    for name in ("gemm", "gemm_pair"):
+    for name in ("gemm", "dual_gemm"):
         monkeypatch.setattr(gpu_exact.gemm, name, lambda *operands, out, **given: out)
     trial = gpu_exact.gemm_trial("half", GemmConfig(16, 16, 16, 4, 2))
     pairs = list(trial(TINY))
@@ -242,15 +242,19 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not(log, capsys):
         }
     }
     log.add("gemm", "stage 1 reduce batch 256 bare", "done", data=contest, seconds=1.0)
-    choice = {"kernel": "rot2", "over": "two of gemm", "width": 64, "batch": 32}
-    seconds = {"two of gemm": 3e-5, "rot2 Rot2Config(128, 64, 8, 2)": 2e-5, "cuDNN fused": 1e-5}
+    choice = {"kernel": "b2b_gemm", "over": "two of gemm", "width": 64, "batch": 32}
+    seconds = {
+        "two of gemm": 3e-5,
+        "b2b_gemm B2bGemmConfig(128, 64, 8, 2)": 2e-5,
+        "cuDNN fused": 1e-5,
+    }
     won = {"cold": {"seconds": seconds}, "choice": choice}
-    log.add("rot2", "stage 1 batch 32", "done", data=won, seconds=1.0)
+    log.add("b2b_gemm", "stage 1 batch 32", "done", data=won, seconds=1.0)
     lost = won | {"choice": choice | {"over": "cuDNN"}}
-    log.add("rot2", "stage 2 batch 32", "done", data=lost, seconds=1.0)
+    log.add("b2b_gemm", "stage 2 batch 32", "done", data=lost, seconds=1.0)
     gpu = {"gpus": [{"name": "GPU X"}]}
     log.add("environment", "environment", "done", data=gpu, seconds=1.0)
-    log.add("rot2", "stage 1", "failed", reason="RuntimeError: lost", seconds=1.0)
+    log.add("b2b_gemm", "stage 1", "failed", reason="RuntimeError: lost", seconds=1.0)
     kernels_gpu.report(log, as_json=True)
     found = json.loads(capsys.readouterr().out)
     figures = {row[0]: row[1:] for row in found["figures"]}
@@ -260,9 +264,9 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not(log, capsys):
     assert figures["rn50 fp16 b1, GPU ms"][2:] == ["not measured", "-"]
     assert found["best"][0][3] == "gemm GemmConfig(64, 64, 64, 4, 4)"
     summary = (log.path.parent / "summary.md").read_text()
-    row = 'Row("rot2", "measured on GPU X: 1.50x", HALF, (64,), batch=(32, 32)),'
+    row = 'Row("b2b_gemm", "measured on GPU X: 1.50x", HALF, (64,), batch=(32, 32)),'
     assert [line for line in summary.splitlines() if line.startswith("Row(")] == [row]
-    assert "| rot2 | stage 1 | failed | RuntimeError: lost |" in summary
+    assert "| b2b_gemm | stage 1 | failed | RuntimeError: lost |" in summary
     assert "GemmConfig(16, 16, 16, 4, 2) | wrong output |" in summary
 
 

@@ -32,7 +32,7 @@ def shapes_of(plan, batch):
 def apart(plan, group, shapes, batch):
     """Seconds of a group's steps by the kernels that would serve them without it."""
     single = {step.name for step in group.steps}
-    parts = ("gemm",) if group.kernel in ("rot2", "gemm_pair") and batch >= 32 else ()
+    parts = ("gemm",) if group.kernel in ("b2b_gemm", "dual_gemm") and batch >= 32 else ()
     ops = TritonOps(choices=only(*parts))
     groups = ops.arrange(plan, shapes, HALF, CPU).groups
     return predicted_seconds([g for g in groups if g.steps[0].name in single], shapes)
@@ -71,18 +71,18 @@ def test_what_the_table_calls_predicted_is(resnet50, batch):
         least = {"stem": 0.9, "gemm": 0.98}.get(group.kernel, 1.02)
         assert gain >= least, (group.kernel, case.key, gain)
     kernels = {kernel for kernel, _ in judged}
-    assert {"stem", "gemm_pair"} <= kernels
-    assert ("rot2" in kernels) is (batch >= 32)
+    assert {"stem", "dual_gemm"} <= kernels
+    assert ("b2b_gemm" in kernels) is (batch >= 32)
     assert ("head" in kernels) is (batch <= 4)
 
 
 def test_what_is_doubtful_is_left_out(resnet50):
-    """rot2 in stage 3 is predicted to gain nothing worth a risk, even at batch 256."""
+    """b2b_gemm in stage 3 is predicted to gain nothing worth a risk, even at batch 256."""
     shapes = shapes_of(resnet50, 256)
     gains = [
         apart(resnet50, group, shapes, 256) / predicted_seconds([group], shapes)
         for group in TritonOps().candidates(resnet50, HALF, CPU)
-        if group.kernel == "rot2" and case_of(group, shapes, "half").width == 256
+        if group.kernel == "b2b_gemm" and case_of(group, shapes, "half").width == 256
     ]
     assert gains
     assert max(gains) < 1.1
@@ -121,7 +121,7 @@ def test_every_gpu_of_the_table_gets_its_own_arrangement(resnet50):
         }
         for name in TABLES
     }
-    assert served["sm_90"] == served["sm_100"] == {"", "stem", "gemm", "gemm_pair", "rot2"}
+    assert served["sm_90"] == served["sm_100"] == {"", "stem", "gemm", "dual_gemm", "b2b_gemm"}
     assert served["sm_80"] == served["sm_89"] == served["gfx942"] == {"", "stem"}
 
 
@@ -130,10 +130,10 @@ def test_the_roofline_command_shows_the_planned_kernels(capsys):
     planned = json.loads(capsys.readouterr().out)["as planned"]
     assert sum(kernel["steps"] for kernel in planned) == 56, "all but a view"
     whats = [kernel["what"] for kernel in planned]
-    assert whats.count("triton gemm_pair") == 4
-    assert "triton rot2" in whats
+    assert whats.count("triton dual_gemm") == 4
+    assert "triton b2b_gemm" in whats
     assert all(kernel["seconds"] > kernel["floor"] for kernel in planned)
-    assert all(kernel["why"] for kernel in planned if kernel["what"] == "triton rot2")
+    assert all(kernel["why"] for kernel in planned if kernel["what"] == "triton b2b_gemm")
     assert cli.run(["roofline", "resnet18", "--dtype", "float32", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["as planned"] == []
 
@@ -147,6 +147,6 @@ def test_the_plan_command_shows_what_a_batch_gets(capsys):
         assert cli.run([*command, "--batch", batch]) == 0
         shown[batch] = capsys.readouterr().out
     assert "kernels chosen for 32x3x224x224" in shown["32"]
-    assert "triton rot2" in shown["32"]
-    assert "triton rot2" not in shown["1"]
+    assert "triton b2b_gemm" in shown["32"]
+    assert "triton b2b_gemm" not in shown["1"]
     assert "predicted: " in shown["1"]

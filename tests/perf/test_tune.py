@@ -22,7 +22,7 @@ CPU, HALF = torch.device("cpu"), torch.float16
 
 
 def network(seed=0):
-    """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for rot2 and TMA."""
+    """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for b2b_gemm and TMA."""
     return hostile_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
 
 
@@ -58,14 +58,14 @@ def test_equal_pieces_are_tried_once_and_small_ones_first():
     lengths = [len(trial.group.steps) for trial in found]
     assert lengths == sorted(lengths)
     alternatives = {name for trial in found for name in trial.kernels}
-    assert {"conv2d", "gemm", "apart", "gemm_pair", "rot2", "head"} <= alternatives
+    assert {"conv2d", "gemm", "unfused", "dual_gemm", "b2b_gemm", "head"} <= alternatives
     assert "cudnn" not in alternatives
 
 
 @pytest.mark.parametrize(
     ("cheap", "expected", "unwanted"),
     [
-        (("conv2d_kernel", "rot2_kernel"), "triton rot2", "triton gemm_pair"),
+        (("conv2d_kernel", "b2b_gemm_kernel"), "triton b2b_gemm", "triton dual_gemm"),
         (("conv2d_kernel",), "triton conv2d", "triton gemm"),
     ],
 )
@@ -114,17 +114,17 @@ def test_what_is_timed_has_the_workspace_that_a_captured_network_has(tuned_file,
 
 def test_apart_is_the_best_that_the_parts_can_do(tuned_file):
     found = run(("gemm_kernel",))
-    (pair,) = (m for t, m in found.results if t.kernels == ("apart", "gemm_pair"))
-    assert pair.seconds == {"apart": 2e-6, "gemm_pair": 1e-6}, "two products against one"
-    head = next(m for t, m in found.results if t.kernels == ("apart", "head"))
-    assert head.seconds == {"apart": 4e-6, "head": 2e-6}, "the view between the two takes nothing"
+    (pair,) = (m for t, m in found.results if t.kernels == ("unfused", "dual_gemm"))
+    assert pair.seconds == {"unfused": 2e-6, "dual_gemm": 1e-6}, "two products against one"
+    head = next(m for t, m in found.results if t.kernels == ("unfused", "head"))
+    assert head.seconds == {"unfused": 4e-6, "head": 2e-6}, "the view between the two takes nothing"
 
 
 def test_a_wrong_kernel_gets_no_time_and_is_never_chosen(tuned_file, monkeypatch):
     gemm = kernels.gemm.gemm
     monkeypatch.setattr(kernels.gemm, "gemm", lambda *a, **k: gemm(*a, **k) * 1.01)
     model = network()
-    found = run(("gemm_kernel", "rot2_kernel"), model)
+    found = run(("gemm_kernel", "b2b_gemm_kernel"), model)
     assert found.wrong
     assert all(sentence.startswith("gemm at batch 2, Conv2d") for sentence in found.wrong)
     for trial, measurement in found.results:
@@ -139,11 +139,11 @@ def test_a_kernel_that_fails_is_excluded_with_its_error(tuned_file, monkeypatch)
     def broken(*args, **kwargs):
         raise RuntimeError("out of registers\nand more")
 
-    monkeypatch.setattr(kernels.rot2, "rot2", broken)
-    found = run(("rot2_kernel",))
-    rot2 = next(m for t, m in found.results if t.kernels == ("apart", "rot2"))
-    assert rot2.excluded == {"rot2": "RuntimeError: out of registers"}
-    assert rot2.fastest() == "apart"
+    monkeypatch.setattr(kernels.b2b_gemm, "b2b_gemm", broken)
+    found = run(("b2b_gemm_kernel",))
+    b2b_gemm = next(m for t, m in found.results if t.kernels == ("unfused", "b2b_gemm"))
+    assert b2b_gemm.excluded == {"b2b_gemm": "RuntimeError: out of registers"}
+    assert b2b_gemm.fastest() == "unfused"
 
 
 def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
@@ -169,7 +169,7 @@ def test_nan_is_wrong(tuned_file, monkeypatch):
 
 def test_other_versions_do_not_count(tuned_file, monkeypatch):
     model = network()
-    run(("gemm_kernel", "rot2_kernel"), model)
+    run(("gemm_kernel", "b2b_gemm_kernel"), model)
     monkeypatch.setattr("fastres.version.__version__", "9.9.9")
     with pytest.warns(UserWarning, match="other versions than interpreter; .*fastres 9.9.9"):
         plan = served(model)
@@ -209,7 +209,7 @@ def test_command_lists_the_cases(capsys):
     assert cli.run(["tune", "resnet50", "--batch", "1,64", "--size", "64", "--dry", "--json"]) == 0
     cases = json.loads(capsys.readouterr().out)
     assert {case["batch"] for case in cases} == {1, 64}
-    assert {"apart", "stem"} in [set(case["kernels"]) for case in cases]
+    assert {"unfused", "stem"} in [set(case["kernels"]) for case in cases]
     assert all(len(case["kernels"]) > 1 for case in cases)
     assert cli.run(["tune", "resnet20", "--batch", "2", "--dry"]) == 0
     assert "pieces to choose for" in capsys.readouterr().out

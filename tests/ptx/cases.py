@@ -16,8 +16,8 @@ from torch import Tensor
 from fastres.kernels._config import Machine
 
 # The package gives some of these names to functions.
-NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "pool", "rot2", "stem")
-conv, elementwise, gemm, global_pool, head, pool, rot2, stem = (
+NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "pool", "b2b_gemm", "stem")
+conv, elementwise, gemm, global_pool, head, pool, b2b_gemm, stem = (
     import_module(f"fastres.kernels.{name}") for name in NAMES
 )
 hwnc = import_module("fastres.kernels.experimental.hwnc")
@@ -199,10 +199,10 @@ def product_cases(target: str) -> Iterator[Case]:
             options = {"precision": precision}
             yield Case("gemm", short, row, gemm.gemm, gemm.gemm_ref, single, options, copies=True)
             if not row.persistent:
-                call, reference = gemm.gemm_pair, gemm.gemm_pair_ref
-                yield Case("gemm_pair", short, row, call, reference, pair, options, copies=True)
-    for row in rot2.CONFIGS:
-        if not rot2.fits(row, 64, 64, Machine(132, SHARED[target])):
+                call, reference = gemm.dual_gemm, gemm.dual_gemm_ref
+                yield Case("dual_gemm", short, row, call, reference, pair, options, copies=True)
+    for row in b2b_gemm.CONFIGS:
+        if not b2b_gemm.fits(row, 64, 64, Machine(132, SHARED[target])):
             continue
         for dtype in (HALF, BFLOAT):
 
@@ -214,7 +214,15 @@ def product_cases(target: str) -> Iterator[Case]:
                 x, b3, b1 = whole(150, 256, dtype=dtype), whole(256, dtype=FLOAT), whole(64)
                 return (t, w3, b3, x, w1, b1.to(dtype)), {}
 
-            yield Case("rot2", str(dtype)[6:], row, rot2.rot2, rot2.rot2_ref, inputs, copies=True)
+            yield Case(
+                "b2b_gemm",
+                str(dtype)[6:],
+                row,
+                b2b_gemm.b2b_gemm,
+                b2b_gemm.b2b_gemm_ref,
+                inputs,
+                copies=True,
+            )
 
 
 def hwnc_cases(target: str) -> Iterator[Case]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .cases import conv, gemm, global_pool, head, rot2, stem, whole
+from .cases import b2b_gemm, conv, gemm, global_pool, head, stem, whole
 from .driver import running
 
 
@@ -38,10 +38,10 @@ def gemm_step(rows: int, channels: int, outputs: int):
     return lambda: gemm.gemm(x, w, b, residual=residual, relu=True)
 
 
-def rot2_step(rows: int, channels: int):
+def b2b_gemm_step(rows: int, channels: int):
     t, w3, x = whole(rows, channels), whole(4 * channels, channels), whole(rows, 4 * channels)
     w1, b3 = whole(channels, 4 * channels), whole(4 * channels, dtype=torch.float32)
-    return lambda: rot2.rot2(t, w3, b3, x, w1, whole(channels, dtype=torch.float32))
+    return lambda: b2b_gemm.b2b_gemm(t, w3, b3, x, w1, whole(channels, dtype=torch.float32))
 
 
 STEPS = {
@@ -59,7 +59,7 @@ STEPS = {
 }
 COPIED = {
     "stage 2 expand, copied": gemm_step(784, 128, 512),
-    "stage 1 seam, rot2": rot2_step(3136, 64),
+    "stage 1 seam, b2b_gemm": b2b_gemm_step(3136, 64),
 }
 
 

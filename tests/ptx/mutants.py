@@ -107,8 +107,8 @@ SUBJECTS = {
     "sm_90": (
         "conv2d split float16 64-32-64",
         "gemm float16 64-64-64",
-        "gemm_pair float16 64-64-64",
-        "rot2 float16 64-64-4",
+        "dual_gemm float16 64-64-64",
+        "b2b_gemm float16 64-64-4",
     ),
 }
 

@@ -17,7 +17,7 @@ from fastres.runtime.executor import Executor
 
 from .driver import running
 
-FORCED = ("stem", "gemm", "gemm_pair", "rot2", "head")
+FORCED = ("stem", "gemm", "dual_gemm", "b2b_gemm", "head")
 BATCH = 2
 SIZES = {"resnet18": 32, "resnet50": 64}
 
@@ -35,7 +35,7 @@ def cases(target: str) -> Iterator[tuple[str, torch.dtype, bool]]:
     for name in SIZES:
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             yield name, dtype, False
-            if target != "sm_80" and dtype is not torch.float32:  # rot2 takes halves
+            if target != "sm_80" and dtype is not torch.float32:  # b2b_gemm takes halves
                 yield name, dtype, True
 
 

@@ -21,7 +21,7 @@ sweep = pytest.mark.skipif(
 )
 COMMON = {"conv2d", "add_relu", "relu", "max_pool2d", "avg_pool2d", "global_avg_pool", "head"}
 EVERYWHERE = COMMON | {"stem"}
-COPIED = {"gemm", "gemm_pair", "rot2", "conv2d_hwnc"}
+COPIED = {"gemm", "dual_gemm", "b2b_gemm", "conv2d_hwnc"}
 
 
 def command(*arguments: str) -> list[dict]:

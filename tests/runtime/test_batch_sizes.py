@@ -17,7 +17,7 @@ pytestmark = pytest.mark.interpreter
 MODULES = (
     "conv",
     "gemm",
-    "rot2",
+    "b2b_gemm",
     "head",
     "experimental.hwnc",
     "stem",
@@ -65,7 +65,7 @@ def launched(monkeypatch):
 
 CHOICES = {
     "as shipped": Choices("sm_90"),
-    "hwnc": only("stem", "head", "gemm", "gemm_pair", "rot2", "conv2d_hwnc"),
+    "hwnc": only("stem", "head", "gemm", "dual_gemm", "b2b_gemm", "conv2d_hwnc"),
     "without TMA": Choices("sm_80"),
 }
 

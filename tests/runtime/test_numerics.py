@@ -84,14 +84,14 @@ def test_an_infinity_stays_one_where_the_last_step_is_masked(device):
     """24 channels are a step and a half of the reduction; 0 * inf would be NaN."""
     pytest.importorskip("triton")
     from fastres.kernels import _tma
-    from fastres.kernels.gemm import GemmConfig, gemm_pair
+    from fastres.kernels.gemm import GemmConfig, dual_gemm
 
     if not _tma.has_tma(device):
         pytest.skip("no TMA before compute capability 9.0")
     x, w = torch.ones(1, 8, device=device), torch.ones(8, 8, device=device)
     x2, w2 = torch.ones(1, 24, device=device), torch.ones(8, 24, device=device)
     x2[0, 3] = math.inf
-    out = gemm_pair(
+    out = dual_gemm(
         x, w, x2, w2, images=(1, 1, 1, 1), stride=2, config=GemmConfig(16, 16, 16, 4, 2)
     )
     assert out.tolist() == [[math.inf] * 8]

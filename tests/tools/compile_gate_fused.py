@@ -1,4 +1,4 @@
-"""The compile gate for the fused kernels: stem, head, products, rot2, HWNC.
+"""The compile gate for the fused kernels: stem, head, products, b2b_gemm, HWNC.
 
     python tests/tools/compile_gate_fused.py [--full] [--pdl] [--target sm_90] [--kernel stem]
         [--json]
@@ -25,7 +25,7 @@ import torch
 from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fastres.kernels import _tma, gemm, head, rot2, stem
+from fastres.kernels import _tma, b2b_gemm, gemm, head, stem
 from fastres.kernels._config import Gpu, TileConfig
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
@@ -33,7 +33,7 @@ from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 FakeTensor.data_ptr = lambda self: 0
 _tma.has_tma = conv3x3_hwnc.runs_on = bottleneck_hwnc.runs_on = lambda device: True
 HOPPER = Gpu(132, 227 * 1024)
-gemm.gpu_of = rot2.gpu_of = bottleneck_hwnc.gpu_of = lambda device: HOPPER
+gemm.gpu_of = b2b_gemm.gpu_of = bottleneck_hwnc.gpu_of = lambda device: HOPPER
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -136,7 +136,7 @@ def gemm_run(row: TileConfig, dtype: torch.dtype, precision: str, stride: int) -
         return
     images = (32, 14 * stride, 14 * stride, 1)
     x2, w2 = fake(6272 * stride**2, 512, dtype=dtype), fake(1024, 512, dtype=dtype)
-    gemm.gemm_pair(
+    gemm.dual_gemm(
         x, w, x2, w2, b, images=images, stride=stride, relu=True, precision=precision, config=row
     )
 
@@ -169,9 +169,9 @@ SEAMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256))
 """Widths of the 3x3s on both sides of a seam, stages 1 to 3."""
 
 
-def rot2_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> None:
+def b2b_gemm_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> None:
     wide = 4 * channels
-    rot2.rot2(
+    b2b_gemm.b2b_gemm(
         fake(6272, channels, dtype=dtype),
         fake(wide, channels, dtype=dtype),
         fake(wide),
@@ -182,19 +182,19 @@ def rot2_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -> No
     )
 
 
-def rot2_cases(full: bool) -> Iterator[Case]:
-    for (index, row), target in product(enumerate(rot2.CONFIGS), TMA_TARGETS):
-        fitting = [seam for seam in SEAMS if rot2.fits(row, *seam, HOPPER)]
+def b2b_gemm_cases(full: bool) -> Iterator[Case]:
+    for (index, row), target in product(enumerate(b2b_gemm.CONFIGS), TMA_TARGETS):
+        fitting = [seam for seam in SEAMS if b2b_gemm.fits(row, *seam, HOPPER)]
         if not fitting or (target != "sm_90" and not full):
             continue
         widths = shown(fitting, index, full)
         for (channels, reduced), dtype in product(widths, HALVES if full else HALVES[:1]):
             yield Case(
-                "rot2",
+                "b2b_gemm",
                 f"{channels}>{reduced} {short(dtype)}",
                 " ".join(map(str, astuple(row))),
                 target,
-                partial(rot2_run, row, channels, reduced, dtype),
+                partial(b2b_gemm_run, row, channels, reduced, dtype),
                 wgmma=target == "sm_90",
                 wide="UTMALDG",
             )
@@ -323,7 +323,7 @@ def block_cases(full: bool) -> Iterator[Case]:
 def all_cases(full: bool) -> Iterable[Case]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
-    yield from rot2_cases(full)
+    yield from b2b_gemm_cases(full)
     yield from head_cases(full)
     yield from hwnc_cases(full)
     yield from sliding_cases(full)

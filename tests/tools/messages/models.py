@@ -119,7 +119,7 @@ add("measurements: another format", lambda: measurements('{"format": 99}'))
 add("measurements: no batch size", lambda: kernel_choice._batch("-1"))
 add(
     "measurements: negative seconds",
-    lambda: kernel_choice._measurement({"seconds": {"apart": -1}, "excluded": {}}),
+    lambda: kernel_choice._measurement({"seconds": {"unfused": -1}, "excluded": {}}),
 )
 
 

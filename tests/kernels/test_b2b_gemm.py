@@ -12,22 +12,22 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
 from fastres.kernels import _tma as tma_module
-from fastres.kernels import rot2 as rot2_module
+from fastres.kernels import b2b_gemm as b2b_gemm_module
 from fastres.kernels._config import Gpu
-from fastres.kernels.gemm import rows_of
-from fastres.kernels.rot2 import (
+from fastres.kernels.b2b_gemm import (
     CONFIGS,
-    Rot2Config,
+    B2bGemmConfig,
+    b2b_gemm,
+    b2b_gemm_ref,
     fits,
-    rot2,
-    rot2_ref,
     select_config,
     supports,
 )
+from fastres.kernels.gemm import rows_of
 
 interpreter = pytest.mark.interpreter
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-SMALL = Rot2Config(16, 32, 4, 2)
+SMALL = B2bGemmConfig(16, 32, 4, 2)
 HOPPER = Gpu(132, 227 * 1024)
 STAGES = [(64, 256, 64), (64, 256, 128), (128, 512, 128), (128, 512, 256), (256, 1024, 256)]
 
@@ -64,7 +64,7 @@ def operands(integers):
 
 def expected(*inputs):
     """The exact results, each rounded once."""
-    return tuple(y.to(inputs[0].dtype) for y in rot2_ref(*inputs, upcast=True))
+    return tuple(y.to(inputs[0].dtype) for y in b2b_gemm_ref(*inputs, upcast=True))
 
 
 @interpreter
@@ -77,9 +77,9 @@ def test_every_shape_is_exact(operands, poisoned, shape, dtype, config):
     inputs = operands(*shape, dtype)
     before = [t.clone() for t in inputs]
     wide, narrow = poisoned(inputs[3].shape, dtype), poisoned((shape[0], shape[3]), dtype)
-    launches = LAUNCHES["rot2_kernel"]
-    rot2(*inputs, out=(wide.out, narrow.out), config=config)
-    assert LAUNCHES["rot2_kernel"] == launches + 1
+    launches = LAUNCHES["b2b_gemm_kernel"]
+    b2b_gemm(*inputs, out=(wide.out, narrow.out), config=config)
+    assert LAUNCHES["b2b_gemm_kernel"] == launches + 1
     wide.check()
     narrow.check()
     for got, want in zip((wide.out, narrow.out), expected(*inputs), strict=True):
@@ -96,7 +96,7 @@ def test_the_residual_may_be_overwritten(operands, poisoned, dtype):
     t, w3, b3, x, w1, b1 = operands(37, 16, 128, 32, dtype)
     want = expected(t, w3, b3, x, w1, b1)
     wide = poisoned(x.shape, dtype, fill=x)
-    x_next, t_next = rot2(
+    x_next, t_next = b2b_gemm(
         t, w3, b3, wide.out, w1, b1, out=(wide.out, x.new_empty(37, 32)), config=SMALL
     )
     wide.check()
@@ -113,7 +113,7 @@ def test_every_config_is_exact(operands, poisoned, row, widths):
     rows = row.block_m + 3
     inputs = operands(rows, *widths, HALF)
     wide, narrow = poisoned((rows, widths[1]), HALF), poisoned((rows, widths[2]), HALF)
-    rot2(*inputs, out=(wide.out, narrow.out), config=row)
+    b2b_gemm(*inputs, out=(wide.out, narrow.out), config=row)
     wide.check()
     narrow.check()
     want = expected(*inputs)
@@ -124,7 +124,7 @@ def test_every_config_is_exact(operands, poisoned, row, widths):
 @interpreter
 def test_biases_may_be_absent(operands):
     t, w3, _, x, w1, _ = operands(5, 16, 64, 16, HALF)
-    got, want = rot2(t, w3, None, x, w1, None), expected(t, w3, None, x, w1, None)
+    got, want = b2b_gemm(t, w3, None, x, w1, None), expected(t, w3, None, x, w1, None)
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 
@@ -137,7 +137,7 @@ def test_it_is_the_seam_of_two_blocks(integers):
     wide = (F.conv2d(t, w3) + x).relu()
     want = F.conv2d(wide, w1).relu()
     inputs = [v.half() for v in (rows_of(t), w3.flatten(1), rows_of(x), w1.flatten(1))]
-    got = rot2(inputs[0], inputs[1], None, inputs[2], inputs[3], None, config=SMALL)
+    got = b2b_gemm(inputs[0], inputs[1], None, inputs[2], inputs[3], None, config=SMALL)
     assert torch.equal(got[0], rows_of(wide).half())
     assert torch.equal(got[1], rows_of(want).half())
 
@@ -152,8 +152,8 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype):
     w3, w1 = normal(128, 32, scale=0.2), normal(64, 128, scale=0.1)
     b3, b1 = torch.randn(128, device=device), torch.randn(64, device=device)
     inputs = (t, w3, b3, x, w1, b1)
-    got, pt = rot2(*inputs, config=SMALL), rot2_ref(*inputs)
-    for out, same, ref in zip(got, pt, rot2_ref(*inputs, upcast=True), strict=True):
+    got, pt = b2b_gemm(*inputs, config=SMALL), b2b_gemm_ref(*inputs)
+    for out, same, ref in zip(got, pt, b2b_gemm_ref(*inputs, upcast=True), strict=True):
         rule_of_two(out, same, ref)
 
 
@@ -161,9 +161,9 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two, dtype):
 @interpreter
 def test_nan_passes_both_relus_and_stays_in_its_row(operands):
     inputs = operands(20, 16, 64, 16, HALF)
-    clean = rot2(*inputs, config=SMALL)
+    clean = b2b_gemm(*inputs, config=SMALL)
     inputs[3][3, 5] = math.nan
-    got, want = rot2(*inputs, config=SMALL), rot2_ref(*inputs)
+    got, want = b2b_gemm(*inputs, config=SMALL), b2b_gemm_ref(*inputs)
     for y, ref, before in zip(got, want, clean, strict=True):
         assert torch.equal(y.isnan(), ref.isnan())
         assert bool(ref[3].isnan().any())
@@ -176,7 +176,7 @@ def test_no_rows_launch_nothing(device):
     before = LAUNCHES.total()
     w3, w1 = torch.randn(64, 16, device=device).half(), torch.randn(32, 64, device=device).half()
     t, x = torch.empty(0, 16, device=device).half(), torch.empty(0, 64, device=device).half()
-    x_next, t_next = rot2(t, w3, None, x, w1, None)
+    x_next, t_next = b2b_gemm(t, w3, None, x, w1, None)
     assert (x_next.shape, t_next.shape, LAUNCHES.total()) == ((0, 64), (0, 32), before)
 
 
@@ -227,7 +227,7 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
     }
     before = LAUNCHES.total()
     with pytest.raises(error, match=message):
-        rot2(**call)
+        b2b_gemm(**call)
     assert LAUNCHES.total() == before
 
 
@@ -240,13 +240,13 @@ def test_other_overlaps_are_refused(device, second):
     shifted = flat[64:].view(4, 64)
     out = (torch.empty_like(x), x.view(-1)[:128].view(4, 32)) if second else (shifted, t)
     with pytest.raises(ValueError, match="out overlaps x" if second else r"out\[1\] must have"):
-        rot2(t, w3, None, x, w1, None, out=out)
+        b2b_gemm(t, w3, None, x, w1, None, out=out)
     if not second:
         with pytest.raises(ValueError, match="out overlaps x"):
-            rot2(t, w3, None, x, w1, None, out=(shifted, torch.empty_like(t).repeat(1, 2)))
+            b2b_gemm(t, w3, None, x, w1, None, out=(shifted, torch.empty_like(t).repeat(1, 2)))
 
 
 def test_a_gpu_too_small_is_refused(device, monkeypatch):
-    monkeypatch.setattr(rot2_module, "gpu_of", lambda device: Gpu(1, 1024))
+    monkeypatch.setattr(b2b_gemm_module, "gpu_of", lambda device: Gpu(1, 1024))
     with pytest.raises(RuntimeError, match="no tile fits 1024 bytes"):
-        rot2(*(t.to(device) if t is not None else None for t in (T, W3, None, X, W1, None)))
+        b2b_gemm(*(t.to(device) if t is not None else None for t in (T, W3, None, X, W1, None)))

@@ -40,7 +40,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
-class Rot2Config:
+class B2bGemmConfig:
     """``block_m`` rows a program, ``block_n`` channels of the wide activation at a time."""
 
     block_m: int
@@ -59,21 +59,21 @@ class Rot2Config:
         return self.block_m * (self.block_n + reduced) // (32 * self.num_warps)
 
 
-CONFIGS: tuple[Rot2Config, ...] = (
-    Rot2Config(128, 64, 8, 2),
-    Rot2Config(128, 64, 8, 3),
-    Rot2Config(256, 32, 16, 3),
-    Rot2Config(128, 32, 8, 2),
-    Rot2Config(128, 32, 8, 3),
-    Rot2Config(64, 64, 4, 2),
-    Rot2Config(64, 64, 8, 2),
-    Rot2Config(64, 32, 4, 2),
+CONFIGS: tuple[B2bGemmConfig, ...] = (
+    B2bGemmConfig(128, 64, 8, 2),
+    B2bGemmConfig(128, 64, 8, 3),
+    B2bGemmConfig(256, 32, 16, 3),
+    B2bGemmConfig(128, 32, 8, 2),
+    B2bGemmConfig(128, 32, 8, 3),
+    B2bGemmConfig(64, 64, 4, 2),
+    B2bGemmConfig(64, 64, 8, 2),
+    B2bGemmConfig(64, 32, 4, 2),
 )
 """Not every row suits all widths: see :func:`fits`."""
 
 
 @triton.jit
-def rot2_kernel(
+def b2b_gemm_kernel(
     t,  # descriptor of [M, C], tiles [BLOCK_M, C]
     w3,  # descriptor of [E, C], tiles [BLOCK_N, C]
     b3_ptr,  # [E] or None
@@ -107,7 +107,7 @@ def rot2_kernel(
     t_next.store([m0, 0], rounded(relu_keeping_nan(acc), t_next.dtype))
 
 
-def rot2_ref(
+def b2b_gemm_ref(
     t: Tensor,
     w3: Tensor,
     b3: Tensor | None,
@@ -134,7 +134,7 @@ def supports(channels: int, expanded: int, reduced: int, dtype: torch.dtype) -> 
     return dtype in HALVES and narrow and expanded > 0 and expanded % 64 == 0
 
 
-def fits(row: Rot2Config, channels: int, reduced: int, gpu: Gpu) -> bool:
+def fits(row: B2bGemmConfig, channels: int, reduced: int, gpu: Gpu) -> bool:
     """Whether a block of this row fits the registers and the shared memory."""
     if row.registers(reduced) > _MOST_ACCUMULATORS:
         return False
@@ -148,7 +148,7 @@ _PROGRAM_OVERHEAD = 4000  # cycles of latency that a program alone on its SM doe
 
 
 def estimated_cycles(
-    row: Rot2Config, rows: int, channels: int, expanded: int, reduced: int, gpu: Gpu
+    row: B2bGemmConfig, rows: int, channels: int, expanded: int, reduced: int, gpu: Gpu
 ) -> float:
     """Cycles for all rows: an SM works through its share, bound by arithmetic or by L2, and pays
     the latency of each program that it does not hold together with another."""
@@ -171,13 +171,13 @@ def estimated_cycles(
 
 @lru_cache(maxsize=1024)
 def select_config(
-    table: Iterable[Rot2Config],
+    table: Iterable[B2bGemmConfig],
     rows: int,
     channels: int,
     expanded: int,
     reduced: int,
     gpu: Gpu,
-) -> Rot2Config:
+) -> B2bGemmConfig:
     """The row of least estimated cycles among those that fit; the first of equals.
 
     Raises:
@@ -235,7 +235,7 @@ def _outputs(
     return x_next, t_next
 
 
-def rot2(
+def b2b_gemm(
     t: Tensor,
     w3: Tensor,
     b3: Tensor | None,
@@ -244,7 +244,7 @@ def rot2(
     b1: Tensor | None,
     *,
     out: tuple[Tensor, Tensor] | None = None,
-    config: Rot2Config | None = None,
+    config: B2bGemmConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``x_next = relu(t @ w3.T + b3 + x)`` and ``t_next = relu(x_next @ w1.T + b1)``.
 
@@ -276,7 +276,7 @@ def rot2(
         config = select_config(CONFIGS, t.shape[0], channels, expanded, reduced, gpu)
     bm, bn = config.block_m, config.block_n
     launch(
-        rot2_kernel,
+        b2b_gemm_kernel,
         ceil(t.shape[0] / bm),
         t.device,
         descriptor(t, bm, channels),
