@@ -170,8 +170,8 @@ class HwncOps(TritonOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Arrangement:
-        nhwc = TritonOps(cudnn=Cudnn.name in self.by_name, choices=self.choices)
-        wanted = {name for name in EXPERIMENTAL if self._choices(device).forced.get(name)}
+        nhwc = TritonOps(cudnn=Cudnn.name in self.by_name, selector=self.selector)
+        wanted = {name for name in EXPERIMENTAL if self._selector(device).forced.get(name)}
         found = self.candidates(plan, dtype, device)
         if plan.left or not any(group.kernel in wanted for group in found):
             return nhwc.arrange(plan, shapes, dtype, device)

@@ -45,9 +45,9 @@ class Measurement:
     seconds: dict[str, float]
     excluded: dict[str, str] = field(default_factory=dict)
 
-    def fastest(self, barred: Iterable[str] = ()) -> str:
-        """The kernel of least time but for those ``barred``; ``""`` if none is left."""
-        usable = {name: s for name, s in self.seconds.items() if name not in barred}
+    def fastest(self, unavailable: Iterable[str] = ()) -> str:
+        """The kernel of least time but for those ``unavailable``; ``""`` if none is left."""
+        usable = {name: s for name, s in self.seconds.items() if name not in unavailable}
         return min(usable, key=usable.__getitem__, default="")
 
     def sentence(self, kernel: str) -> str:
@@ -55,7 +55,7 @@ class Measurement:
         if kernel not in self.seconds:
             return f"measured here: {self.excluded.get(kernel, 'not timed')}"
         took = f"measured here: {self.seconds[kernel] * 1e6:.1f} us"
-        rival = self.fastest(barred=(kernel,))
+        rival = self.fastest(unavailable=(kernel,))
         ratio = f", {self.seconds[rival] / self.seconds[kernel]:.2f}x {rival}" if rival else ""
         return took + ratio
 
@@ -72,7 +72,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Choices:
+class KernelSelector:
     """What decides between kernels on one machine.
 
     Attributes:
@@ -80,16 +80,16 @@ class Choices:
         measured: by the case's key and the batch size.
         forced: kernels to use wherever they can run (True), or never (False).
         forced_by: who says so.
-        barred: kernels that cannot be had, though they were measured.
+        unavailable: kernels that cannot be had, though they were measured.
     """
 
     architecture: str
     measured: Measured = field(default_factory=dict)
     forced: Mapping[str, bool] = field(default_factory=dict)
     forced_by: str = "asked for"
-    barred: frozenset[str] = frozenset()
+    unavailable: frozenset[str] = frozenset()
 
-    def decide(self, kernel: str, case: Case | None) -> Decision:
+    def select(self, kernel: str, case: Case | None) -> Decision:
         """Whether ``kernel`` serves the case; a case that is not known rests on what is forced."""
         if kernel in self.forced:
             return Decision(self.forced[kernel], self.forced_by)
@@ -97,15 +97,17 @@ class Choices:
             return Decision(False, "sizes not known")
         found = _nearest(self.measured.get(case.key, {}), case.batch)
         if found is not None:
-            return Decision(found.fastest(self.barred) == kernel, found.sentence(kernel))
+            return Decision(found.fastest(self.unavailable) == kernel, found.sentence(kernel))
         row = shipped(self.architecture, kernel, case)
         return Decision(row is not None, row.evidence if row else "")
 
 
-def only(*kernels: str, architecture: str = "sm_90") -> Choices:
+def only(*kernels: str, architecture: str = "sm_90") -> KernelSelector:
     """These kernels wherever they can run, and no other choice."""
     check_kernels(kernels)
-    return Choices(architecture, forced={name: name in kernels for name in KERNELS | EXPERIMENTAL})
+    return KernelSelector(
+        architecture, forced={name: name in kernels for name in KERNELS | EXPERIMENTAL}
+    )
 
 
 def check_kernels(names: Iterable[str], argument: str = "kernels") -> None:
@@ -116,21 +118,21 @@ def check_kernels(names: Iterable[str], argument: str = "kernels") -> None:
             raise ValueError(f"{argument} takes names out of {known}; got {name!r}")
 
 
-def standard(device: torch.device, barred: frozenset[str] = frozenset()) -> Choices:
-    """The choices in force on a device: the environment's, the cache's, the shipped table's.
+def standard(device: torch.device, unavailable: frozenset[str] = frozenset()) -> KernelSelector:
+    """What selects kernels on a device: the environment's, the cache's, the shipped table's.
 
     Args:
-        barred: kernels that cannot be had.
+        unavailable: kernels that cannot be had.
 
     Raises:
         ValueError: FASTRES_KERNELS names what does not exist.
     """
-    return Choices(
+    return KernelSelector(
         architecture_of(device),
         load(cache_path(), lambda: machine(device)),
         forced(os.environ.get(FORCE_VARIABLE, "")),
         FORCE_VARIABLE,
-        barred,
+        unavailable,
     )
 
 

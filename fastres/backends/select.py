@@ -11,7 +11,7 @@ import torch
 from ..errors import BackendError
 from .aten import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
 from .fused import EXPERIMENTAL
-from .kernel_choice import FORCE_VARIABLE, Choices, forced
+from .kernel_choice import FORCE_VARIABLE, KernelSelector, forced
 from .triton import TritonOps
 
 __all__ = [
@@ -81,23 +81,23 @@ def _warn_of_emulation(dtype: torch.dtype) -> None:
     )
 
 
-def triton_ops(*, cudnn: bool = False, choices: Choices | None = None) -> TritonOps:
+def triton_ops(*, cudnn: bool = False, selector: KernelSelector | None = None) -> TritonOps:
     """The Triton backend; that of the experimental kernels where one of them is asked for.
 
     Args:
         cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
-        choices: what decides between kernels; by default what is in force on the device.
+        selector: what decides between kernels; by default what is in force on the device.
 
     Raises:
         BackendError: there is no Triton.
         ValueError: FASTRES_KERNELS names what does not exist.
     """
-    wanted = choices.forced if choices else forced(os.environ.get(FORCE_VARIABLE, ""))
+    wanted = selector.forced if selector else forced(os.environ.get(FORCE_VARIABLE, ""))
     if any(wanted.get(name) for name in EXPERIMENTAL):
         from .fused_experimental import HwncOps
 
-        return HwncOps(cudnn=cudnn, choices=choices)
-    return TritonOps(cudnn=cudnn, choices=choices)
+        return HwncOps(cudnn=cudnn, selector=selector)
+    return TritonOps(cudnn=cudnn, selector=selector)
 
 
 def _has_triton() -> bool:

@@ -21,7 +21,7 @@ from ..graph.patterns import Arrangement, Group, Pattern, arrange, candidates, c
 from ..graph.plan import Plan, Shape
 from .aten import AtenOps, conv_precision, matmul_precision
 from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
-from .kernel_choice import Choices, standard
+from .kernel_choice import KernelSelector, standard
 from .memory_format import CHANNELS_LAST, NHWC, Layout
 
 
@@ -30,7 +30,7 @@ class TritonOps(AtenOps):
 
     Args:
         cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
-        choices: what decides between kernels; by default what is in force on the device.
+        selector: what decides between kernels; by default what is in force on the device.
 
     Raises:
         BackendError: there is no Triton.
@@ -39,14 +39,14 @@ class TritonOps(AtenOps):
     name = "triton"
     fused: ClassVar[tuple[FusedKernel, ...]] = FUSED_KERNELS
 
-    def __init__(self, *, cudnn: bool = False, choices: Choices | None = None) -> None:
+    def __init__(self, *, cudnn: bool = False, selector: KernelSelector | None = None) -> None:
         try:
             from .. import kernels
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
         self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
-        self.choices = choices
+        self.selector = selector
         self._held = threading.local()
 
     @property
@@ -65,24 +65,24 @@ class TritonOps(AtenOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Arrangement:
-        choices = self._choices(device)
+        selector = self._selector(device)
         kind = conv_precision() if dtype is torch.float32 else "half"
 
         def choose(group: Group) -> str | None:
             kernel = self.by_name[group.kernel]
             # Launching with descriptors takes tens of microseconds where no CUDA graph hides them.
-            if kernel.needs_tma and plan.left and kernel.name not in choices.forced:
+            if kernel.needs_tma and plan.left and kernel.name not in selector.forced:
                 return None
             if not self._supports(group, dtype, device):
                 return None
-            found = choices.decide(kernel.name, case_of(group, shapes, kind))
+            found = selector.select(kernel.name, case_of(group, shapes, kind))
             return found.why if found.chosen else None
 
         return arrange(plan, self._patterns(device), choose)
 
-    def _choices(self, device: torch.device) -> Choices:
+    def _selector(self, device: torch.device) -> KernelSelector:
         absent = frozenset(k.name for k in self.fused) - self.by_name.keys()
-        return self.choices or standard(device, absent)
+        return self.selector or standard(device, absent)
 
     def _patterns(self, device: torch.device) -> dict[str, Pattern]:
         """The pattern of each fused kernel that can run here."""

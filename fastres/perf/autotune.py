@@ -225,8 +225,8 @@ class _Session:
 
     def _executor(self, trial: Trial, kernel: str) -> Executor:
         """Runs the piece by one kernel."""
-        choices = only(*(() if kernel in (DEFAULT, UNFUSED) else (kernel,)))
-        ops = TritonOps(cudnn=True, choices=choices)
+        selector = only(*(() if kernel in (DEFAULT, UNFUSED) else (kernel,)))
+        ops = TritonOps(cudnn=True, selector=selector)
         return Executor(_piece(trial.group), self.module, ops, trial.dtype)
 
     def _reference(self, trial: Trial, inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..backends.fused import FUSED_KERNELS, FusedKernel, Sizes
-from ..backends.kernel_choice import Choices, forced
+from ..backends.kernel_choice import KernelSelector, forced
 from ..backends.select import triton_ops
 from ..graph import plan
 from ..graph.ir import Conv2d, Flatten, Linear
@@ -72,7 +72,7 @@ def forecast(
     """
     whole = plan.of_module(module)
     shapes = whole.shapes(shape)
-    ops = triton_ops(choices=Choices(architecture, forced=forced(kernels)))
+    ops = triton_ops(selector=KernelSelector(architecture, forced=forced(kernels)))
     arranged = ops.arrange(whole, shapes, dtype, torch.device("cpu"))
     return tuple(
         Forecast(

@@ -14,7 +14,7 @@ from torch import nn
 
 from fastres import BasicBlock, Bottleneck, ResNet
 from fastres.backends.fused import EXPERIMENTAL, KERNELS
-from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.select import triton_ops
 from fastres.backends.triton import TritonOps
 from fastres.graph import fold, plan, trace
@@ -40,7 +40,7 @@ def basic(**kwargs):
 def executor(model, dtype, *kernels, device="cpu"):
     """The model with these kernels wherever they can run, and no others."""
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
-    ops = triton_ops(cudnn=True, choices=only(*kernels))
+    ops = triton_ops(cudnn=True, selector=only(*kernels))
     return Executor(built, model.to(device), ops, dtype)
 
 
@@ -103,7 +103,7 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
 
     model = Features().eval().to(device)
     built = plan.build(fold.fold(trace.trace(model)))
-    ops = triton_ops(choices=only("stem", "conv2d_hwnc", "gemm", "dual_gemm"))
+    ops = triton_ops(selector=only("stem", "conv2d_hwnc", "gemm", "dual_gemm"))
     made = Executor(built, model, ops, HALF)
     x = real_images(2, 32).to(device, HALF)
     assert made.plan.served_by.count("triton stem") == 2
@@ -154,7 +154,7 @@ def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monk
     monkeypatch.setattr(bottleneck_hwnc, "runs_on", lambda device: True)
 
     def chosen(model, *forced):
-        ops = triton_ops(choices=Choices("sm_90", {}, dict.fromkeys(forced, True)))
+        ops = triton_ops(selector=KernelSelector("sm_90", {}, dict.fromkeys(forced, True)))
         whole = plan.of_module(model)
         groups = ops.arrange(whole, whole.shapes((64, 3, 32, 32)), HALF, device).groups
         return {name: sum(g.kernel == name for g in groups) for name in EXPERIMENTAL}
@@ -247,7 +247,7 @@ def test_an_empty_batch_and_misaligned_images(device):
         assert made.run([torch.empty(0, 3, 8, 8, dtype=HALF, device=device)]).shape == (0, 8)
     first = nn.Sequential(nn.Conv2d(8, 16, 1), nn.ReLU()).to(device)
     built = plan.build(fold.fold(trace.trace(first.eval())))
-    single = Executor(built, first, TritonOps(choices=only("gemm")), HALF)
+    single = Executor(built, first, TritonOps(selector=only("gemm")), HALF)
     x = torch.randn(2 * 8 * 9 + 1, device=device).to(HALF)[1:].view(2, 3, 3, 8).permute(0, 3, 1, 2)
     LAUNCHES.clear()
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_a_residual_that_broadcasts_is_not_fused(device):
 
     model = Broadcast().eval().to(device)
     built = plan.build(fold.fold(trace.trace(model)))
-    made = Executor(built, model, TritonOps(choices=only("gemm")), torch.float32)
+    made = Executor(built, model, TritonOps(selector=only("gemm")), torch.float32)
     x = torch.randn(2, 16, 5, 4, device=device)
     LAUNCHES.clear()
     with torch.no_grad():
@@ -283,8 +283,8 @@ def test_descriptors_only_where_a_graph_hides_their_launch(left, device):
     built = plan.build(fold.fold(trace.trace(nn.Sequential(*layers).eval())))
     shapes = built.shapes((32, 64, 56, 56))
     assert bool(built.left) is left
-    for choices, expected in ((Choices("sm_90"), not left), (only("gemm"), True)):
-        groups = TritonOps(choices=choices).arrange(built, shapes, HALF, device).groups
+    for selector, expected in ((KernelSelector("sm_90"), not left), (only("gemm"), True)):
+        groups = TritonOps(selector=selector).arrange(built, shapes, HALF, device).groups
         assert ("gemm" in [group.kernel for group in groups]) is expected
 
 

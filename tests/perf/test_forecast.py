@@ -7,7 +7,7 @@ import torch
 
 import fastres
 from fastres import cli
-from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.kernel_table import TABLES, shipped
 from fastres.backends.triton import TritonOps
 from fastres.graph.patterns import case_of
@@ -33,7 +33,7 @@ def apart(plan, group, shapes, batch):
     """Seconds of a group's steps by the kernels that would serve them without it."""
     single = {step.name for step in group.steps}
     parts = ("gemm",) if group.kernel in ("b2b_gemm", "dual_gemm") and batch >= 32 else ()
-    ops = TritonOps(choices=only(*parts))
+    ops = TritonOps(selector=only(*parts))
     groups = ops.arrange(plan, shapes, HALF, CPU).groups
     return predicted_seconds([g for g in groups if g.steps[0].name in single], shapes)
 
@@ -90,7 +90,7 @@ def test_what_is_doubtful_is_left_out(resnet50):
 
 def seconds_per_image(plan, batch):
     shapes = shapes_of(plan, batch)
-    ops = TritonOps(choices=Choices("sm_90"))
+    ops = TritonOps(selector=KernelSelector("sm_90"))
     return predicted_seconds(ops.arrange(plan, shapes, HALF, CPU).groups, shapes) / batch
 
 
@@ -104,7 +104,7 @@ def test_ragged_batches_lose_little_against_the_nearest_full_one(resnet50, ragge
 def test_the_model_never_beats_the_floor(resnet50):
     for batch in BATCHES:
         shapes = shapes_of(resnet50, batch)
-        ops = TritonOps(choices=Choices("sm_90"))
+        ops = TritonOps(selector=KernelSelector("sm_90"))
         predicted = predicted_seconds(ops.arrange(resnet50, shapes, HALF, CPU).groups, shapes)
         floor = roofline(fastres.resnet50().eval(), (batch, 3, 224, 224), fusion="shifted block")
         assert predicted > floor.seconds
@@ -115,7 +115,7 @@ def test_every_gpu_of_the_table_gets_its_own_arrangement(resnet50):
     served = {
         name: {
             group.kernel
-            for group in TritonOps(choices=Choices(name))
+            for group in TritonOps(selector=KernelSelector(name))
             .arrange(resnet50, shapes, HALF, CPU)
             .groups
         }

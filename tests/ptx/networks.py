@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 import fastres
-from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.triton import TritonOps
 from fastres.graph import plan
 from fastres.runtime.executor import Executor
@@ -49,14 +49,14 @@ def judged(
         model(torch.randn(8, 3, size, size))
         model.eval().to(dtype)
         x = torch.randn(BATCH, 3, size, size).to(dtype)
-        choices = only(*FORCED, architecture=target) if forced else Choices(target)
+        selector = only(*FORCED, architecture=target) if forced else KernelSelector(target)
         started = time.process_time()
         tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = True
         try:
             with running(target, early=early) as gpu:
                 made = plan.of_module(model, "_forward_impl")
-                out = Executor(made, model, TritonOps(choices=choices), dtype).run([x])
+                out = Executor(made, model, TritonOps(selector=selector), dtype).run([x])
         finally:
             torch.backends.cudnn.allow_tf32 = tf32
         seconds = time.process_time() - started

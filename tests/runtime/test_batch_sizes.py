@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastres
-from fastres.backends.kernel_choice import Choices, only
+from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.select import triton_ops
 from fastres.graph.plan import of_module
 from fastres.runtime.executor import Executor
@@ -64,25 +64,25 @@ def launched(monkeypatch):
 
 
 CHOICES = {
-    "as shipped": Choices("sm_90"),
+    "as shipped": KernelSelector("sm_90"),
     "hwnc": only("stem", "head", "gemm", "dual_gemm", "b2b_gemm", "conv2d_hwnc"),
-    "without TMA": Choices("sm_80"),
+    "without TMA": KernelSelector("sm_80"),
 }
 
 
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="looks at kernels as the interpreter has them"
 )
-@pytest.mark.parametrize("choices", CHOICES.values(), ids=CHOICES)
+@pytest.mark.parametrize("selector", CHOICES.values(), ids=CHOICES)
 def test_fifty_batch_sizes_compile_little_and_after_the_first_dozen_almost_nothing(
-    launched, choices
+    launched, selector
 ):
     """A ResNet-50 of 53 convolutions; 80 variants are one and a half for each of its kernels.
 
     The first dozen are spread over all; a size between may still be the first to want some tile.
     """
     model = fastres.resnet50().half()
-    made = Executor(of_module(model.eval()), model, triton_ops(choices=choices), torch.float16)
+    made = Executor(of_module(model.eval()), model, triton_ops(selector=selector), torch.float16)
     first = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 40, 50]
     others = random.Random(0).sample(sorted(set(range(1, 51)) - set(first)), 38)
     counts = []

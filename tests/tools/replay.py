@@ -28,7 +28,7 @@ from zoo import CASES, Case
 
 import fastres
 from fastres import cli
-from fastres.backends.kernel_choice import Choices
+from fastres.backends.kernel_choice import KernelSelector
 from fastres.backends.triton import TritonOps
 from fastres.frontends.optimize import optimize
 from fastres.graph import plan
@@ -74,7 +74,7 @@ def of_kernels(name: str, model: torch.nn.Module, image: tuple[int, ...]) -> Ite
     ]
     yield f"{name}, folded", digest([t for pair in folded for t in pair if t is not None])
     for architecture in ARCHITECTURES:
-        ops = TritonOps(choices=Choices(architecture))
+        ops = TritonOps(selector=KernelSelector(architecture))
         for batch in BATCHES:
             shapes = whole.shapes((batch, *image))
             for dtype in (torch.float16, torch.float32):

@@ -12,7 +12,7 @@ import torch
 import fastres
 from fastres.backends.fused import EXPERIMENTAL, KERNELS
 from fastres.backends.kernel_choice import (
-    Choices,
+    KernelSelector,
     Measurement,
     cache_path,
     forced,
@@ -30,14 +30,14 @@ MACHINE = "A GPU; driver 1.2; torch 3; triton 4; fastres 5"
 
 
 def test_the_user_goes_before_measurements_and_these_before_the_table():
-    assert Choices("sm_90").decide("gemm", CASE).chosen
+    assert KernelSelector("sm_90").select("gemm", CASE).chosen
     slow = {CASE.key: {32: Measurement({"conv2d": 1e-5, "gemm": 2e-5})}}
-    measured = Choices("sm_90", slow)
-    assert not measured.decide("gemm", CASE).chosen
-    assert measured.decide("gemm", CASE).why == "measured here: 20.0 us, 0.50x conv2d"
-    asked = Choices("sm_90", slow, {"gemm": True}, "FASTRES_KERNELS")
-    assert asked.decide("gemm", CASE) == asked.decide("gemm", None)
-    assert asked.decide("gemm", CASE).chosen
+    measured = KernelSelector("sm_90", slow)
+    assert not measured.select("gemm", CASE).chosen
+    assert measured.select("gemm", CASE).why == "measured here: 20.0 us, 0.50x conv2d"
+    asked = KernelSelector("sm_90", slow, {"gemm": True}, "FASTRES_KERNELS")
+    assert asked.select("gemm", CASE) == asked.select("gemm", None)
+    assert asked.select("gemm", CASE).chosen
 
 
 @pytest.mark.parametrize(
@@ -45,21 +45,21 @@ def test_the_user_goes_before_measurements_and_these_before_the_table():
 )
 def test_a_measurement_holds_for_batches_within_a_factor_of_two(batch, chosen):
     near = Case(CASE.work, batch, batch * 56 * 56, 64, "half")
-    decision = Choices("sm_80", FOUND).decide("gemm", near)
+    decision = KernelSelector("sm_80", FOUND).select("gemm", near)
     assert decision.chosen is bool(chosen), "sm_80 has no row for gemm, so only the measured one"
     assert decision.why.startswith("measured" if chosen else "")
 
 
 def test_what_cannot_be_had_leaves_the_second_fastest():
     fast = {CASE.key: {32: Measurement({"conv2d": 3e-5, "gemm": 2e-5, "cudnn": 1e-5})}}
-    assert Choices("sm_90", fast).decide("cudnn", CASE).chosen
-    barred = Choices("sm_90", fast, barred=frozenset(("cudnn",)))
-    assert not barred.decide("cudnn", CASE).chosen
-    assert barred.decide("gemm", CASE).chosen
+    assert KernelSelector("sm_90", fast).select("cudnn", CASE).chosen
+    unavailable = KernelSelector("sm_90", fast, unavailable=frozenset(("cudnn",)))
+    assert not unavailable.select("cudnn", CASE).chosen
+    assert unavailable.select("gemm", CASE).chosen
 
 
 def test_excluded_kernels_say_why():
-    decision = Choices("sm_90", FOUND).decide("cudnn", CASE)
+    decision = KernelSelector("sm_90", FOUND).select("cudnn", CASE)
     assert (decision.chosen, decision.why) == (False, "measured here: wrong: 3 of 4")
 
 
