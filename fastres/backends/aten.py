@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..graph.fold import Weights
 from ..graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
-from ..graph.patterns import Arrangement, Group, singly
+from ..graph.patterns import FusionGroup, Grouping, ungrouped
 from ..graph.plan import Plan, Shape
 from .memory_format import to_contiguous, unchanged
 
@@ -78,35 +78,37 @@ class AtenOps:
     def global_avg_pool(self, op: GlobalAvgPool, x: Tensor) -> Tensor:
         return x.mean(op.dims, keepdim=op.keepdim)
 
-    def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
+    def candidates(
+        self, plan: Plan, dtype: torch.dtype, device: torch.device
+    ) -> tuple[FusionGroup, ...]:
         """Every group, overlapping ones too, that a kernel here may be chosen for."""
         return ()
 
-    def arrange(
+    def group_steps(
         self,
         plan: Plan,
         shapes: Mapping[str, Shape | None],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Arrangement:
+    ) -> Grouping:
         """The plan's steps in the groups that serve values of these shapes best."""
-        return Arrangement(singly(plan.steps))
+        return Grouping(ungrouped(plan.steps))
 
     def setting(self) -> Hashable:
-        """What else than shapes an arrangement depends on and may change between calls."""
+        """What else than shapes a grouping depends on and may change between calls."""
         return None
 
-    def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
+    def prepare_group(self, group: FusionGroup, prepared: list[Any]) -> tuple[Tensor, ...]:
         """What the group's kernel needs beside the ``prepared`` weights of its steps."""
         return ()
 
     def run_group(
-        self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
+        self, group: FusionGroup, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
     ) -> tuple[Tensor, ...] | None:
         """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
         return None
 
-    def reads_any_layout(self, group: Group) -> bool:
+    def reads_any_layout(self, group: FusionGroup) -> bool:
         """Whether the group reads its inputs in NCHW memory as well as in NHWC."""
         return False
 
@@ -114,7 +116,7 @@ class AtenOps:
         """What gives a value the source's memory order: NCHW, or else NHWC."""
         return to_contiguous if contiguous else unchanged
 
-    def serves_group(self, group: Group) -> str:
+    def serves_group(self, group: FusionGroup) -> str:
         """The name of what computes a group, for the plan's table."""
         return f"{self.name} {group.kernel}"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graph.ir import Conv2d, Linear, MaxPool2d, Operation
 from ..graph.patterns import (
-    Group,
+    FusionGroup,
     Shapes,
     convolution,
     expand_project,
@@ -49,7 +49,7 @@ class FusedCall:
     """
 
     kernels: Any
-    group: Group
+    group: FusionGroup
     weights: list[Any]
     extra: tuple[Tensor, ...]
     inputs: list[Tensor]
@@ -76,12 +76,12 @@ class FusedKernel:
     needs_tma: ClassVar[bool] = True
     any_layout: ClassVar[bool] = False
 
-    def label(self, group: Group) -> str:
+    def label(self, group: FusionGroup) -> str:
         """What the plan shows."""
         return f"triton {self.name}"
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         """Whether the kernel can run the group in this dtype, whatever the sizes of images.
 
@@ -89,7 +89,7 @@ class FusedKernel:
         """
         return True
 
-    def prepare(self, kernels: Any, group: Group, weights: list[Any]) -> tuple[Tensor, ...]:
+    def prepare(self, kernels: Any, group: FusionGroup, weights: list[Any]) -> tuple[Tensor, ...]:
         """What :meth:`run` needs beside the steps' weights."""
         return ()
 
@@ -105,7 +105,7 @@ class FusedKernel:
         """The group's outputs; None where the inputs are not what the kernel takes."""
         raise NotImplementedError
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         """Predicted cycles on the chip, by the model with which the kernel picks its tile."""
         return 0.0
 
@@ -167,7 +167,7 @@ class Stem(FusedKernel):
     any_layout = True
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         conv, pool = group.steps[0].op, group.steps[-1].op
         return (
@@ -177,7 +177,7 @@ class Stem(FusedKernel):
             and pool == MaxPool2d((3, 3), (2, 2), (1, 1), (1, 1), ceil_mode=False)
         )
 
-    def prepare(self, kernels: Any, group: Group, weights: list[Any]) -> tuple[Tensor, ...]:
+    def prepare(self, kernels: Any, group: FusionGroup, weights: list[Any]) -> tuple[Tensor, ...]:
         weight, _ = weights[0]
         return tuple(kernels.stem.pack_stem_weight(weight, planar=p) for p in (True, False))
 
@@ -190,7 +190,7 @@ class Stem(FusedKernel):
         precision = conv_precision()
         return (call.kernels.stem.stem(x, weight, bias, packed=packed, precision=precision),)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         stem, pooled = kernels.stem, sizes.of(group.steps[-1].name)
         problem = stem._ProblemSize(pooled[0], pooled[1], pooled[2], pooled[3])
         return least(stem.estimated_cycles, stem.CONFIGS["half"], problem, sizes.gpu)
@@ -204,7 +204,7 @@ class Head(FusedKernel):
     needs_tma = False
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         linear = group.steps[-1].op
         return isinstance(linear, Linear) and not linear.relu
@@ -216,7 +216,7 @@ class Head(FusedKernel):
         precision, workspace = matmul_precision(), call.workspace
         return (call.kernels.head.head(x, weight, bias, precision=precision, workspace=workspace),)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         head, linear, x = kernels.head, group.steps[-1].op, sizes.of(group.inputs[0])
         problem = head._ProblemSize(x[0], outputs(linear), x[1], prod(x[2:]), sizes.itemsize)
         tile = head.select_config(problem, sizes.gpu)
@@ -230,7 +230,7 @@ class Gemm(FusedKernel):
     pattern = staticmethod(flat)
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         return _fills_rows(kernels, group, dtype)
 
@@ -253,7 +253,7 @@ class Gemm(FusedKernel):
         )
         return (layout.from_rows(y, x),)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         return sizes.matrix_cycles(kernels, group.steps[0], kernels.gemm.CONFIGS["half"])
 
 
@@ -264,12 +264,12 @@ class DualGemm(FusedKernel):
     pattern = staticmethod(expand_project)
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         project = conv_of(group.steps[1])
         return project.stride[0] == project.stride[1] and _fills_rows(kernels, group, dtype)
 
-    def prepare(self, kernels: Any, group: Group, weights: list[Any]) -> tuple[Tensor, ...]:
+    def prepare(self, kernels: Any, group: FusionGroup, weights: list[Any]) -> tuple[Tensor, ...]:
         """The sum of the biases."""
         biases = [bias.float() for _, bias in weights if bias is not None]
         return (torch.stack(biases).sum(0),) if biases else ()
@@ -296,7 +296,7 @@ class DualGemm(FusedKernel):
         )
         return (layout.from_rows(y, t),)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         expand, project = group.steps
         channels = sizes.of(expand.inputs[0])[1] + sizes.of(project.inputs[0])[1]
         tiles = [tile for tile in kernels.gemm.CONFIGS["half"] if not tile.persistent]
@@ -310,7 +310,7 @@ class B2bGemm(FusedKernel):
     pattern = staticmethod(expand_reduce)
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         if len(group.steps) != 2:
             return False
@@ -334,7 +334,7 @@ class B2bGemm(FusedKernel):
         named = dict(zip((s.name for s in call.group.steps), made, strict=True))
         return tuple(layout.from_rows(named[name], t) for name in call.group.outputs)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         b2b_gemm, (expand, reduce) = kernels.b2b_gemm, group.steps
         widths = sizes.of(expand.inputs[0])[1], outputs(expand.op), outputs(reduce.op)
         problem = (sizes.pixels(expand), *widths, sizes.gpu)
@@ -350,10 +350,10 @@ class Cudnn(FusedKernel):
     needs_tma = False
     _ops = CudnnOps()
 
-    def label(self, group: Group) -> str:
+    def label(self, group: FusionGroup) -> str:
         return self._ops.serves(group.steps[0].op).replace("aten conv2d", "cuDNN conv")
 
-    def prepare(self, kernels: Any, group: Group, weights: list[Any]) -> tuple[Tensor, ...]:
+    def prepare(self, kernels: Any, group: FusionGroup, weights: list[Any]) -> tuple[Tensor, ...]:
         """The bias in the weights' dtype."""
         weight, bias = weights[0]
         return () if bias is None else (bias.to(weight.dtype, copy=True),)
@@ -405,7 +405,7 @@ def least(cycles: Any, tiles: Iterable[Any], problem: Any, gpu: Any) -> float:
     return float(min(cycles(tile, problem, gpu) for tile in tiles))
 
 
-def _fills_rows(kernels: Any, group: Group, dtype: torch.dtype) -> bool:
+def _fills_rows(kernels: Any, group: FusionGroup, dtype: torch.dtype) -> bool:
     """Whether TMA can move the rows that the group's convolutions read and write."""
     ops = map(conv_of, group.steps)
     return all(kernels.gemm.supports(op.in_channels, op.out_channels, dtype) for op in ops)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..graph.ir import Conv2d
-from ..graph.patterns import Arrangement, Group, bottleneck_tail, convolution, flat
+from ..graph.patterns import FusionGroup, Grouping, bottleneck_tail, convolution, flat
 from ..graph.plan import Plan, Shape
 from .aten import conv_precision, residual_fits
 from .fused import (
@@ -54,7 +54,7 @@ class ConvHwnc(FusedKernel):
     pattern = staticmethod(convolution)
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         from ..kernels.experimental import hwnc
 
@@ -85,7 +85,7 @@ class ConvHwnc(FusedKernel):
         )
         return (HWNC.images(y),)
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         from ..kernels.experimental import hwnc
 
         (step,) = group.steps
@@ -105,7 +105,7 @@ class BottleneckHwnc(FusedKernel):
     pattern = staticmethod(bottleneck_tail)
 
     def supports(
-        self, kernels: Any, group: Group, dtype: torch.dtype, device: torch.device
+        self, kernels: Any, group: FusionGroup, dtype: torch.dtype, device: torch.device
     ) -> bool:
         try:
             from ..kernels.experimental import bottleneck_hwnc as block
@@ -138,7 +138,7 @@ class BottleneckHwnc(FusedKernel):
         named = dict(zip((s.name for s in (expand, *reduce)), made, strict=False))
         return tuple(HWNC.images(named[name]) for name in call.group.outputs)  # type: ignore[arg-type]
 
-    def cycles(self, kernels: Any, group: Group, sizes: Sizes) -> float:
+    def cycles(self, kernels: Any, group: FusionGroup, sizes: Sizes) -> float:
         from ..kernels.experimental import bottleneck_hwnc as block
 
         conv, expand, *reduce = group.steps
@@ -163,19 +163,19 @@ class HwncOps(TritonOps):
         Cudnn(),
     )
 
-    def arrange(
+    def group_steps(
         self,
         plan: Plan,
         shapes: Mapping[str, Shape | None],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Arrangement:
+    ) -> Grouping:
         nhwc = TritonOps(cudnn=Cudnn.name in self.by_name, selector=self.selector)
         wanted = {name for name in EXPERIMENTAL if self._selector(device).forced.get(name)}
         found = self.candidates(plan, dtype, device)
         if plan.left or not any(group.kernel in wanted for group in found):
-            return nhwc.arrange(plan, shapes, dtype, device)
-        return super().arrange(plan, shapes, dtype, device)
+            return nhwc.group_steps(plan, shapes, dtype, device)
+        return super().group_steps(plan, shapes, dtype, device)
 
     def layout_of(self, inputs: list[Any]) -> Layout:
         return HWNC if any(map(_is_hwnc, inputs)) else NHWC

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..graph.fold import Weights
 from ..graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
-from ..graph.patterns import Arrangement, Group, Pattern, arrange, candidates, case_of
+from ..graph.patterns import FusionGroup, Grouping, Pattern, candidates, case_of, group_steps
 from ..graph.plan import Plan, Shape
 from .aten import AtenOps, conv_precision, matmul_precision
 from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
@@ -54,21 +54,23 @@ class TritonOps(AtenOps):
         """Workspace that calls in a row share, or None."""
         return getattr(self._held, "workspace", None)
 
-    def candidates(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> tuple[Group, ...]:
+    def candidates(
+        self, plan: Plan, dtype: torch.dtype, device: torch.device
+    ) -> tuple[FusionGroup, ...]:
         patterns = self._patterns(device)
         return candidates(plan, patterns, lambda group: self._supports(group, dtype, device))
 
-    def arrange(
+    def group_steps(
         self,
         plan: Plan,
         shapes: Mapping[str, Shape | None],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> Arrangement:
+    ) -> Grouping:
         selector = self._selector(device)
         kind = conv_precision() if dtype is torch.float32 else "half"
 
-        def choose(group: Group) -> str | None:
+        def choose(group: FusionGroup) -> str | None:
             kernel = self.by_name[group.kernel]
             # Launching with descriptors takes tens of microseconds where no CUDA graph hides them.
             if kernel.needs_tma and plan.left and kernel.name not in selector.forced:
@@ -78,7 +80,7 @@ class TritonOps(AtenOps):
             found = selector.select(kernel.name, case_of(group, shapes, kind))
             return found.why if found.chosen else None
 
-        return arrange(plan, self._patterns(device), choose)
+        return group_steps(plan, self._patterns(device), choose)
 
     def _selector(self, device: torch.device) -> KernelSelector:
         absent = frozenset(k.name for k in self.fused) - self.by_name.keys()
@@ -89,10 +91,10 @@ class TritonOps(AtenOps):
         tma = device.type == "cpu" or self.kernels.has_tma(device)
         return {k.name: k.pattern for k in self.by_name.values() if tma or not k.needs_tma}
 
-    def _supports(self, group: Group, dtype: torch.dtype, device: torch.device) -> bool:
+    def _supports(self, group: FusionGroup, dtype: torch.dtype, device: torch.device) -> bool:
         return self.by_name[group.kernel].supports(self.kernels, group, dtype, device)
 
-    def reads_any_layout(self, group: Group) -> bool:
+    def reads_any_layout(self, group: FusionGroup) -> bool:
         return bool(group.kernel) and self.by_name[group.kernel].any_layout
 
     def layout_of(self, inputs: list[Any]) -> Layout:
@@ -102,11 +104,11 @@ class TritonOps(AtenOps):
     def setting(self) -> Hashable:
         return conv_precision()
 
-    def prepare_group(self, group: Group, prepared: list[Any]) -> tuple[Tensor, ...]:
+    def prepare_group(self, group: FusionGroup, prepared: list[Any]) -> tuple[Tensor, ...]:
         return self.by_name[group.kernel].prepare(self.kernels, group, prepared)
 
     def run_group(
-        self, group: Group, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
+        self, group: FusionGroup, prepared: list[Any], extra: tuple[Tensor, ...], inputs: list[Any]
     ) -> Outputs:
         kernel = self.by_name[group.kernel]
         if not kernel.accepts(inputs, prepared):
@@ -115,7 +117,7 @@ class TritonOps(AtenOps):
         call = FusedCall(self.kernels, group, prepared, extra, inputs, self.workspace, layout)
         return kernel.run(call)
 
-    def serves_group(self, group: Group) -> str:
+    def serves_group(self, group: FusionGroup) -> str:
         return self.by_name[group.kernel].label(group)
 
     @contextmanager

@@ -17,7 +17,7 @@ Shapes = Mapping[str, Shape | None]
 
 
 @dataclass(frozen=True)
-class Group:
+class FusionGroup:
     """Consecutive steps that one kernel serves; ``kernel`` is empty for a step by itself.
 
     Attributes:
@@ -32,14 +32,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class Grouping:
     """A plan's steps in groups.
 
     Attributes:
         why: for each group, the reason for its kernel; empty where there was no choice.
     """
 
-    groups: tuple[Group, ...]
+    groups: tuple[FusionGroup, ...]
     why: tuple[str, ...] = ()
 
 
@@ -67,7 +67,7 @@ class Case:
         return f"{'; '.join(self.work)} ({self.arithmetic})"
 
 
-def case_of(group: Group, shapes: Shapes, arithmetic: str) -> Case | None:
+def case_of(group: FusionGroup, shapes: Shapes, arithmetic: str) -> Case | None:
     """The case that a group is for values of these shapes; None where they are not known."""
     first = group.steps[0]
     source, result = _ends(first, shapes)
@@ -107,9 +107,11 @@ def _geometry(op: Operation) -> str:
     return f"Conv2d {window}{'' if more == ' d1x1 g1' else more}{ends}"
 
 
-def arrange(
-    plan: Plan, patterns: Mapping[str, Pattern], choose: Callable[[Group], str | None] | None = None
-) -> Arrangement:
+def group_steps(
+    plan: Plan,
+    patterns: Mapping[str, Pattern],
+    choose: Callable[[FusionGroup], str | None] | None = None,
+) -> Grouping:
     """The plan's steps in order, joined greedily by the patterns, the first that fits first.
 
     Args:
@@ -119,7 +121,7 @@ def arrange(
             default all groups are taken.
     """
     readers = count_readers(plan)
-    found: list[tuple[Group, str]] = []
+    found: list[tuple[FusionGroup, str]] = []
     position = 0
     while position < len(plan.steps):
         ahead = plan.steps[position:]
@@ -131,12 +133,12 @@ def arrange(
         group, why = next(((g, why) for g, why in tried if why is not None), (single, ""))
         found.append((group, why))
         position += len(group.steps)
-    return Arrangement(tuple(g for g, _ in found), tuple(why for _, why in found))
+    return Grouping(tuple(g for g, _ in found), tuple(why for _, why in found))
 
 
 def candidates(
-    plan: Plan, patterns: Mapping[str, Pattern], takes: Callable[[Group], bool]
-) -> tuple[Group, ...]:
+    plan: Plan, patterns: Mapping[str, Pattern], takes: Callable[[FusionGroup], bool]
+) -> tuple[FusionGroup, ...]:
     """Every group of the plan that a pattern finds and ``takes`` admits, overlapping ones too."""
     readers = count_readers(plan)
     found = (_groups_at(plan.steps[i:], patterns, readers) for i in range(len(plan.steps)))
@@ -145,16 +147,16 @@ def candidates(
 
 def _groups_at(
     ahead: tuple[Step, ...], patterns: Mapping[str, Pattern], readers: dict[str, int]
-) -> Iterator[Group]:
+) -> Iterator[FusionGroup]:
     """The groups that begin with the first of these steps."""
     for name, pattern in patterns.items():
         if length := pattern(ahead, readers):
             yield _group(name, ahead[:length], readers)
 
 
-def singly(steps: Iterable[Step]) -> tuple[Group, ...]:
+def ungrouped(steps: Iterable[Step]) -> tuple[FusionGroup, ...]:
     """Each step by itself."""
-    return tuple(Group("", (step,), step.inputs, (step.name,)) for step in steps)
+    return tuple(FusionGroup("", (step,), step.inputs, (step.name,)) for step in steps)
 
 
 def count_readers(plan: Plan) -> dict[str, int]:
@@ -168,11 +170,11 @@ def count_readers(plan: Plan) -> dict[str, int]:
     return counts
 
 
-def _group(kernel: str, steps: tuple[Step, ...], readers: dict[str, int]) -> Group:
+def _group(kernel: str, steps: tuple[Step, ...], readers: dict[str, int]) -> FusionGroup:
     made = {step.name for step in steps}
     read = [name for step in steps for name in step.inputs]
     inside = {name: sum(name in step.inputs for step in steps) for name in made}
-    return Group(
+    return FusionGroup(
         kernel,
         steps,
         inputs=tuple(dict.fromkeys(name for name in read if name not in made)),

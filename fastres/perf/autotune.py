@@ -24,7 +24,7 @@ from ..files import check_target
 from ..graph import plan
 from ..graph.fold import Weights, fold_step
 from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
-from ..graph.patterns import Case, Group, case_of, singly
+from ..graph.patterns import Case, FusionGroup, case_of, ungrouped
 from ..graph.plan import Plan, Shape, Step
 from ..runtime.executor import Executor
 from ..runtime.verify import rms
@@ -45,7 +45,7 @@ class Trial:
 
     case: Case
     dtype: torch.dtype
-    group: Group
+    group: FusionGroup
     shapes: Mapping[str, Shape]
     kernels: tuple[str, ...]
 
@@ -72,7 +72,7 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
     found: dict[str, Trial] = {}
     options = ops.candidates(whole, dtype, torch.device("cpu"))
     in_question = {step.name for group in options for step in group.steps}
-    single = [g for g in singly(whole.steps) if g.steps[0].name in in_question]
+    single = [g for g in ungrouped(whole.steps) if g.steps[0].name in in_question]
     for group in (*single, *sorted(options, key=lambda g: len(g.steps))):
         case = case_of(group, shapes, kind)
         if case is None or isinstance(group.steps[0].op, Flatten):
@@ -252,7 +252,7 @@ class _Upcast:
         return weight.double(), None if bias is None else bias.double()
 
 
-def _piece(group: Group) -> Plan:
+def _piece(group: FusionGroup) -> Plan:
     """A plan of the group's steps alone, which overwrites none of its inputs."""
     steps = tuple(replace(step, in_place=False, frees=()) for step in group.steps)
     parameters = tuple(Parameter(name, True) for name in group.inputs)

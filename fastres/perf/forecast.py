@@ -19,7 +19,7 @@ from ..backends.kernel_choice import KernelSelector, forced
 from ..backends.select import triton_ops
 from ..graph import plan
 from ..graph.ir import Conv2d, Flatten, Linear
-from ..graph.patterns import Group, Shapes
+from ..graph.patterns import FusionGroup, Shapes
 from ..graph.plan import Shape
 from .roofline import H200, cost
 
@@ -73,7 +73,7 @@ def forecast(
     whole = plan.of_module(module)
     shapes = whole.shapes(shape)
     ops = triton_ops(selector=KernelSelector(architecture, forced=forced(kernels)))
-    arranged = ops.arrange(whole, shapes, dtype, torch.device("cpu"))
+    grouping = ops.group_steps(whole, shapes, dtype, torch.device("cpu"))
     return tuple(
         Forecast(
             group.steps[0].where or group.steps[0].name,
@@ -83,13 +83,13 @@ def forecast(
             cost(group, shapes, dtype.itemsize, H200).seconds,
             predicted_seconds([group], shapes, dtype.itemsize, ops.by_name.values()),
         )
-        for group, why in zip(arranged.groups, arranged.why, strict=True)
+        for group, why in zip(grouping.groups, grouping.why, strict=True)
         if not isinstance(group.steps[0].op, Flatten)
     )
 
 
 def predicted_seconds(
-    groups: Iterable[Group],
+    groups: Iterable[FusionGroup],
     shapes: Shapes,
     itemsize: int = 2,
     fused: Iterable[FusedKernel] = FUSED_KERNELS,
@@ -108,7 +108,7 @@ def predicted_seconds(
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 
-def _seconds(group: Group, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
+def _seconds(group: FusionGroup, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
     step = group.steps[0]
     if all(isinstance(step.op, Flatten) for step in group.steps):
         return 0.0

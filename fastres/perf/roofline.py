@@ -17,13 +17,13 @@ from torch import nn
 from ..graph import fold, plan, trace
 from ..graph.ir import Conv2d, Flatten, Graph, Input, Linear, Operation
 from ..graph.patterns import (
-    Group,
+    FusionGroup,
     Pattern,
     Shapes,
-    arrange,
     bottleneck_tail,
     expand_project,
     expand_reduce,
+    group_steps,
     pool_linear,
     stem_pool,
 )
@@ -136,7 +136,7 @@ def roofline(
     whole = _unfused(graph) if fusion == "none" else plan.build(fold.fold(graph))
     shapes = whole.shapes(tuple(input_shape))
     patterns = {pattern.__name__: pattern for pattern in FUSIONS.get(fusion, ())}
-    groups = arrange(whole, patterns).groups
+    groups = group_steps(whole, patterns).groups
     kernels = [cost(group, shapes, itemsize, ceilings) for group in groups if not _is_view(group)]
     return Roofline(fusion, ceilings, int(input_shape[0]), tuple(kernels))
 
@@ -150,11 +150,11 @@ def _unfused(graph: Graph) -> Plan:
     return Plan(steps, graph.parameters, graph.output)
 
 
-def _is_view(group: Group) -> bool:
+def _is_view(group: FusionGroup) -> bool:
     return all(isinstance(step.op, Flatten) for step in group.steps)
 
 
-def cost(group: Group, shapes: Shapes, itemsize: int, ceilings: Ceilings) -> KernelCost:
+def cost(group: FusionGroup, shapes: Shapes, itemsize: int, ceilings: Ceilings) -> KernelCost:
     """The exact work of a group in one kernel, for values of these shapes.
 
     Raises:
@@ -184,7 +184,7 @@ def cost(group: Group, shapes: Shapes, itemsize: int, ceilings: Ceilings) -> Ker
     )
 
 
-def _touched(name: str, group: Group, shapes: Shapes, whole: int) -> int:
+def _touched(name: str, group: FusionGroup, shapes: Shapes, whole: int) -> int:
     """Elements of an input that are read at all: strides larger than the window skip pixels."""
     read = 0
     for step in group.steps:

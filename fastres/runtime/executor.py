@@ -34,7 +34,7 @@ from ..graph.ir import (
     attribute,
     substitute,
 )
-from ..graph.patterns import Arrangement, Group, singly
+from ..graph.patterns import FusionGroup, Grouping, ungrouped
 from ..graph.plan import Plan, Shape, Step, parameter_paths
 
 Restore = Callable[[Any], Any]
@@ -45,7 +45,7 @@ Observer = Callable[[Step, list[Any], Any], None]
 class _Schedule:
     """How the plan runs on inputs of one kind."""
 
-    arrangement: Arrangement
+    grouping: Grouping
     plan: Plan  # with what serves each step
     as_given: frozenset[str]  # parameters that are read in any memory order
 
@@ -85,7 +85,7 @@ class Executor:
         self._finite: dict[str, bool] = {}
         self._finite_weights = True
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
-        self._apart = singly(_relu_apart(plan.steps))
+        self._unfused = ungrouped(_relu_unfused(plan.steps))
         self._schedules: dict[Hashable, _Schedule] = {}
         self.folds = 0
         self.refold()
@@ -129,7 +129,7 @@ class Executor:
             return self.ops.update(step.op, self._prepared[step.name], weights)
         return self.ops.prepare(step.op, weights)
 
-    def _prepare_group(self, group: Group) -> None:
+    def _prepare_group(self, group: FusionGroup) -> None:
         """What a group's kernel needs beside its steps' weights, in the same storage as before."""
         fresh = self.ops.prepare_group(group, self._weights_of(group))
         held = self._prepared_groups.setdefault(group.kernel + group.steps[0].name, fresh)
@@ -137,7 +137,7 @@ class Executor:
             if old is not new:
                 old.copy_(new)
 
-    def _weights_of(self, group: Group) -> list[Any]:
+    def _weights_of(self, group: FusionGroup) -> list[Any]:
         return [self._prepared.get(step.name) for step in group.steps]
 
     def run(
@@ -167,9 +167,9 @@ class Executor:
             for name in values.keys() - schedule.as_given:
                 values[name] = to_channels_last(values[name])
         groups = (
-            self._groups(schedule.arrangement, arguments)
+            self._groups(schedule.grouping, arguments)
             if observe is None
-            else singly(self.plan.steps)
+            else ungrouped(self.plan.steps)
         )
         for group in groups:
             if not (group.kernel and self._run_group(group, values)):
@@ -193,7 +193,7 @@ class Executor:
         schedule = self._schedule({parameter.name: tuple(x.shape)}, x.device)
         return parameter.name in schedule.as_given
 
-    def _run_group(self, group: Group, values: dict[str, Any]) -> bool:
+    def _run_group(self, group: FusionGroup, values: dict[str, Any]) -> bool:
         """Let one kernel serve the group; False where it cannot serve these inputs."""
         extra = self._prepared_groups[group.kernel + group.steps[0].name]
         inputs = [values[name] for name in group.inputs]
@@ -212,13 +212,13 @@ class Executor:
             observe(step, [values[name] for name in step.inputs], result)
         values[step.name] = restore(result) if self.plan.source_layout else result
 
-    def _groups(self, arrangement: Arrangement, arguments: Sequence[Any]) -> tuple[Group, ...]:
-        """The arrangement's groups, with ReLU apart where it could meet NaN and would drop it."""
+    def _groups(self, grouping: Grouping, arguments: Sequence[Any]) -> tuple[FusionGroup, ...]:
+        """The grouping's groups, with ReLU apart where it could meet NaN and would drop it."""
         if not self.ops.fused_relu_drops_nan:
-            return arrangement.groups
+            return grouping.groups
         overflows = self.dtype is torch.float16
         finite = self._finite_weights and not overflows and all(map(_is_finite, arguments))
-        return arrangement.groups if finite else self._apart
+        return grouping.groups if finite else self._unfused
 
     def _checked_schedule(self, values: Mapping[str, Any]) -> _Schedule:
         """How to run on these values, whose kind is checked when it is first met."""
@@ -246,17 +246,17 @@ class Executor:
         """How to run on inputs of these shapes, by default on the weights' device."""
         plan = self.plan
         if plan.source_layout:
-            arrangement = Arrangement(singly(plan.steps))
+            grouping = Grouping(ungrouped(plan.steps))
         else:
             shapes = plan.shapes(*(given.get(p.name) for p in plan.parameters))
-            arrangement = self.ops.arrange(plan, shapes, self.dtype, device or self._device)
+            grouping = self.ops.group_steps(plan, shapes, self.dtype, device or self._device)
         served = replace(
             plan,
-            served_by=_servers(arrangement.groups, self.ops),
-            reasons=_reasons(arrangement) if any(arrangement.why) else (),
-            chosen_for=tuple(given.values()) if any(arrangement.why) else (),
+            served_by=_servers(grouping.groups, self.ops),
+            reasons=_reasons(grouping) if any(grouping.why) else (),
+            chosen_for=tuple(given.values()) if any(grouping.why) else (),
         )
-        return _Schedule(arrangement, served, _read_as_given(arrangement.groups, plan, self.ops))
+        return _Schedule(grouping, served, _read_as_given(grouping.groups, plan, self.ops))
 
     def _lookup(self, path: str) -> Any:
         return attribute(self.module, self._names.get(path, path))
@@ -394,7 +394,7 @@ def common_shapes(plan: Plan) -> dict[str, Shape]:
     return found
 
 
-def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> frozenset[str]:
+def _read_as_given(groups: Sequence[FusionGroup], plan: Plan, ops: AtenOps) -> frozenset[str]:
     """The parameters that only kernels read which take any memory order."""
     readers = {p.name: [g for g in groups if p.name in g.inputs] for p in plan.parameters}
     return frozenset(
@@ -404,7 +404,7 @@ def _read_as_given(groups: Sequence[Group], plan: Plan, ops: AtenOps) -> frozens
     )
 
 
-def _servers(groups: Sequence[Group], ops: AtenOps) -> tuple[str, ...]:
+def _servers(groups: Sequence[FusionGroup], ops: AtenOps) -> tuple[str, ...]:
     """What computes each step, for the plan's table."""
     return tuple(
         ops.serves_group(group) if group.kernel else _server(ops, step.op)
@@ -413,10 +413,10 @@ def _servers(groups: Sequence[Group], ops: AtenOps) -> tuple[str, ...]:
     )
 
 
-def _reasons(arrangement: Arrangement) -> tuple[str, ...]:
+def _reasons(grouping: Grouping) -> tuple[str, ...]:
     """Why each step is served as it is, said once for a group."""
     said: list[str] = []
-    for group, why in zip(arrangement.groups, arrangement.why, strict=True):
+    for group, why in zip(grouping.groups, grouping.why, strict=True):
         said += [why, *("as above" for _ in group.steps[1:])]
     return tuple(said)
 
@@ -434,7 +434,7 @@ def _settle(tensors: Iterable[Tensor]) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _relu_apart(steps: Sequence[Step]) -> Iterator[Step]:
+def _relu_unfused(steps: Sequence[Step]) -> Iterator[Step]:
     """Each convolution with ReLU as two steps, the second in place."""
     for step in steps:
         if isinstance(step.op, Conv2d) and step.op.relu:

@@ -134,6 +134,6 @@ def test_a_step_without_inputs_is_no_case():
 
     traced = plan.of_module(Scaled().eval())
     constant = next(step for step in traced.steps if not step.inputs)
-    (group,) = patterns.singly([constant])
+    (group,) = patterns.ungrouped([constant])
     shapes = traced.shapes((1, 8, 4, 4))
     assert patterns.case_of(group, shapes, "half") is None

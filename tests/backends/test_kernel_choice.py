@@ -22,7 +22,7 @@ from fastres.backends.kernel_choice import (
 )
 from fastres.backends.kernel_table import TABLES, family, shipped
 from fastres.graph import fold, plan, trace
-from fastres.graph.patterns import Case, arrange, case_of, convolution, stem_pool
+from fastres.graph.patterns import Case, case_of, convolution, group_steps, stem_pool
 
 CASE = Case(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
 FOUND = {CASE.key: {32: Measurement({"conv2d": 2e-5, "gemm": 1e-5}, {"cudnn": "wrong: 3 of 4"})}}
@@ -112,7 +112,7 @@ def test_cases_tell_geometries_apart():
     keys = set()
     for conv in (plain, wide, torch.nn.Conv2d(8, 8, 3, padding=1, groups=2)):
         whole = plan.build(fold.fold(trace.trace(torch.nn.Sequential(conv).eval())))
-        (group,) = arrange(whole, {"cudnn": convolution}).groups
+        (group,) = group_steps(whole, {"cudnn": convolution}).groups
         found = case_of(group, whole.shapes((2, 8, 9, 9)), "half")
         keys.add(found.key)
         assert (found.batch, found.rows, found.width) == (2, 162, 8)
@@ -123,7 +123,7 @@ def test_cases_tell_geometries_apart():
 
 def test_a_step_left_to_pytorch_has_no_case():
     whole = plan.build(fold.fold(trace.trace(fastres.resnet18().eval())))
-    (first, *_) = arrange(whole, {"stem": stem_pool}).groups
+    (first, *_) = group_steps(whole, {"stem": stem_pool}).groups
     assert case_of(first, whole.shapes(()), "half") is None
 
 

@@ -156,7 +156,7 @@ def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monk
     def chosen(model, *forced):
         ops = triton_ops(selector=KernelSelector("sm_90", {}, dict.fromkeys(forced, True)))
         whole = plan.of_module(model)
-        groups = ops.arrange(whole, whole.shapes((64, 3, 32, 32)), HALF, device).groups
+        groups = ops.group_steps(whole, whole.shapes((64, 3, 32, 32)), HALF, device).groups
         return {name: sum(g.kernel == name for g in groups) for name in EXPERIMENTAL}
 
     block, conv = "bottleneck_hwnc", "conv2d_hwnc"
@@ -284,7 +284,7 @@ def test_descriptors_only_where_a_graph_hides_their_launch(left, device):
     shapes = built.shapes((32, 64, 56, 56))
     assert bool(built.left) is left
     for selector, expected in ((KernelSelector("sm_90"), not left), (only("gemm"), True)):
-        groups = TritonOps(selector=selector).arrange(built, shapes, HALF, device).groups
+        groups = TritonOps(selector=selector).group_steps(built, shapes, HALF, device).groups
         assert ("gemm" in [group.kernel for group in groups]) is expected
 
 

@@ -5,7 +5,7 @@ from torch import nn
 
 import fastres
 from fastres.graph import fold, patterns, plan, trace
-from fastres.graph.patterns import arrange, candidates
+from fastres.graph.patterns import candidates, group_steps
 
 
 def plan_of(module):
@@ -49,7 +49,7 @@ def kernels(groups):
     ],
 )
 def test_groups_of_resnet50(rules, expected):
-    groups = arrange(plan_of(fastres.resnet50()), named(*rules)).groups
+    groups = group_steps(plan_of(fastres.resnet50()), named(*rules)).groups
     found = kernels(groups)
     assert {name: found.count(name) for name in set(found)} == expected
 
@@ -58,7 +58,7 @@ def test_groups_of_resnet50(rules, expected):
 @pytest.mark.parametrize("rules", [(), tuple(PATTERNS), tuple(reversed(PATTERNS))])
 def test_groups_keep_every_step_in_order(name, rules):
     whole = plan_of(fastres.create_model(name))
-    groups = arrange(whole, named(*rules)).groups
+    groups = group_steps(whole, named(*rules)).groups
     assert [s for g in groups for s in g.steps] == list(whole.steps)
     available = {p.name for p in whole.parameters}
     for group in groups:
@@ -68,7 +68,7 @@ def test_groups_keep_every_step_in_order(name, rules):
 
 
 def test_a_value_with_another_reader_is_handed_out():
-    groups = arrange(plan_of(fastres.resnet50()), named("expand_reduce")).groups
+    groups = group_steps(plan_of(fastres.resnet50()), named("expand_reduce")).groups
     inner = [g for g in groups if g.kernel == "expand_reduce" and "layer1" in g.steps[0].where]
     assert all(len(group.outputs) == 2 for group in inner), "the residual is needed by the next"
 
@@ -87,22 +87,22 @@ class TwiceRead(nn.Module):
 
 
 def test_a_stem_read_twice_is_not_joined():
-    assert kernels(arrange(plan_of(TwiceRead()), named(*JOINING)).groups) == []
+    assert kernels(group_steps(plan_of(TwiceRead()), named(*JOINING)).groups) == []
 
 
 def test_grouped_and_strided_convolutions_do_not_end_a_bottleneck():
     net = fastres.resnext50_32x4d()
-    assert kernels(arrange(plan_of(net), named("bottleneck_tail")).groups) == []
+    assert kernels(group_steps(plan_of(net), named("bottleneck_tail")).groups) == []
     v1 = fastres.resnet50(stride_on="1x1")
     # In v1 the next stage's first 1x1 is strided, so 3 of the 15 pairs are not flat.
-    found = kernels(arrange(plan_of(v1), named("expand_reduce")).groups)
+    found = kernels(group_steps(plan_of(v1), named("expand_reduce")).groups)
     assert found.count("expand_reduce") == 12
 
 
 def test_a_refused_group_stays_single_steps():
     whole = plan_of(fastres.resnet50())
     chosen = {"pool_linear": "because"}
-    found = arrange(whole, PATTERNS, lambda group: chosen.get(group.kernel))
+    found = group_steps(whole, PATTERNS, lambda group: chosen.get(group.kernel))
     groups = found.groups
     assert set(found.why) == {"", "because"}
     assert kernels(groups) == ["pool_linear"]
@@ -110,7 +110,7 @@ def test_a_refused_group_stays_single_steps():
 
 
 def test_flat_convolutions_are_those_that_keep_all_pixels():
-    groups = arrange(plan_of(fastres.resnet50()), {"gemm": PATTERNS["flat"]}).groups
+    groups = group_steps(plan_of(fastres.resnet50()), {"gemm": PATTERNS["flat"]}).groups
     flat = [group.steps[0].op for group in groups if group.kernel == "gemm"]
     assert len(flat) == 33, "two for each of 16 blocks, and the unstrided projection"
     assert {op.kernel for op in flat} == {(1, 1)}

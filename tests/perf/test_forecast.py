@@ -34,7 +34,7 @@ def apart(plan, group, shapes, batch):
     single = {step.name for step in group.steps}
     parts = ("gemm",) if group.kernel in ("b2b_gemm", "dual_gemm") and batch >= 32 else ()
     ops = TritonOps(selector=only(*parts))
-    groups = ops.arrange(plan, shapes, HALF, CPU).groups
+    groups = ops.group_steps(plan, shapes, HALF, CPU).groups
     return predicted_seconds([g for g in groups if g.steps[0].name in single], shapes)
 
 
@@ -91,7 +91,7 @@ def test_what_is_doubtful_is_left_out(resnet50):
 def seconds_per_image(plan, batch):
     shapes = shapes_of(plan, batch)
     ops = TritonOps(selector=KernelSelector("sm_90"))
-    return predicted_seconds(ops.arrange(plan, shapes, HALF, CPU).groups, shapes) / batch
+    return predicted_seconds(ops.group_steps(plan, shapes, HALF, CPU).groups, shapes) / batch
 
 
 @pytest.mark.parametrize(("ragged", "full"), [(33, 32), (100, 128), (255, 256)])
@@ -105,7 +105,7 @@ def test_the_model_never_beats_the_floor(resnet50):
     for batch in BATCHES:
         shapes = shapes_of(resnet50, batch)
         ops = TritonOps(selector=KernelSelector("sm_90"))
-        predicted = predicted_seconds(ops.arrange(resnet50, shapes, HALF, CPU).groups, shapes)
+        predicted = predicted_seconds(ops.group_steps(resnet50, shapes, HALF, CPU).groups, shapes)
         floor = roofline(fastres.resnet50().eval(), (batch, 3, 224, 224), fusion="shifted block")
         assert predicted > floor.seconds
 
@@ -116,7 +116,7 @@ def test_every_gpu_of_the_table_gets_its_own_arrangement(resnet50):
         name: {
             group.kernel
             for group in TritonOps(selector=KernelSelector(name))
-            .arrange(resnet50, shapes, HALF, CPU)
+            .group_steps(resnet50, shapes, HALF, CPU)
             .groups
         }
         for name in TABLES

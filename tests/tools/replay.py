@@ -78,7 +78,7 @@ def of_kernels(name: str, model: torch.nn.Module, image: tuple[int, ...]) -> Ite
         for batch in BATCHES:
             shapes = whole.shapes((batch, *image))
             for dtype in (torch.float16, torch.float32):
-                found = ops.arrange(whole, shapes, dtype, CPU)
+                found = ops.group_steps(whole, shapes, dtype, CPU)
                 groups = [
                     f"{group.kernel or 'single'}: {' '.join(s.name for s in group.steps)}; {why}"
                     for group, why in zip(found.groups, found.why, strict=True)

@@ -15,7 +15,7 @@ from torch import nn
 import fastres
 from fastres import cli, files
 from fastres.bench import compare, demo, presets, report, run
-from fastres.graph.patterns import singly
+from fastres.graph.patterns import ungrouped
 from fastres.perf import forecast, roofline, timing
 from fastres.perf.timing import Method, Samples
 from messages.models import Branching, fast
@@ -108,7 +108,7 @@ add(
 
 @case("forecast: a size that is not known")
 def _() -> None:
-    (group, *_) = singly(fast().traced.steps)
+    (group, *_) = ungrouped(fast().traced.steps)
     forecast.predicted_seconds([group], dict.fromkeys([*group.inputs, group.steps[0].name]))
 
 
