@@ -66,9 +66,9 @@ class TileConfig:
     def fitted(self, itemsize: int, shared_limit: int) -> TileConfig | None:
         """This row with as many stages as fit in ``shared_limit`` bytes; None below two."""
         for stages in range(self.num_stages, min(self.num_stages, 2) - 1, -1):
-            row = replace(self, num_stages=stages)
-            if row.shared_bytes(itemsize) <= shared_limit:
-                return row
+            config = replace(self, num_stages=stages)
+            if config.shared_bytes(itemsize) <= shared_limit:
+                return config
         return None
 
 
@@ -101,9 +101,9 @@ class ProblemSize:
             return ceil(self.taps * self.channels / block_k)
         return self.taps * ceil(self.channels / block_k)
 
-    def tiles(self, row: TileConfig) -> int:
+    def tiles(self, config: TileConfig) -> int:
         """Tiles of the output."""
-        return ceil(self.m / row.block_m) * ceil(self.n / row.block_n) * self.groups
+        return ceil(self.m / config.block_m) * ceil(self.n / config.block_n) * self.groups
 
 
 MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
@@ -121,35 +121,35 @@ def l2_bandwidth(programs: int) -> float:
     return min(_SM_BYTES, _L2_BYTES / programs)
 
 
-def estimated_cycles(row: TileConfig, problem: ProblemSize, kind: str, gpu: Gpu) -> float:
+def estimated_cycles(config: TileConfig, problem: ProblemSize, kind: str, gpu: Gpu) -> float:
     """Cycles that the whole product takes with this row.
 
     An SM works through its share of the tiles, bound by arithmetic or by its part of L2's
     bandwidth, or waits for operands where the blocks it holds at once do not hide the latency.
     """
-    programs = problem.tiles(row) * row.split_k
-    steps = ceil(problem.steps(row.block_k) / row.split_k)
-    no_wgmma = kind != "ieee" and row.block_m < 64  # such tiles use the older, slower mma
+    programs = problem.tiles(config) * config.split_k
+    steps = ceil(problem.steps(config.block_k) / config.split_k)
+    no_wgmma = kind != "ieee" and config.block_m < 64  # such tiles use the older, slower mma
     rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
-    arithmetic = row.block_m * row.block_n * row.block_k / rate
-    traffic = (row.block_m + row.block_n) * row.block_k * problem.itemsize
+    arithmetic = config.block_m * config.block_n * config.block_k / rate
+    traffic = (config.block_m + config.block_n) * config.block_k * problem.itemsize
     full, rest = divmod(programs, gpu.sms)
     bandwidth = l2_bandwidth(min(programs, gpu.sms))
     busy = full * steps * max(arithmetic, traffic / bandwidth)
     if rest:  # the last wave has L2 for itself
         busy += steps * max(arithmetic, traffic / l2_bandwidth(rest))
 
-    registers = 56 + row.block_m * row.block_n // (32 * row.num_warps)  # per thread
+    registers = 56 + config.block_m * config.block_n // (32 * config.num_warps)  # per thread
     resident = min(
-        gpu.shared_limit // row.shared_bytes(problem.itemsize),
-        65536 // (32 * row.num_warps * registers),
+        gpu.shared_limit // config.shared_bytes(problem.itemsize),
+        65536 // (32 * config.num_warps * registers),
     )
     waves = ceil(programs / (gpu.sms * max(1, resident)))
-    waiting = waves * steps * _STEP_LATENCY / row.num_stages
+    waiting = waves * steps * _STEP_LATENCY / config.num_stages
     overhead: float = _TILE_OVERHEAD
-    if row.split_k > 1:
-        partial_sum = 4 * row.block_m * row.block_n
-        overhead += _SPLIT_OVERHEAD + (1 + row.split_k) * partial_sum / bandwidth
+    if config.split_k > 1:
+        partial_sum = 4 * config.block_m * config.block_n
+        overhead += _SPLIT_OVERHEAD + (1 + config.split_k) * partial_sum / bandwidth
     return max(busy, waiting) + waves * overhead
 
 
@@ -160,16 +160,16 @@ SPLIT_K_FACTORS = (1, 2, 4, 8, 16)
 def candidates(rows: Iterable[TileConfig], problem: ProblemSize, gpu: Gpu) -> list[TileConfig]:
     """The rows that fit the GPU, with as many stages as fit, and their useful splits: those
     that leave each program a step and that do not oversubscribe the GPU."""
-    fitting = (row.fitted(problem.itemsize, gpu.shared_limit) for row in rows)
+    fitting = (config.fitted(problem.itemsize, gpu.shared_limit) for config in rows)
     return [
-        replace(row, split_k=split_k)
-        for row in fitting
-        if row is not None
-        for split_k in (SPLIT_K_FACTORS if row.can_split_k else (1,))
+        replace(config, split_k=split_k)
+        for config in fitting
+        if config is not None
+        for split_k in (SPLIT_K_FACTORS if config.can_split_k else (1,))
         if split_k == 1
         or (
-            split_k <= problem.steps(row.block_k)
-            and problem.tiles(row) * split_k <= _SPLIT_WAVES * gpu.sms
+            split_k <= problem.steps(config.block_k)
+            and problem.tiles(config) * split_k <= _SPLIT_WAVES * gpu.sms
         )
     ]
 
@@ -185,7 +185,7 @@ def select_config(
     usable = candidates(rows, problem, gpu)
     if not usable:
         raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
-    return min(usable, key=lambda row: estimated_cycles(row, problem, kind, gpu))
+    return min(usable, key=lambda config: estimated_cycles(config, problem, kind, gpu))
 
 
 def split_elements(gpu: Gpu) -> int:

@@ -134,11 +134,11 @@ def supports(channels: int, expanded: int, reduced: int, dtype: torch.dtype) -> 
     return dtype in HALVES and narrow and expanded > 0 and expanded % 64 == 0
 
 
-def fits(row: B2bGemmConfig, channels: int, reduced: int, gpu: Gpu) -> bool:
+def fits(config: B2bGemmConfig, channels: int, reduced: int, gpu: Gpu) -> bool:
     """Whether a block of this row fits the registers and the shared memory."""
-    if row.registers(reduced) > _MOST_ACCUMULATORS:
+    if config.registers(reduced) > _MOST_ACCUMULATORS:
         return False
-    return row.shared_bytes(channels, reduced) <= gpu.shared_limit
+    return config.shared_bytes(channels, reduced) <= gpu.shared_limit
 
 
 _L2_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
@@ -148,18 +148,18 @@ _PROGRAM_OVERHEAD = 4000  # cycles of latency that a program alone on its SM doe
 
 
 def estimated_cycles(
-    row: B2bGemmConfig, rows: int, channels: int, expanded: int, reduced: int, gpu: Gpu
+    config: B2bGemmConfig, rows: int, channels: int, expanded: int, reduced: int, gpu: Gpu
 ) -> float:
     """Cycles for all rows: an SM works through its share, bound by arithmetic or by L2, and pays
     the latency of each program that it does not hold together with another."""
-    programs = ceil(rows / row.block_m)
+    programs = ceil(rows / config.block_m)
     moved = 2 * (
-        expanded * (channels + reduced) + row.block_m * (channels + 2 * expanded + reduced)
+        expanded * (channels + reduced) + config.block_m * (channels + 2 * expanded + reduced)
     )
-    products = row.block_m * expanded * (channels + reduced)
+    products = config.block_m * expanded * (channels + reduced)
     resident = min(
-        gpu.shared_limit // row.shared_bytes(channels, reduced),
-        65536 // (32 * row.num_warps * (row.registers(reduced) + 56)),
+        gpu.shared_limit // config.shared_bytes(channels, reduced),
+        65536 // (32 * config.num_warps * (config.registers(reduced) + 56)),
     )
     full, rest = divmod(programs, gpu.sms)
     busy = full * max(moved / _L2_BYTES, products / _MULTIPLY_ADDS)
@@ -183,11 +183,11 @@ def select_config(
     Raises:
         RuntimeError: no row fits the GPU.
     """
-    usable = [row for row in table if fits(row, channels, reduced, gpu)]
+    usable = [config for config in table if fits(config, channels, reduced, gpu)]
     if not usable:
         raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
     return min(
-        usable, key=lambda row: estimated_cycles(row, rows, channels, expanded, reduced, gpu)
+        usable, key=lambda config: estimated_cycles(config, rows, channels, expanded, reduced, gpu)
     )
 
 

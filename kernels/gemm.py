@@ -324,10 +324,10 @@ def _check_pair(
 
 @lru_cache(maxsize=4096)
 def _select(problem: ProblemSize, kind: str, persistent: bool, device: torch.device) -> GemmConfig:
-    rows = [row for row in CONFIGS[kind] if persistent or not row.persistent]
-    row = select_config(rows, problem, kind, gpu_of(device))
-    assert isinstance(row, GemmConfig)
-    return row
+    rows = [config for config in CONFIGS[kind] if persistent or not config.persistent]
+    config = select_config(rows, problem, kind, gpu_of(device))
+    assert isinstance(config, GemmConfig)
+    return config
 
 
 def _run(

@@ -28,7 +28,7 @@ CONFIGS: tuple[PoolConfig, ...] = (
 
 def select_config(channels: int) -> PoolConfig:
     """The widest row that does not reach beyond the channels, or the narrowest."""
-    return next((row for row in CONFIGS if row.block_c <= channels), CONFIGS[-1])
+    return next((config for config in CONFIGS if config.block_c <= channels), CONFIGS[-1])
 
 
 @triton.jit(do_not_specialize=["PIXELS"])

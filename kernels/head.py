@@ -170,8 +170,8 @@ class _ProblemSize:
     pixels: int
     itemsize: int
 
-    def tiles(self, row: HeadConfig) -> int:
-        return ceil(self.batch / row.block_m) * ceil(self.outputs / row.block_n)
+    def tiles(self, config: HeadConfig) -> int:
+        return ceil(self.batch / config.block_m) * ceil(self.outputs / config.block_n)
 
 
 _SM_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
@@ -179,28 +179,28 @@ _LATENCY = 1500  # cycles of a program that are spent waiting
 _SPLIT_OVERHEAD = 2500  # cycles to publish partial sums and to find them
 
 
-def estimated_cycles(row: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> float:
+def estimated_cycles(config: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> float:
     """Cycles for the whole head: waves of programs that read images and weights from L2."""
-    part = problem.channels / row.split_k
-    images = min(row.block_m, problem.batch)
-    moved = (images * problem.pixels + row.block_n) * part * problem.itemsize
-    waves = ceil(problem.tiles(row) * row.split_k / gpu.sms)
-    overhead = _LATENCY + (_SPLIT_OVERHEAD if row.split_k > 1 else 0)
+    part = problem.channels / config.split_k
+    images = min(config.block_m, problem.batch)
+    moved = (images * problem.pixels + config.block_n) * part * problem.itemsize
+    waves = ceil(problem.tiles(config) * config.split_k / gpu.sms)
+    overhead = _LATENCY + (_SPLIT_OVERHEAD if config.split_k > 1 else 0)
     return waves * moved / _SM_BYTES + overhead
 
 
-def _can_split_k(row: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> bool:
+def _can_split_k(config: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> bool:
     """Whether the partial sums fit the workspace that every launch may share."""
-    programs = problem.tiles(row) * row.split_k
-    few = problem.tiles(row) <= WORKSPACE_COUNTS.value
-    return few and programs * row.block_m * row.block_n <= split_elements(gpu)
+    programs = problem.tiles(config) * config.split_k
+    few = problem.tiles(config) <= WORKSPACE_COUNTS.value
+    return few and programs * config.block_m * config.block_n <= split_elements(gpu)
 
 
 @lru_cache(maxsize=256)
 def select_config(problem: _ProblemSize, gpu: Gpu) -> HeadConfig:
     """The row of least estimated cycles, the first of equals."""
     usable = [r for r in CONFIGS if r.split_k == 1 or _can_split_k(r, problem, gpu)]
-    return min(usable, key=lambda row: estimated_cycles(row, problem, gpu))
+    return min(usable, key=lambda config: estimated_cycles(config, problem, gpu))
 
 
 def _check(x: Tensor, w: Tensor, b: Tensor | None, precision: str) -> tuple[int, int]:

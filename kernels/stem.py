@@ -335,21 +335,21 @@ class _ProblemSize:
     rows: int  # pooled
     columns: int
 
-    def programs(self, row: StemConfig) -> int:
-        strips, tiles = ceil(self.rows / row.rows), ceil(self.columns / (row.columns - 1))
-        return self.batch * strips * tiles * ceil(self.outputs / row.block_n)
+    def programs(self, config: StemConfig) -> int:
+        strips, tiles = ceil(self.rows / config.rows), ceil(self.columns / (config.columns - 1))
+        return self.batch * strips * tiles * ceil(self.outputs / config.block_n)
 
 
 _ROW_LATENCY = 2500  # cycles that a program waits in each row of the convolution
 _COLUMN_CYCLES = 28  # of an SM, for one of ``columns`` in such a row
 
 
-def estimated_cycles(row: StemConfig, problem: _ProblemSize, gpu: Gpu) -> float:
+def estimated_cycles(config: StemConfig, problem: _ProblemSize, gpu: Gpu) -> float:
     """Cycles that the whole stem takes with this row: an SM works through its share, or waits
     where the two programs that it holds at once do not hide the latency."""
-    programs = problem.programs(row)
-    steps = 2 * min(row.rows, problem.rows) + 1
-    work = row.columns * _COLUMN_CYCLES
+    programs = problem.programs(config)
+    steps = 2 * min(config.rows, problem.rows) + 1
+    work = config.columns * _COLUMN_CYCLES
     busy = ceil(programs / gpu.sms) * work
     waiting = ceil(programs / (2 * gpu.sms)) * (_ROW_LATENCY + work)
     return steps * max(busy, waiting)
@@ -358,7 +358,7 @@ def estimated_cycles(row: StemConfig, problem: _ProblemSize, gpu: Gpu) -> float:
 @lru_cache(maxsize=256)
 def select_config(problem: _ProblemSize, kind: str, gpu: Gpu) -> StemConfig:
     """The row of least estimated cycles, the first of equals."""
-    return min(CONFIGS[kind], key=lambda row: estimated_cycles(row, problem, gpu))
+    return min(CONFIGS[kind], key=lambda config: estimated_cycles(config, problem, gpu))
 
 
 def stem(

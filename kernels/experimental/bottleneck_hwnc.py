@@ -97,7 +97,7 @@ _PART = 250  # cycles from one expansion's product to the reduction's
 
 
 def estimated_cycles(
-    row: BottleneckConfig,
+    config: BottleneckConfig,
     size: tuple[int, int, int],
     expanded: int,
     reduced: int,
@@ -108,16 +108,16 @@ def estimated_cycles(
     p, q, n = size
     programs = p * ceil(n / IMAGES)
     weights = CHANNELS * (9 * CHANNELS + expanded) + expanded * reduced
-    waiting = _TURN / row.num_stages + _PART * expanded / 64
+    waiting = _TURN / config.num_stages + _PART * expanded / 64
     products = IMAGES * weights / MULTIPLY_ADDS["half"]
     moved = 2 * IMAGES * (3 * CHANNELS + 2 * expanded + reduced)
     column = max(products + waiting, moved / l2_bandwidth(min(programs, gpu.sms)))
     return ceil(programs / gpu.sms) * (columns_of(q) * column + _START)
 
 
-def fits(row: BottleneckConfig, expanded: int, reduced: int, gpu: Gpu) -> bool:
+def fits(config: BottleneckConfig, expanded: int, reduced: int, gpu: Gpu) -> bool:
     """Whether a block of this row has the shared memory that it needs."""
-    return row.shared_bytes(expanded, reduced) <= gpu.shared_limit
+    return config.shared_bytes(expanded, reduced) <= gpu.shared_limit
 
 
 def supports(
@@ -126,7 +126,7 @@ def supports(
     """Whether the kernel takes these widths; ``reduced`` is 0 without the next reduction."""
     widths = channels == middle == CHANNELS and reduced in (0, 64, 128)
     whole = expanded > 0 and expanded % 64 == 0 and dtype in _HALVES
-    return widths and whole and any(fits(row, expanded, reduced, gpu) for row in CONFIGS)
+    return widths and whole and any(fits(config, expanded, reduced, gpu) for config in CONFIGS)
 
 
 def select_config(
@@ -137,8 +137,8 @@ def select_config(
     gpu: Gpu,
 ) -> BottleneckConfig:
     """The row of least estimated cycles among those that fit; the first of equals."""
-    usable = [row for row in rows if fits(row, expanded, reduced, gpu)]
-    return min(usable, key=lambda row: estimated_cycles(row, size, expanded, reduced, gpu))
+    usable = [config for config in rows if fits(config, expanded, reduced, gpu)]
+    return min(usable, key=lambda config: estimated_cycles(config, size, expanded, reduced, gpu))
 
 
 @gluon.jit

@@ -80,14 +80,14 @@ _START = 4000  # cycles to bring the weights
 _TURN = 600  # cycles between the last product of a column and the first of the next
 
 
-def estimated_cycles(row: Conv3x3Config, size: tuple[int, int, int, int], gpu: Gpu) -> float:
+def estimated_cycles(config: Conv3x3Config, size: tuple[int, int, int, int], gpu: Gpu) -> float:
     """Cycles for outputs of size (P, Q, N, K) with this row."""
     p, q, n, k = size
-    programs = p * ceil(n / row.images) * ceil(k / CHANNELS)
-    resident = max(1, gpu.shared_limit // row.shared_bytes())
+    programs = p * ceil(n / config.images) * ceil(k / CHANNELS)
+    resident = max(1, gpu.shared_limit // config.shared_bytes())
     here = min(resident, ceil(programs / gpu.sms))
-    products = 9 * CHANNELS * CHANNELS * row.images / MULTIPLY_ADDS["half"]
-    traffic = 3 * CHANNELS * 2 * row.images / l2_bandwidth(min(programs, gpu.sms))
+    products = 9 * CHANNELS * CHANNELS * config.images / MULTIPLY_ADDS["half"]
+    traffic = 3 * CHANNELS * 2 * config.images / l2_bandwidth(min(programs, gpu.sms))
     column = max(here * products, here * traffic, products + _TURN)
     return ceil(programs / (gpu.sms * resident)) * (columns_of(q) * column + _START)
 
@@ -96,7 +96,7 @@ def select_config(
     rows: Iterable[Conv3x3Config], size: tuple[int, int, int, int], gpu: Gpu
 ) -> Conv3x3Config:
     """The row of least estimated cycles; the first of equals."""
-    return min(rows, key=lambda row: estimated_cycles(row, size, gpu))
+    return min(rows, key=lambda config: estimated_cycles(config, size, gpu))
 
 
 def supports(

@@ -281,16 +281,16 @@ def select(
 ) -> Config:
     """The row of least estimated cycles, also of the sliding kernel for outputs of size ``slides``
     (P, Q, N, K) where it can serve them."""
-    rows = [row for row in CONFIGS[kind] if problem.channels % row.block_k == 0]
-    row = select_config(rows, problem, kind, gpu)
-    assert isinstance(row, GemmConfig)
+    rows = [config for config in CONFIGS[kind] if problem.channels % config.block_k == 0]
+    config = select_config(rows, problem, kind, gpu)
+    assert isinstance(config, GemmConfig)
     if slides is None:
-        return row
+        return config
     other = conv3x3_hwnc.select_config(conv3x3_hwnc.CONFIGS, slides, gpu)
     faster = conv3x3_hwnc.estimated_cycles(other, slides, gpu) < estimated_cycles(
-        row, problem, kind, gpu
+        config, problem, kind, gpu
     )
-    return other if faster else row
+    return other if faster else config
 
 
 @lru_cache(maxsize=4096)
