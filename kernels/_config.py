@@ -121,7 +121,7 @@ def l2_bandwidth(programs: int) -> float:
     return min(_SM_BYTES, _L2_BYTES / programs)
 
 
-def estimated_cycles(config: TileConfig, problem: ProblemSize, kind: str, gpu: Gpu) -> float:
+def estimated_cycles(config: TileConfig, problem: ProblemSize, math_mode: str, gpu: Gpu) -> float:
     """Cycles that the whole product takes with this row.
 
     An SM works through its share of the tiles, bound by arithmetic or by its part of L2's
@@ -129,8 +129,8 @@ def estimated_cycles(config: TileConfig, problem: ProblemSize, kind: str, gpu: G
     """
     programs = problem.tiles(config) * config.split_k
     steps = ceil(problem.steps(config.block_k) / config.split_k)
-    no_wgmma = kind != "ieee" and config.block_m < 64  # such tiles use the older, slower mma
-    rate = MULTIPLY_ADDS[kind] / (2 if no_wgmma else 1)
+    no_wgmma = math_mode != "ieee" and config.block_m < 64  # such tiles use the older, slower mma
+    rate = MULTIPLY_ADDS[math_mode] / (2 if no_wgmma else 1)
     arithmetic = config.block_m * config.block_n * config.block_k / rate
     traffic = (config.block_m + config.block_n) * config.block_k * problem.itemsize
     full, rest = divmod(programs, gpu.sms)
@@ -175,7 +175,7 @@ def candidates(rows: Iterable[TileConfig], problem: ProblemSize, gpu: Gpu) -> li
 
 
 def select_config(
-    rows: Iterable[TileConfig], problem: ProblemSize, kind: str, gpu: Gpu
+    rows: Iterable[TileConfig], problem: ProblemSize, math_mode: str, gpu: Gpu
 ) -> TileConfig:
     """The row of least estimated cycles among those that fit; the first of equals.
 
@@ -185,7 +185,7 @@ def select_config(
     usable = candidates(rows, problem, gpu)
     if not usable:
         raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
-    return min(usable, key=lambda config: estimated_cycles(config, problem, kind, gpu))
+    return min(usable, key=lambda config: estimated_cycles(config, problem, math_mode, gpu))
 
 
 def split_elements(gpu: Gpu) -> int:

@@ -347,14 +347,14 @@ def _check(
     return _Geometry(stride, padding, dilation, groups, shape)
 
 
-def arithmetic(dtype: torch.dtype, precision: str) -> str:
+def math_mode_of(dtype: torch.dtype, precision: str) -> str:
     """The key of ``CONFIGS`` for tensors of ``dtype``."""
     return precision if dtype == torch.float32 else "half"
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: ProblemSize, kind: str, device: torch.device) -> TileConfig:
-    return select_config(CONFIGS[kind], problem, kind, gpu_of(device))
+def _select(problem: ProblemSize, math_mode: str, device: torch.device) -> TileConfig:
+    return select_config(CONFIGS[math_mode], problem, math_mode, gpu_of(device))
 
 
 def workspace_size(problem: ProblemSize, config: TileConfig) -> int:
@@ -450,7 +450,7 @@ def conv2d(
     c, r, s = w.shape[1:]
     problem = ProblemSize(batch * p * q, k // groups, c, r * s, groups, x.element_size())
     if config is None:
-        config = _select(problem, arithmetic(x.dtype, precision), x.device)
+        config = _select(problem, math_mode_of(x.dtype, precision), x.device)
     programs = problem.tiles(config) * config.split_k
     launch(
         conv2d_kernel,

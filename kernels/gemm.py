@@ -36,7 +36,7 @@ from ._common import (
 )
 from ._config import ProblemSize, TileConfig, gpu_of, select_config
 from ._tma import check_aligned, check_rows, check_tma, descriptor, fits_descriptor
-from .conv import arithmetic
+from .conv import math_mode_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,9 +323,11 @@ def _check_pair(
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: ProblemSize, kind: str, persistent: bool, device: torch.device) -> GemmConfig:
-    rows = [config for config in CONFIGS[kind] if persistent or not config.persistent]
-    config = select_config(rows, problem, kind, gpu_of(device))
+def _select(
+    problem: ProblemSize, math_mode: str, persistent: bool, device: torch.device
+) -> GemmConfig:
+    rows = [config for config in CONFIGS[math_mode] if persistent or not config.persistent]
+    config = select_config(rows, problem, math_mode, gpu_of(device))
     assert isinstance(config, GemmConfig)
     return config
 
@@ -361,7 +363,7 @@ def _run(
     channels2 = 0 if x2 is None else x2.shape[1]
     problem = ProblemSize(rows, outputs, x.shape[1] + channels2, 1, 1, x.element_size())
     if config is None:
-        config = _select(problem, arithmetic(x.dtype, precision), x2 is None, x.device)
+        config = _select(problem, math_mode_of(x.dtype, precision), x2 is None, x.device)
     elif config.persistent and x2 is not None:
         raise ValueError("config must not be persistent for a pair of products")
     bm, bn, bk, parts = config.block_m, config.block_n, config.block_k, config.parts

@@ -356,9 +356,9 @@ def estimated_cycles(config: StemConfig, problem: _ProblemSize, gpu: Gpu) -> flo
 
 
 @lru_cache(maxsize=256)
-def select_config(problem: _ProblemSize, kind: str, gpu: Gpu) -> StemConfig:
+def select_config(problem: _ProblemSize, math_mode: str, gpu: Gpu) -> StemConfig:
     """The row of least estimated cycles, the first of equals."""
-    return min(CONFIGS[kind], key=lambda config: estimated_cycles(config, problem, gpu))
+    return min(CONFIGS[math_mode], key=lambda config: estimated_cycles(config, problem, gpu))
 
 
 def stem(
@@ -413,8 +413,8 @@ def stem(
     channels, height, width = x.shape[1:]
     problem = _ProblemSize(batch, outputs, pooled_p, pooled_q)
     if config is None:
-        kind = "single" if w.dtype == torch.float32 else "half"
-        config = select_config(problem, kind, gpu_of(x.device))
+        math_mode = "single" if w.dtype == torch.float32 else "half"
+        config = select_config(problem, math_mode, gpu_of(x.device))
     launch(
         stem_kernel,
         problem.programs(config),

@@ -25,7 +25,7 @@ class Row:
     """A kernel is chosen for cases within these bounds, which both ends belong to.
 
     Attributes:
-        arithmetic: of which kinds.
+        math_mode: which of them.
         widths: channels that the first step reads; empty for any.
         batch: images.
         rows: pixels of the first step's result, over all images.
@@ -34,7 +34,7 @@ class Row:
 
     kernel: str
     evidence: str
-    arithmetic: tuple[str, ...] = ANY
+    math_mode: tuple[str, ...] = ANY
     widths: tuple[int, ...] = ()
     batch: tuple[int, float] = (1, float("inf"))
     rows: tuple[int, float] = (1, float("inf"))
@@ -43,7 +43,7 @@ class Row:
         """Whether the row chooses this kernel for the case."""
         return (
             kernel == self.kernel
-            and case.arithmetic in self.arithmetic
+            and case.math_mode in self.math_mode
             and (not self.widths or case.width in self.widths)
             and self.batch[0] <= case.batch <= self.batch[1]
             and self.rows[0] <= case.rows <= self.rows[1]

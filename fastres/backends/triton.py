@@ -68,7 +68,7 @@ class TritonOps(AtenOps):
         device: torch.device,
     ) -> Grouping:
         selector = self._selector(device)
-        kind = conv_precision() if dtype is torch.float32 else "half"
+        math_mode = conv_precision() if dtype is torch.float32 else "half"
 
         def choose(group: FusionGroup) -> str | None:
             kernel = self.by_name[group.kernel]
@@ -77,7 +77,7 @@ class TritonOps(AtenOps):
                 return None
             if not self._supports(group, dtype, device):
                 return None
-            found = selector.select(kernel.name, case_of(group, shapes, kind))
+            found = selector.select(kernel.name, case_of(group, shapes, math_mode))
             return found.why if found.chosen else None
 
         return group_steps(plan, self._patterns(device), choose)

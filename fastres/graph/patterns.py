@@ -52,22 +52,22 @@ class Case:
         batch: images.
         rows: pixels of the first step's result, over all images.
         width: channels that the first step reads.
-        arithmetic: ``"half"``, ``"tf32"`` or ``"ieee"``.
+        math_mode: ``"half"``, ``"tf32"`` or ``"ieee"``.
     """
 
     work: tuple[str, ...]
     batch: int
     rows: int
     width: int
-    arithmetic: str
+    math_mode: str
 
     @property
     def key(self) -> str:
         """Names the work, whatever the batch."""
-        return f"{'; '.join(self.work)} ({self.arithmetic})"
+        return f"{'; '.join(self.work)} ({self.math_mode})"
 
 
-def case_of(group: FusionGroup, shapes: Shapes, arithmetic: str) -> Case | None:
+def case_of(group: FusionGroup, shapes: Shapes, math_mode: str) -> Case | None:
     """The case that a group is for values of these shapes; None where they are not known."""
     first = group.steps[0]
     source, result = _ends(first, shapes)
@@ -75,7 +75,7 @@ def case_of(group: FusionGroup, shapes: Shapes, arithmetic: str) -> Case | None:
     if not source or not result or not all(work):
         return None
     rows = result[0] * (result[2] * result[3] if len(result) == 4 else 1)
-    return Case(tuple(work), source[0], rows, source[1], arithmetic)
+    return Case(tuple(work), source[0], rows, source[1], math_mode)
 
 
 def _ends(step: Step, shapes: Shapes) -> tuple[Shape | None, Shape | None]:

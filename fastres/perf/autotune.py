@@ -51,11 +51,11 @@ class Trial:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        kind = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.")
         return {
             "work": list(self.case.work),
             "batch": self.case.batch,
-            "dtype": kind,
+            "dtype": dtype,
             "kernels": list(self.kernels),
         }
 
@@ -68,13 +68,13 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
         shape: (N, C, H, W) of its images.
     """
     shapes = {name: s for name, s in whole.shapes(shape).items() if s is not None}
-    kind = conv_precision() if dtype is torch.float32 else "half"
+    math_mode = conv_precision() if dtype is torch.float32 else "half"
     found: dict[str, Trial] = {}
     options = ops.candidates(whole, dtype, torch.device("cpu"))
     in_question = {step.name for group in options for step in group.steps}
     single = [g for g in ungrouped(whole.steps) if g.steps[0].name in in_question]
     for group in (*single, *sorted(options, key=lambda g: len(g.steps))):
-        case = case_of(group, shapes, kind)
+        case = case_of(group, shapes, math_mode)
         if case is None or isinstance(group.steps[0].op, Flatten):
             continue
         plainest = DEFAULT if len(group.steps) == 1 else UNFUSED

@@ -42,7 +42,7 @@ from .._common import (
 )
 from .._config import Gpu, ProblemSize, estimated_cycles, gpu_of, select_config
 from .._tma import check_aligned, check_tma, descriptor, fits_descriptor
-from ..conv import arithmetic, conv2d_ref
+from ..conv import conv2d_ref, math_mode_of
 from ..gemm import GemmConfig
 
 try:
@@ -277,18 +277,18 @@ def _check(
 
 
 def select(
-    problem: ProblemSize, kind: str, gpu: Gpu, slides: tuple[int, int, int, int] | None
+    problem: ProblemSize, math_mode: str, gpu: Gpu, slides: tuple[int, int, int, int] | None
 ) -> Config:
     """The row of least estimated cycles, also of the sliding kernel for outputs of size ``slides``
     (P, Q, N, K) where it can serve them."""
-    rows = [config for config in CONFIGS[kind] if problem.channels % config.block_k == 0]
-    config = select_config(rows, problem, kind, gpu)
+    rows = [config for config in CONFIGS[math_mode] if problem.channels % config.block_k == 0]
+    config = select_config(rows, problem, math_mode, gpu)
     assert isinstance(config, GemmConfig)
     if slides is None:
         return config
     other = conv3x3_hwnc.select_config(conv3x3_hwnc.CONFIGS, slides, gpu)
     faster = conv3x3_hwnc.estimated_cycles(other, slides, gpu) < estimated_cycles(
-        config, problem, kind, gpu
+        config, problem, math_mode, gpu
     )
     return other if faster else config
 
@@ -296,11 +296,11 @@ def select(
 @lru_cache(maxsize=4096)
 def _select(
     problem: ProblemSize,
-    kind: str,
+    math_mode: str,
     slides: tuple[int, int, int, int] | None,
     device: torch.device,
 ) -> Config:
-    return select(problem, kind, gpu_of(device), slides)
+    return select(problem, math_mode, gpu_of(device), slides)
 
 
 def _slides(x: Tensor, w: Tensor, stride: int, padding: int) -> bool:
@@ -363,8 +363,8 @@ def conv2d_hwnc(
     )
     slides = _slides(x, w, stride, padding)
     if config is None:
-        kind = arithmetic(x.dtype, precision)
-        config = _select(problem, kind, shape if slides else None, x.device)
+        math_mode = math_mode_of(x.dtype, precision)
+        config = _select(problem, math_mode, shape if slides else None, x.device)
     if not isinstance(config, GemmConfig):
         if not slides:
             raise ValueError(f"config must be a GemmConfig for this convolution, got {config}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastres import kernels as k
 from fastres.kernels import _tma, b2b_gemm, cache_read, gemm, head
 from fastres.kernels._common import INTERPRETED
-from fastres.kernels.conv import CONFIGS, arithmetic
+from fastres.kernels.conv import CONFIGS, math_mode_of
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -53,7 +53,7 @@ def convolutions(dtype: torch.dtype) -> Iterator[Call]:
     def tensor(*shape: int, offset: int = 0) -> Tensor:
         return whole(*shape, dtype=dtype, offset=offset)
 
-    kind = arithmetic(dtype, "ieee")
+    kind = math_mode_of(dtype, "ieee")
     smallest = min(CONFIGS[kind], key=lambda row: row.block_m * row.block_n * row.block_k)
     yield case("3x3", tensor(2, 17, 7, 5), tensor(9, 17, 3, 3), True, padding=1, relu=True)
     yield case("7x7/2", tensor(1, 3, 13, 9), tensor(20, 3, 7, 7), stride=2, padding=3)

@@ -28,27 +28,28 @@ def conv(batch: int, size: int, outputs: int, channels: int, window: int, itemsi
     return ProblemSize(batch * size * size, outputs, channels, window**2, 1, itemsize)
 
 
-def pick(problem: ProblemSize, kind: str = "half", gpu: Gpu = H200) -> TileConfig:
-    return select_config(CONFIGS[kind], problem, kind, gpu)
+def pick(problem: ProblemSize, math_mode: str = "half", gpu: Gpu = H200) -> TileConfig:
+    return select_config(CONFIGS[math_mode], problem, math_mode, gpu)
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("math_mode", KINDS)
 @pytest.mark.parametrize("gpu", [H200, ADA, AMD], ids=["H200", "Ada", "AMD"])
 @pytest.mark.parametrize("batch", [1, 8, 32, 256])
 @pytest.mark.parametrize(
     "layer",
     [(56, 64, 64, 3), (28, 512, 128, 1), (7, 512, 512, 3), (112, 64, 3, 7), (1, 1000, 512, 1)],
 )
-def test_the_choice_fits_and_repeats(kind, gpu, batch, layer):
-    problem = conv(batch, *layer, KINDS[kind])
-    row = pick(problem, kind, gpu)
+def test_the_choice_fits_and_repeats(math_mode, gpu, batch, layer):
+    problem = conv(batch, *layer, KINDS[math_mode])
+    row = pick(problem, math_mode, gpu)
     assert row.shared_bytes(problem.itemsize) <= gpu.shared_limit
-    assert row == pick(problem, kind, gpu)
+    assert row == pick(problem, math_mode, gpu)
     least = min(
-        estimated_cycles(r, problem, kind, gpu) for r in candidates(CONFIGS[kind], problem, gpu)
+        estimated_cycles(r, problem, math_mode, gpu)
+        for r in candidates(CONFIGS[math_mode], problem, gpu)
     )
-    assert estimated_cycles(row, problem, kind, gpu) == least
+    assert estimated_cycles(row, problem, math_mode, gpu) == least
 
 
 @pytest.mark.fault(27)
@@ -63,11 +64,11 @@ def test_rows_lose_stages_before_they_are_pruned():
         select_config([row], problem, "half", Gpu(1, 1024))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_row_fits_a_hopper_gpu_as_written(kind):
-    for row in CONFIGS[kind]:
-        assert row.fitted(KINDS[kind], H200.shared_limit) == row
-    assert len(set(CONFIGS[kind])) == len(CONFIGS[kind])
+@pytest.mark.parametrize("math_mode", KINDS)
+def test_every_row_fits_a_hopper_gpu_as_written(math_mode):
+    for row in CONFIGS[math_mode]:
+        assert row.fitted(KINDS[math_mode], H200.shared_limit) == row
+    assert len(set(CONFIGS[math_mode])) == len(CONFIGS[math_mode])
 
 
 def test_large_batches_take_large_tiles_and_small_ones_fill_the_gpu():

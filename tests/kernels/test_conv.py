@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from fastres.kernels import LAUNCHES, TileConfig, conv2d, conv2d_ref
 from fastres.kernels import conv as conv_module
 from fastres.kernels._config import ProblemSize
-from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, arithmetic, workspace_size
+from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, math_mode_of, workspace_size
 
 pytestmark = pytest.mark.interpreter
 
@@ -93,15 +93,15 @@ def test_every_epilogue_is_exact(integers, poisoned, name, bias, with_residual, 
         assert torch.equal(t, copy)
 
 
-ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
+ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
+@pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
 @pytest.mark.parametrize("channels", ["ragged", "even", "few"])
-def test_every_config_is_exact(integers, poisoned, kind, row, channels):
-    dtype = torch.float16 if kind == "half" else torch.float32
-    precision = "ieee" if kind == "half" else kind
+def test_every_config_is_exact(integers, poisoned, math_mode, row, channels):
+    dtype = torch.float16 if math_mode == "half" else torch.float32
+    precision = "ieee" if math_mode == "half" else math_mode
     c = {"ragged": row.block_k + 3, "even": row.block_k, "few": 3}[channels]
     x, w, b = integers(1, c, 7, 19, dtype=dtype), integers(21, c, 3, 2, dtype=dtype), integers(21)
     want = expected(x, w, b, padding=1, relu=True)
@@ -246,12 +246,12 @@ def test_a_split_reduction_is_exact(integers, poisoned, name, split_k):
 
 
 @pytest.mark.fault(19)
-@pytest.mark.parametrize(("kind", "row"), [r for r in ROWS if r[1].can_split_k], ids=str)
-def test_every_config_SPL(integers, kind, row):
-    dtype = torch.float16 if kind == "half" else torch.float32
+@pytest.mark.parametrize(("math_mode", "row"), [r for r in ROWS if r[1].can_split_k], ids=str)
+def test_every_config_splits(integers, math_mode, row):
+    dtype = torch.float16 if math_mode == "half" else torch.float32
     c = 2 * row.block_k + 3
     x, w = integers(1, c, 5, 4, dtype=dtype), integers(21, c, 2, 2, dtype=dtype)
-    precision = "ieee" if kind == "half" else kind
+    precision = "ieee" if math_mode == "half" else math_mode
     got = conv2d(x, w, precision=precision, config=replace(row, split_k=4))
     assert torch.equal(got, expected(x, w))
 
@@ -293,6 +293,6 @@ def test_too_many_tiles_to_split_are_refused(device):
 
 
 def test_arithmetic_names_a_table():
-    assert arithmetic(torch.float16, "ieee") == arithmetic(torch.bfloat16, "tf32") == "half"
-    assert {arithmetic(torch.float32, p) for p in ("ieee", "tf32")} == {"ieee", "tf32"}
+    assert math_mode_of(torch.float16, "ieee") == math_mode_of(torch.bfloat16, "tf32") == "half"
+    assert {math_mode_of(torch.float32, p) for p in ("ieee", "tf32")} == {"ieee", "tf32"}
     assert set(CONFIGS) == {"half", "ieee", "tf32"}

@@ -71,14 +71,14 @@ def test_every_epilogue_is_exact(integers, poisoned, dtype, bias, with_residual,
     assert all(torch.equal(t, copy) for t, copy in zip(inputs, before, strict=True))
 
 
-ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
+ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
 @pytest.mark.fault(19)
 @interpreter
-@pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
-def test_every_config_is_exact(integers, poisoned, kind, row):
-    dtype, precision = (HALF, "ieee") if kind == "half" else (FLOAT, kind)
+@pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
+def test_every_config_is_exact(integers, poisoned, math_mode, row):
+    dtype, precision = (HALF, "ieee") if math_mode == "half" else (FLOAT, math_mode)
     rows, channels, outputs = row.block_m + 5, row.block_k + 8, row.block_n + 8
     x, w = integers(rows, channels, dtype=dtype), integers(outputs, channels, dtype=dtype)
     # Each column has its own bias, so that no part of the tile can land in another's.

@@ -74,15 +74,15 @@ def test_every_size_is_exact(integers, size, planar):
     assert torch.equal(stem(x, w, b, config=SMALL), expected(x, w, b))
 
 
-ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
+ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
 @pytest.mark.fault(19)
 @interpreter
-@pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
-def test_every_config_is_exact(integers, poisoned, kind, row):
+@pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
+def test_every_config_is_exact(integers, poisoned, math_mode, row):
     planar = row.num_warps == 8
-    dtype = HALF if kind == "half" else FLOAT
+    dtype = HALF if math_mode == "half" else FLOAT
     # The second strip has one row; few columns where the tile is wide, else two tiles of them.
     size = 4 * row.rows + 1, 4 * row.columns + 3 if row.columns < 64 else 9
     x = images(integers, (1, 1, *size), dtype, planar)

@@ -12,16 +12,16 @@ SMALL = Gpu(sms=20, shared_limit=99 * 1024)
 
 
 @pytest.mark.parametrize("gpu", [H200, SMALL], ids=["H200", "small"])
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_workspace_suffices_for_every_selected_tile(gpu, kind):
+@pytest.mark.parametrize("math_mode", CONFIGS)
+def test_workspace_suffices_for_every_selected_tile(gpu, math_mode):
     room = WORKSPACE_COUNTS.value + split_elements(gpu)
     split = 0
     for pixels in (49, 196, 784, 3136, 12544):
         for batch in (1, 2, 8, 33):
             for n, channels, taps in ((64, 64, 9), (256, 64, 1), (512, 512, 9), (512, 2048, 1)):
-                itemsize = 2 if kind == "half" else 4
+                itemsize = 2 if math_mode == "half" else 4
                 problem = ProblemSize(batch * pixels, n, channels, taps, 1, itemsize)
-                row = select_config(CONFIGS[kind], problem, kind, gpu)
+                row = select_config(CONFIGS[math_mode], problem, math_mode, gpu)
                 split += row.split_k > 1
                 assert workspace_size(problem, row) <= room
     assert split or gpu is SMALL, "no shape splits, so nothing was shown"

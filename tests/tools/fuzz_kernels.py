@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastres import kernels
 from fastres.kernels import TileConfig, conv, elementwise, global_pool, pool
-from fastres.kernels.conv import arithmetic
+from fastres.kernels.conv import math_mode_of
 
 Case = dict[str, Any]
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -89,7 +89,7 @@ def fits(case: Case) -> bool:
 def conv_cases(draw: Any) -> Case:
     dtype, precision = draw(dtypes), draw(st.sampled_from(["ieee", "tf32"]))
     groups = draw(st.sampled_from([1, 1, 1, 2, 3]))
-    kind = arithmetic(DTYPES[dtype], precision)
+    kind = math_mode_of(DTYPES[dtype], precision)
     row = draw(st.sampled_from([None, *conv.CONFIGS[kind], TileConfig(16, 16, 16, 4, 2)]))
     split_k = draw(st.integers(1, 5)) if row and row.can_split_k else 1
     case = {

@@ -99,15 +99,15 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
     assert bool((want < 0).any()) != relu  # the ReLU has something to do
 
 
-ROWS = [(kind, row) for kind, rows in CONFIGS.items() for row in rows]
+ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
 @pytest.mark.fault(19)
 @interpreter
-@pytest.mark.parametrize(("kind", "row"), ROWS, ids=str)
+@pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
 @pytest.mark.parametrize("path", ["pixel", "row", "gathered"])
-def test_every_config_is_exact(integers, path, kind, row):
-    dtype, precision = (HALF, "ieee") if kind == "half" else (FLOAT, kind)
+def test_every_config_is_exact(integers, path, math_mode, row):
+    dtype, precision = (HALF, "ieee") if math_mode == "half" else (FLOAT, math_mode)
     batch = row.block_m if path == "pixel" else row.block_m // 2 + 3
     shape = ((1, 2, batch, row.block_k), (row.block_n + 8, 3, 2), 1 + (path == "gathered"), 1)
     x, w, geometry = operands(integers, shape, dtype)
