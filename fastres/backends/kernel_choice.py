@@ -1,4 +1,4 @@
-"""The choice of a kernel for a case: what the user forces, else what was measured, else the table.
+"""The choice of a kernel for a workload: as forced, else as measured, else by the table.
 
 Measurements live in one JSON file for all machines and versions. Writers merge under a lock and
 replace the file whole, so that two at once lose nothing and a reader never sees half of it.
@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..files import atomic_write, check_target, read_text
-from ..graph.patterns import Case
+from ..graph.patterns import Workload
 from .fused import EXPERIMENTAL, KERNELS
 from .kernel_table import shipped
 
@@ -30,12 +30,12 @@ FORMER = {"rot2": "b2b_gemm", "gemm_pair": "dual_gemm", "apart": UNFUSED}
 PATH_VARIABLE = "FASTRES_TUNED"
 FORCE_VARIABLE = "FASTRES_KERNELS"
 NEAREST = 2.0
-LARGEST = 2**24  # bytes of a file of measurements; a GPU's cases take some thousands
+LARGEST = 2**24  # bytes of a file of measurements; a GPU has some thousands
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was found for one case at one batch size.
+    """What was found for one workload at one batch size.
 
     Attributes:
         seconds: of one call, by kernel; ``"unfused"`` stands for the best way without the kernel.
@@ -65,7 +65,7 @@ Measured: TypeAlias = Mapping[str, Mapping[int, Measurement]]
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether a kernel serves a case, and why."""
+    """Whether a kernel serves a workload, and why."""
 
     chosen: bool
     why: str
@@ -77,7 +77,7 @@ class KernelSelector:
 
     Attributes:
         architecture: such as ``"sm_90"`` or ``"gfx942"``.
-        measured: by the case's key and the batch size.
+        measured: by the key of the workload and the batch size.
         forced: kernels to use wherever they can run (True), or never (False).
         forced_by: who says so.
         unavailable: kernels that cannot be had, though they were measured.
@@ -89,17 +89,17 @@ class KernelSelector:
     forced_by: str = "asked for"
     unavailable: frozenset[str] = frozenset()
 
-    def select(self, kernel: str, case: Case | None) -> Decision:
-        """Whether ``kernel`` serves the case; a case that is not known rests on what is forced."""
+    def select(self, kernel: str, workload: Workload | None) -> Decision:
+        """Whether ``kernel`` serves the workload; an unknown one rests on what is forced."""
         if kernel in self.forced:
             return Decision(self.forced[kernel], self.forced_by)
-        if case is None:
+        if workload is None:
             return Decision(False, "sizes not known")
-        found = _nearest(self.measured.get(case.key, {}), case.batch)
+        found = _nearest(self.measured.get(workload.key, {}), workload.batch)
         if found is not None:
             return Decision(found.fastest(self.unavailable) == kernel, found.sentence(kernel))
-        row = shipped(self.architecture, kernel, case)
-        return Decision(row is not None, row.evidence if row else "")
+        rule = shipped(self.architecture, kernel, workload)
+        return Decision(rule is not None, rule.evidence if rule else "")
 
 
 def only(*kernels: str, architecture: str = "sm_90") -> KernelSelector:
@@ -240,9 +240,9 @@ def _machines(path: Path) -> dict[str, dict[str, dict[int, Measurement]]]:
         return {
             str(name): {
                 str(key): {_batch(batch): _measurement(entry) for batch, entry in batches.items()}
-                for key, batches in cases.items()
+                for key, batches in workloads.items()
             }
-            for name, cases in content["machines"].items()
+            for name, workloads in content["machines"].items()
         }
     except (KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"not a file of measurements ({type(error).__name__})") from error
@@ -264,7 +264,7 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
 
 
 def store(path: Path, machine_name: str, found: Measured) -> None:
-    """Merge measurements into the file; a case measured before is replaced.
+    """Merge measurements into the file; a workload measured before is replaced.
 
     A file that cannot be understood is replaced as a whole.
 
@@ -278,9 +278,9 @@ def store(path: Path, machine_name: str, found: Measured) -> None:
             machines = _machines(path)
         except (OSError, ValueError):
             machines = {}
-        cases = machines.setdefault(machine_name, {})
+        workloads = machines.setdefault(machine_name, {})
         for key, batches in found.items():
-            cases.setdefault(key, {}).update(batches)
+            workloads.setdefault(key, {}).update(batches)
         content = {"format": FORMAT, "machines": _plain(machines)}
         atomic_write(path, json.dumps(content, indent=1).encode())
 
@@ -289,9 +289,9 @@ def _plain(machines: Mapping[str, Measured]) -> dict[str, Any]:
     return {
         name: {
             key: {str(batch): asdict(batches[batch]) for batch in sorted(batches)}
-            for key, batches in cases.items()
+            for key, batches in workloads.items()
         }
-        for name, cases in machines.items()
+        for name, workloads in machines.items()
     }
 
 

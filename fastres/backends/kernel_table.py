@@ -1,10 +1,9 @@
-"""Which kernel serves which work on which GPU, as shipped: one row per choice, with its evidence.
+"""Which kernel serves which work on which GPU, as shipped: one rule per choice, with its evidence.
 
-A row is in force for the GPUs named in :data:`TABLES`; what no row admits is served step by step
+A rule is in force for the GPUs named in :data:`TABLES`; what no rule admits is served step by step
 by ``conv2d`` and the other kernels for single operations. ``predicted`` stands for the model of
-tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a row that was measured names
-the
-GPU. What ``fastres tune`` has measured on the machine at hand goes before these rows, and the
+tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a rule that was measured names
+the GPU. What ``fastres tune`` has measured on the machine at hand goes before these rules, and the
 environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
 ``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-b2b_gemm``.
 """
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graph.patterns import Case
+from ..graph.patterns import Workload
 
 HALF = ("half",)
 TENSOR = ("half", "tf32")
@@ -21,14 +20,14 @@ ANY = ("half", "tf32", "ieee")
 
 
 @dataclass(frozen=True)
-class Row:
-    """A kernel is chosen for cases within these bounds, which both ends belong to.
+class ChoiceRule:
+    """A kernel is chosen for workloads within these bounds, which both ends belong to.
 
     Attributes:
         math_mode: which of them.
         widths: channels that the first step reads; empty for any.
         batch: images.
-        rows: pixels of the first step's result, over all images.
+        pixels: pixels of the first step's result, over all images.
         evidence: how it is known to be faster.
     """
 
@@ -37,64 +36,68 @@ class Row:
     math_mode: tuple[str, ...] = ANY
     widths: tuple[int, ...] = ()
     batch: tuple[int, float] = (1, float("inf"))
-    rows: tuple[int, float] = (1, float("inf"))
+    pixels: tuple[int, float] = (1, float("inf"))
 
-    def admits(self, kernel: str, case: Case) -> bool:
-        """Whether the row chooses this kernel for the case."""
+    def admits(self, kernel: str, workload: Workload) -> bool:
+        """Whether the rule chooses this kernel for the workload."""
         return (
             kernel == self.kernel
-            and case.math_mode in self.math_mode
-            and (not self.widths or case.width in self.widths)
-            and self.batch[0] <= case.batch <= self.batch[1]
-            and self.rows[0] <= case.rows <= self.rows[1]
+            and workload.math_mode in self.math_mode
+            and (not self.widths or workload.width in self.widths)
+            and self.batch[0] <= workload.batch <= self.batch[1]
+            and self.pixels[0] <= workload.pixels <= self.pixels[1]
         )
 
 
 PORTABLE = (
-    Row("stem", "predicted: 1.4x at batch 64; below 16 equal, but spares converting NCHW images"),
-    Row("head", "predicted: 1.1x, one launch instead of two", batch=(1, 4)),
+    ChoiceRule(
+        "stem", "predicted: 1.4x at batch 64; below 16 equal, but spares converting NCHW images"
+    ),
+    ChoiceRule("head", "predicted: 1.1x, one launch instead of two", batch=(1, 4)),
 )
 HOPPER_RULES = (
     *PORTABLE,
-    Row("dual_gemm", "predicted: 1.05x to 2x, the projection stays on the chip", TENSOR),
-    Row(
+    ChoiceRule("dual_gemm", "predicted: 1.05x to 2x, the projection stays on the chip", TENSOR),
+    ChoiceRule(
         "gemm",
         "predicted: conv2d's tiles, without its address arithmetic",
         TENSOR,
         batch=(32, float("inf")),
     ),
-    Row("b2b_gemm", "predicted: 1.3x at batch 32", HALF, (64,), rows=(32 * 56 * 56, float("inf"))),
-    Row(
+    ChoiceRule(
+        "b2b_gemm", "predicted: 1.3x at batch 32", HALF, (64,), pixels=(32 * 56 * 56, float("inf"))
+    ),
+    ChoiceRule(
         "b2b_gemm",
         "predicted: 1.3x at batch 128, 1.03x into the next stage",
         HALF,
         (128,),
-        rows=(128 * 28 * 28, float("inf")),
+        pixels=(128 * 28 * 28, float("inf")),
     ),
 )
-TABLES: dict[str, tuple[Row, ...]] = {
+TABLES: dict[str, tuple[ChoiceRule, ...]] = {
     "sm_80": PORTABLE,
     "sm_89": PORTABLE,
     "sm_90": HOPPER_RULES,
     "sm_100": HOPPER_RULES,
     "gfx942": PORTABLE,
 }
-"""Rows by architecture; their order has no meaning.
+"""Rules by architecture; their order has no meaning.
 
 Not chosen because unmeasured and doubtful: ``cudnn``, and ``b2b_gemm`` of width 256, whose
-prediction is within 2 % of its parts'. The kernels in ``kernels/experimental`` have no rows.
+prediction is within 2 % of its parts'. The kernels in ``kernels/experimental`` have no rules.
 """
 
 _LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}
 
 
 def family(architecture: str) -> str:
-    """The key of :data:`TABLES` for a GPU; ``""`` for one that has no rows."""
+    """The key of :data:`TABLES` for a GPU; ``""`` for one that has no rules."""
     architecture = _LIKE.get(architecture, architecture)
     return architecture if architecture in TABLES else ""
 
 
-def shipped(architecture: str, kernel: str, case: Case) -> Row | None:
-    """The row by which the kernel serves the case on this architecture, if there is one."""
-    rows = TABLES.get(family(architecture), PORTABLE)
-    return next((row for row in rows if row.admits(kernel, case)), None)
+def shipped(architecture: str, kernel: str, workload: Workload) -> ChoiceRule | None:
+    """The rule by which the kernel serves the workload on this architecture, if there is one."""
+    rules = TABLES.get(family(architecture), PORTABLE)
+    return next((rule for rule in rules if rule.admits(kernel, workload)), None)

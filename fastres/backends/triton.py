@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import BackendError
 from ..graph.fold import Weights
 from ..graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
-from ..graph.patterns import FusionGroup, Grouping, Pattern, candidates, case_of, group_steps
+from ..graph.patterns import FusionGroup, Grouping, Pattern, candidates, group_steps, workload_of
 from ..graph.plan import Plan, Shape
 from .aten import AtenOps, conv_precision, matmul_precision
 from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
@@ -77,7 +77,7 @@ class TritonOps(AtenOps):
                 return None
             if not self._supports(group, dtype, device):
                 return None
-            found = selector.select(kernel.name, case_of(group, shapes, math_mode))
+            found = selector.select(kernel.name, workload_of(group, shapes, math_mode))
             return found.why if found.chosen else None
 
         return group_steps(plan, self._patterns(device), choose)

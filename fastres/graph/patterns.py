@@ -44,20 +44,20 @@ class Grouping:
 
 
 @dataclass(frozen=True)
-class Case:
+class Workload:
     """A group's work without its weights: what the choice of its kernel may rest on.
 
     Attributes:
         work: each step's geometry and sizes, the batch left out.
         batch: images.
-        rows: pixels of the first step's result, over all images.
+        pixels: pixels of the first step's result, over all images.
         width: channels that the first step reads.
         math_mode: ``"half"``, ``"tf32"`` or ``"ieee"``.
     """
 
     work: tuple[str, ...]
     batch: int
-    rows: int
+    pixels: int
     width: int
     math_mode: str
 
@@ -67,15 +67,15 @@ class Case:
         return f"{'; '.join(self.work)} ({self.math_mode})"
 
 
-def case_of(group: FusionGroup, shapes: Shapes, math_mode: str) -> Case | None:
-    """The case that a group is for values of these shapes; None where they are not known."""
+def workload_of(group: FusionGroup, shapes: Shapes, math_mode: str) -> Workload | None:
+    """The workload that a group is for values of these shapes; None where they are not known."""
     first = group.steps[0]
     source, result = _ends(first, shapes)
     work = [_work(step, shapes) for step in group.steps]
     if not source or not result or not all(work):
         return None
-    rows = result[0] * (result[2] * result[3] if len(result) == 4 else 1)
-    return Case(tuple(work), source[0], rows, source[1], math_mode)
+    pixels = result[0] * (result[2] * result[3] if len(result) == 4 else 1)
+    return Workload(tuple(work), source[0], pixels, source[1], math_mode)
 
 
 def _ends(step: Step, shapes: Shapes) -> tuple[Shape | None, Shape | None]:

@@ -24,7 +24,7 @@ from ..files import check_target
 from ..graph import plan
 from ..graph.fold import Weights, fold_step
 from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
-from ..graph.patterns import Case, FusionGroup, case_of, ungrouped
+from ..graph.patterns import FusionGroup, Workload, ungrouped, workload_of
 from ..graph.plan import Plan, Shape, Step
 from ..runtime.executor import Executor
 from ..runtime.verify import rms
@@ -43,7 +43,7 @@ REPLAYS = 7
 class Trial:
     """A piece of a network and the ways to serve it, the plainest first."""
 
-    case: Case
+    workload: Workload
     dtype: torch.dtype
     group: FusionGroup
     shapes: Mapping[str, Shape]
@@ -53,8 +53,8 @@ class Trial:
         """Plain data for JSON."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {
-            "work": list(self.case.work),
-            "batch": self.case.batch,
+            "work": list(self.workload.work),
+            "batch": self.workload.batch,
             "dtype": dtype,
             "kernels": list(self.kernels),
         }
@@ -74,13 +74,13 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
     in_question = {step.name for group in options for step in group.steps}
     single = [g for g in ungrouped(whole.steps) if g.steps[0].name in in_question]
     for group in (*single, *sorted(options, key=lambda g: len(g.steps))):
-        case = case_of(group, shapes, math_mode)
-        if case is None or isinstance(group.steps[0].op, Flatten):
+        workload = workload_of(group, shapes, math_mode)
+        if workload is None or isinstance(group.steps[0].op, Flatten):
             continue
         plainest = DEFAULT if len(group.steps) == 1 else UNFUSED
-        trial = found.setdefault(case.key, Trial(case, dtype, group, shapes, (plainest,)))
+        trial = found.setdefault(workload.key, Trial(workload, dtype, group, shapes, (plainest,)))
         if group.kernel and group.kernel not in trial.kernels:
-            found[case.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
+            found[workload.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
     return tuple(found.values())
 
 
@@ -96,7 +96,7 @@ class Tuned:
     def wrong(self) -> tuple[str, ...]:
         """Kernels that were excluded, with the reason, in words."""
         return tuple(
-            f"{kernel} at batch {trial.case.batch}, {trial.case.work[0]}: {reason}"
+            f"{kernel} at batch {trial.workload.batch}, {trial.workload.work[0]}: {reason}"
             for trial, found in self.results
             for kernel, reason in found.excluded.items()
         )
@@ -152,11 +152,11 @@ def tune(
 
 
 def _by_case(found: Iterable[tuple[Trial, Measurement]]) -> dict[str, dict[int, Measurement]]:
-    cases: dict[str, dict[int, Measurement]] = {}
+    workloads: dict[str, dict[int, Measurement]] = {}
     for trial, measurement in found:
         if len(trial.kernels) > 1:
-            cases.setdefault(trial.case.key, {})[trial.case.batch] = measurement
-    return cases
+            workloads.setdefault(trial.workload.key, {})[trial.workload.batch] = measurement
+    return workloads
 
 
 class _Session:
@@ -176,7 +176,7 @@ class _Session:
             measurement = self._measure(trial)
             self.found.append((trial, measurement))
             if measurement.seconds:
-                self._best[trial.case.work] = min(measurement.seconds.values())
+                self._best[trial.workload.work] = min(measurement.seconds.values())
         if tell:
             tell(len(cases), len(cases))
         return self.found
@@ -188,7 +188,7 @@ class _Session:
             inputs = _inputs(trial, self.device)
             exact, error = self._reference(trial, inputs)
             for kernel in trial.kernels:
-                unfused = self._unfused(trial.case.work) if kernel == UNFUSED else None
+                unfused = self._unfused(trial.workload.work) if kernel == UNFUSED else None
                 if unfused is not None:
                     seconds[kernel] = unfused
                     continue

@@ -136,4 +136,4 @@ def test_a_step_without_inputs_is_no_case():
     constant = next(step for step in traced.steps if not step.inputs)
     (group,) = patterns.ungrouped([constant])
     shapes = traced.shapes((1, 8, 4, 4))
-    assert patterns.case_of(group, shapes, "half") is None
+    assert patterns.workload_of(group, shapes, "half") is None

@@ -22,9 +22,9 @@ from fastres.backends.kernel_choice import (
 )
 from fastres.backends.kernel_table import TABLES, family, shipped
 from fastres.graph import fold, plan, trace
-from fastres.graph.patterns import Case, case_of, convolution, group_steps, stem_pool
+from fastres.graph.patterns import Workload, convolution, group_steps, stem_pool, workload_of
 
-CASE = Case(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
+CASE = Workload(("Conv2d k1x1 s1x1 p0x0 relu 64x56x56>256x56x56",), 32, 32 * 56 * 56, 64, "half")
 FOUND = {CASE.key: {32: Measurement({"conv2d": 2e-5, "gemm": 1e-5}, {"cudnn": "wrong: 3 of 4"})}}
 MACHINE = "A GPU; driver 1.2; torch 3; triton 4; fastres 5"
 
@@ -44,7 +44,7 @@ def test_the_user_goes_before_measurements_and_these_before_the_table():
     ("batch", "chosen"), [(16, True), (32, True), (33, True), (64, True), (65, None), (15, None)]
 )
 def test_a_measurement_holds_for_batches_within_a_factor_of_two(batch, chosen):
-    near = Case(CASE.work, batch, batch * 56 * 56, 64, "half")
+    near = Workload(CASE.work, batch, batch * 56 * 56, 64, "half")
     decision = KernelSelector("sm_80", FOUND).select("gemm", near)
     assert decision.chosen is bool(chosen), "sm_80 has no row for gemm, so only the measured one"
     assert decision.why.startswith("measured" if chosen else "")
@@ -85,7 +85,7 @@ def test_every_row_is_evidenced_and_names_a_kernel():
             assert row.kernel in KERNELS
             assert row.evidence.startswith(("predicted: ", "measured on "))
             assert row.batch[0] <= row.batch[1]
-            assert row.rows[0] <= row.rows[1]
+            assert row.pixels[0] <= row.pixels[1]
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_cases_tell_geometries_apart():
     for conv in (plain, wide, torch.nn.Conv2d(8, 8, 3, padding=1, groups=2)):
         whole = plan.build(fold.fold(trace.trace(torch.nn.Sequential(conv).eval())))
         (group,) = group_steps(whole, {"cudnn": convolution}).groups
-        found = case_of(group, whole.shapes((2, 8, 9, 9)), "half")
+        found = workload_of(group, whole.shapes((2, 8, 9, 9)), "half")
         keys.add(found.key)
-        assert (found.batch, found.rows, found.width) == (2, 162, 8)
-        other = case_of(group, whole.shapes((5, 8, 9, 9)), "half")
+        assert (found.batch, found.pixels, found.width) == (2, 162, 8)
+        other = workload_of(group, whole.shapes((5, 8, 9, 9)), "half")
         assert other.key == found.key
     assert len(keys) == 3
 
@@ -124,13 +124,13 @@ def test_cases_tell_geometries_apart():
 def test_a_step_left_to_pytorch_has_no_case():
     whole = plan.build(fold.fold(trace.trace(fastres.resnet18().eval())))
     (first, *_) = group_steps(whole, {"stem": stem_pool}).groups
-    assert case_of(first, whole.shapes(()), "half") is None
+    assert workload_of(first, whole.shapes(()), "half") is None
 
 
 def test_measurements_survive(tmp_path):
     path = tmp_path / "deep" / "tuned.json"
     store(path, MACHINE, FOUND)
-    other = Case(("Linear",), 1, 1, 8, "ieee")
+    other = Workload(("Linear",), 1, 1, 8, "ieee")
     store(path, MACHINE, {other.key: {1: Measurement({"a": 1.0})}})
     store(path, MACHINE, {CASE.key: {8: Measurement({"conv2d": 1e-6})}})
     found = load(path, lambda: MACHINE)

@@ -10,7 +10,7 @@ from fastres import cli
 from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.kernel_table import TABLES, shipped
 from fastres.backends.triton import TritonOps
-from fastres.graph.patterns import case_of
+from fastres.graph.patterns import workload_of
 from fastres.graph.plan import Plan, of_module
 from fastres.perf.forecast import LAUNCH_SECONDS, forecast, predicted_seconds
 from fastres.perf.roofline import H200, roofline
@@ -60,16 +60,16 @@ def test_what_the_table_calls_predicted_is(resnet50, batch):
     conversion = 2 * 2 * torch.Size(converted).numel() / H200.bytes_per_second + LAUNCH_SECONDS
     judged = set()
     for group in TritonOps().candidates(resnet50, HALF, CPU):
-        case = case_of(group, shapes, "half")
-        row = shipped("sm_90", group.kernel, case)
-        if row is None or (group.kernel, case.key) in judged:
+        workload = workload_of(group, shapes, "half")
+        row = shipped("sm_90", group.kernel, workload)
+        if row is None or (group.kernel, workload.key) in judged:
             continue
-        judged.add((group.kernel, case.key))
+        judged.add((group.kernel, workload.key))
         parts = apart(resnet50, group, shapes, batch) + conversion * (group.kernel == "stem")
         gain = parts / predicted_seconds([group], shapes)
         # The stem's model is coarse at batch 1, and equal tiles round differently.
         least = {"stem": 0.9, "gemm": 0.98}.get(group.kernel, 1.02)
-        assert gain >= least, (group.kernel, case.key, gain)
+        assert gain >= least, (group.kernel, workload.key, gain)
     kernels = {kernel for kernel, _ in judged}
     assert {"stem", "dual_gemm"} <= kernels
     assert ("b2b_gemm" in kernels) is (batch >= 32)
@@ -82,7 +82,7 @@ def test_what_is_doubtful_is_left_out(resnet50):
     gains = [
         apart(resnet50, group, shapes, 256) / predicted_seconds([group], shapes)
         for group in TritonOps().candidates(resnet50, HALF, CPU)
-        if group.kernel == "b2b_gemm" and case_of(group, shapes, "half").width == 256
+        if group.kernel == "b2b_gemm" and workload_of(group, shapes, "half").width == 256
     ]
     assert gains
     assert max(gains) < 1.1

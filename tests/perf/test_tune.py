@@ -53,7 +53,7 @@ def run(cheap, model=None, batch=2, **kwargs):
 
 def test_equal_pieces_are_tried_once_and_small_ones_first():
     found = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
-    keys = [trial.case.key for trial in found]
+    keys = [trial.workload.key for trial in found]
     assert len(keys) == len(set(keys))
     lengths = [len(trial.group.steps) for trial in found]
     assert lengths == sorted(lengths)
@@ -196,7 +196,7 @@ def test_progress_and_plain_data(tuned_file):
     assert data["path"] == str(tuned_file)
     assert {case["batch"] for case in data["cases"]} == {1}
     kept = load(tuned_file, lambda: found.machine)
-    assert {t.case.key for t, _ in found.results if len(t.kernels) > 1} == set(kept)
+    assert {t.workload.key for t, _ in found.results if len(t.kernels) > 1} == set(kept)
 
 
 def test_tuning_without_a_gpu_is_refused(tmp_path):
