@@ -25,8 +25,6 @@ from .roofline import H200, cost
 
 CLOCK = 1.755e9  # cycles per second of an H200 under load
 LAUNCH_SECONDS = 1.3e-6  # inside a CUDA graph
-H200_SHAPE = (132, 227 * 1024)
-"""SMs, and shared memory in bytes that a block may have."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def predicted_seconds(
     """
     kernels = import_module("fastres.kernels")
     by_name = {kernel.name: kernel for kernel in fused}
-    sizes = Sizes(shapes, itemsize, kernels._config.Machine(*H200_SHAPE))
+    sizes = Sizes(shapes, itemsize, kernels._config.HOPPER)
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 

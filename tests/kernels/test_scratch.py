@@ -4,14 +4,13 @@ import pytest
 import torch
 
 from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_scratch
-from fastres.kernels._config import Machine, Problem, select_config, split_elements
+from fastres.kernels._config import HOPPER, Machine, Problem, select_config, split_elements
 from fastres.kernels.conv import CONFIGS, SCRATCH_COUNTS, scratch_size
 
-H200 = Machine(sms=132, shared_limit=227 * 1024)
 SMALL = Machine(sms=20, shared_limit=99 * 1024)
 
 
-@pytest.mark.parametrize("machine", [H200, SMALL], ids=["H200", "small"])
+@pytest.mark.parametrize("machine", [HOPPER, SMALL], ids=["Hopper", "small"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_scratch_suffices_for_every_selected_tile(machine, kind):
     room = SCRATCH_COUNTS.value + split_elements(machine)

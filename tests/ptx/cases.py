@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels._config import Machine
+from fastres.kernels._config import HOPPER, Machine
 
 # The package gives some of these names to functions.
 NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "pool", "rot2", "stem")
@@ -24,7 +24,7 @@ hwnc = import_module("fastres.kernels.experimental.hwnc")
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 KINDS = {"half": (HALF, "ieee"), "tf32": (FLOAT, "tf32"), "ieee": (FLOAT, "ieee")}
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED = {"sm_80": 163 * 1024, "sm_90": HOPPER.shared_limit}
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def product_cases(target: str) -> Iterator[Case]:
                 call, reference = gemm.gemm_pair, gemm.gemm_pair_ref
                 yield Case("gemm_pair", short, row, call, reference, pair, options, copies=True)
     for row in rot2.CONFIGS:
-        if not rot2.fits(row, 64, 64, Machine(132, SHARED[target])):
+        if not rot2.fits(row, 64, 64, Machine(HOPPER.sms, SHARED[target])):
             continue
         for dtype in (HALF, BFLOAT):
 

@@ -26,13 +26,12 @@ from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastres.kernels import _tma, gemm, head, rot2, stem
-from fastres.kernels._config import Machine, TileConfig
+from fastres.kernels._config import HOPPER, TileConfig
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 # What only a GPU could tell.
 FakeTensor.data_ptr = lambda self: 0
 _tma.has_copy_engine = conv3x3_hwnc.runs_on = bottleneck_hwnc.runs_on = lambda device: True
-HOPPER = Machine(132, 227 * 1024)
 gemm.machine_of = rot2.machine_of = bottleneck_hwnc.machine_of = lambda device: HOPPER
 
 HALVES = (torch.float16, torch.bfloat16)
