@@ -21,7 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastres.perf.timing import Method, captured, measure, one_line
+from fastres.perf.clocks import captured
+from fastres.perf.timing import Method, measure, one_line
 from fastres.runtime.verify import rms
 
 Operands = tuple[Any, ...]

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from benchmarks.gpu_contest import Case, Graphed, Setting
 from fastres.bench.probes import sustained
-from fastres.kernels._config import gpu_of
+from fastres.kernels._config import HOPPER, gpu_of
 from fastres.kernels._tma import descriptor
 from fastres.perf.ceilings import measured_ceilings
 from fastres.perf.timing import measure
@@ -109,7 +109,7 @@ def launch_cases(setting: Setting) -> Iterator[Case]:
 
 
 def _chain(setting: Setting) -> dict[str, Any]:
-    programs = 2 if setting.tiny else 132
+    programs = 2 if setting.tiny else HOPPER.sms
     x = torch.zeros(programs, device=setting.device)
 
     def call(pdl: bool) -> torch.Tensor:

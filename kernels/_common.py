@@ -58,8 +58,10 @@ def _start(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) 
     kernel[(grid,)](*args, **meta)
 
 
+HOPPER_SHARED = 227 * 1024  # bytes that one block may have on an H100 or H200
+
 # The interpreter plays TMA, and counts as one wide SM, so that it gets large tiles.
-_INTERPRETER = Host((9, 0), sms=1, shared_limit=227 * 1024, run=_start, gluon=False)
+_INTERPRETER = Host((9, 0), sms=1, shared_limit=HOPPER_SHARED, run=_start, gluon=False)
 _host = _INTERPRETER if INTERPRETED else None
 
 

@@ -13,7 +13,7 @@ from math import ceil
 
 import torch
 
-from ._common import host
+from ._common import HOPPER_SHARED, host
 
 _LARGEST_SPLIT = 64 * 128  # elements of a tile
 _SPLIT_WAVES = 2  # programs per SM, at most, of a split reduction
@@ -80,6 +80,10 @@ class Gpu:
     shared_limit: int  # bytes of shared memory that one block may have
 
 
+HOPPER = Gpu(132, HOPPER_SHARED)
+"""An H100 or H200 (SXM): predictions, the shipped tables and the tests are of this GPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class ProblemSize:
     """A convolution as ``groups`` matrix products [m, taps * channels] x [taps * channels, n]."""
@@ -110,7 +114,7 @@ MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
 """Multiply-adds per cycle and SM of a Hopper GPU, by arithmetic."""
 
 _SM_BYTES = 64  # one SM's port to L2, bytes per cycle
-_L2_BYTES = 28 * 132  # all of L2, bytes per cycle (6.5 TB/s at 1.75 GHz)
+_L2_BYTES = 28 * HOPPER.sms  # all of L2, bytes per cycle (6.5 TB/s at 1.75 GHz)
 _STEP_LATENCY = 700  # cycles from asking for operands to having them
 _TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
 _SPLIT_OVERHEAD = 2500  # cycles to publish a partial sum and to find it

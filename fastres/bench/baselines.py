@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from statistics import median_high
 from typing import Any, TypeAlias
 
 import torch
@@ -24,6 +25,7 @@ from ..errors import FastresError
 from ..graph import plan
 from ..graph.ir import Conv2d
 from ..perf.ceilings import SHORT
+from ..perf.clocks import call_seconds
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
 
@@ -170,16 +172,7 @@ class FasterOfTwo(CudnnOps):
 
 def _seconds(call: Callable[[], Any]) -> float:
     """Median GPU time of a call, after one that lets cuDNN choose its algorithm."""
-    call()
-    times = []
-    for _ in range(TRIALS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[TRIALS // 2]
+    return median_high(call_seconds(call, torch.device("cuda"), TRIALS))
 
 
 def _twin(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Any:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,10 +26,9 @@ from ..frontends.fast_model import FastModel
 from ..graph import plan
 from ..graph.ir import Flatten, Parameter, Ref
 from ..graph.plan import Plan, Step
-from ..perf.ceilings import best_seconds
+from ..perf.clocks import event_seconds, graph_seconds, host_seconds
 from ..perf.environment import gpu_state
 from ..perf.roofline import Ceilings, roofline
-from ..perf.timing import captured
 from ..runtime.executor import Executor
 from .results import ColdStart, LayerTime, Probe
 
@@ -107,15 +107,11 @@ def _gpu_and_host(call: Model, images: Sequence[Tensor]) -> tuple[float, float]:
     """Median seconds of GPU time, and until the call returns."""
     gpu, host = [], []
     for i in range(100):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        x = images[i % len(images)]
         torch.cuda.synchronize()
-        begin.record()
-        started = time.perf_counter()
-        call(images[i % len(images)])
-        host.append(time.perf_counter() - started)
-        end.record()
-        end.synchronize()
-        gpu.append(begin.elapsed_time(end) / 1e3)
+        (seconds,), (until_return, _) = event_seconds([partial(host_seconds, call, [x])])
+        gpu.append(seconds)
+        host.append(until_return)
     return median(gpu), median(host)
 
 
@@ -249,7 +245,7 @@ def layers(
 def _step_seconds(call: Callable[[], Any], x: Tensor) -> float:
     call()
     if x.is_cuda:
-        return _graph_seconds(call)
+        return min(graph_seconds([call] * REPEATS))
     started = time.perf_counter()
     call()
     repeats = max(1, min(REPEATS, int(2e-3 / max(time.perf_counter() - started, 1e-7))))
@@ -260,11 +256,6 @@ def _step_seconds(call: Callable[[], Any], x: Tensor) -> float:
             call()
         times.append((time.perf_counter() - started) / repeats)
     return median(times)
-
-
-def _graph_seconds(call: Callable[[], Any]) -> float:
-    """GPU seconds of one call out of a graph of several, in which launches cost least."""
-    return best_seconds(captured([call] * REPEATS).replay, torch.device("cuda")) / REPEATS
 
 
 def _synchronize(x: Tensor) -> None:

@@ -7,7 +7,7 @@ whose answer is wrong gets no time. What is found goes into the cache of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,8 @@ from ..graph.patterns import FusionGroup, Workload, ungrouped, workload_of
 from ..graph.plan import Plan, Shape, Step
 from ..runtime.executor import Executor
 from ..runtime.verify import rms
-from .timing import captured, one_line
+from .clocks import graph_seconds
+from .timing import one_line
 
 Clock = Callable[[Sequence[Callable[[], Any]]], float]
 Progress = Callable[[int, int], None]
@@ -36,7 +37,6 @@ Progress = Callable[[int, int], None]
 DEFAULT = "conv2d"
 JUDGED = 4  # images at each end of a batch
 COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
-REPLAYS = 7
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def tune(
         for shape in shapes:
             title = f"batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
             tell = progress(title) if progress else None
-            session = _Session(module, device, clock or graph_seconds)
+            session = _Session(module, device, clock or _gpu_seconds)
             found = session.run(trials(whole, shape, TritonOps(cudnn=True), dtype), tell)
             store(path, machine(device), _by_case(found))
             results += found
@@ -299,17 +299,5 @@ def _turns(executor: Executor, inputs: Sequence[Tensor]) -> list[Callable[[], An
     return [lambda given=given: executor.run(given) for given in copies]  # type: ignore[misc]
 
 
-def graph_seconds(calls: Sequence[Callable[[], Any]]) -> float:
-    """GPU seconds of one call, out of a graph of all of them, in which launches cost least."""
-    return median(_replays(captured(calls), len(calls)))
-
-
-def _replays(graph: torch.cuda.CUDAGraph, calls: int) -> Iterator[float]:
-    graph.replay()
-    for _ in range(REPLAYS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        yield begin.elapsed_time(end) / 1e3 / calls
+def _gpu_seconds(calls: Sequence[Callable[[], Any]]) -> float:
+    return median(graph_seconds(calls))

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
+from .clocks import call_seconds
 from .roofline import Ceilings
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 COPIED_BYTES = 256 * 2**20
+TRIES = 7
 L2_SET_BYTES, L2_READS = 16 * 2**20, 512
 
 
@@ -23,10 +21,10 @@ def measured_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     """
     source = torch.randn(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    copied = best_seconds(lambda: target.copy_(source), device)
+    copied = min(call_seconds(lambda: target.copy_(source), device, TRIES))
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiplied = best_seconds(lambda: a @ b, device)
+    multiplied = min(call_seconds(lambda: a @ b, device, TRIES))
     name = f"{_machine(device)}, {SHORT.get(dtype, str(dtype))}, measured"
     cached = _l2_bandwidth(device) if device.type == "cuda" else None
     return Ceilings(name, 2 * COPIED_BYTES / copied, 2 * size**3 / multiplied, cached)
@@ -40,7 +38,7 @@ def _l2_bandwidth(device: torch.device) -> float | None:
         return None
     x = torch.randn(L2_SET_BYTES // 4, device=device)
     programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count
-    read = best_seconds(lambda: cache_read(x, programs, L2_READS), device)
+    read = min(call_seconds(lambda: cache_read(x, programs, L2_READS), device, TRIES))
     return 4 * BLOCK * programs * L2_READS / read
 
 
@@ -48,22 +46,3 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} threads"
-
-
-def best_seconds(call: Callable[[], Any], device: torch.device, tries: int = 7) -> float:
-    """The least seconds that a call took, of several tries."""
-    call()
-    times = []
-    for _ in range(tries):
-        if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        else:
-            started = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - started)
-    return min(times)

@@ -19,14 +19,12 @@ from ..backends.kernel_choice import KernelSelector, forced
 from ..backends.select import triton_ops
 from ..graph import plan
 from ..graph.ir import Conv2d, Flatten, Linear
-from ..graph.patterns import FusionGroup, Shapes
+from ..graph.patterns import Group, Shapes
 from ..graph.plan import Shape
 from .roofline import H200, cost
 
 CLOCK = 1.755e9  # cycles per second of an H200 under load
 LAUNCH_SECONDS = 1.3e-6  # inside a CUDA graph
-H200_SHAPE = (132, 227 * 1024)
-"""SMs, and shared memory in bytes that a block may have."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def forecast(
     whole = plan.of_module(module)
     shapes = whole.shapes(shape)
     ops = triton_ops(selector=KernelSelector(architecture, forced=forced(kernels)))
-    grouping = ops.group_steps(whole, shapes, dtype, torch.device("cpu"))
+    arranged = ops.group_steps(whole, shapes, dtype, torch.device("cpu"))
     return tuple(
         Forecast(
             group.steps[0].where or group.steps[0].name,
@@ -83,13 +81,13 @@ def forecast(
             cost(group, shapes, dtype.itemsize, H200).seconds,
             predicted_seconds([group], shapes, dtype.itemsize, ops.by_name.values()),
         )
-        for group, why in zip(grouping.groups, grouping.why, strict=True)
+        for group, why in zip(arranged.groups, arranged.why, strict=True)
         if not isinstance(group.steps[0].op, Flatten)
     )
 
 
 def predicted_seconds(
-    groups: Iterable[FusionGroup],
+    groups: Iterable[Group],
     shapes: Shapes,
     itemsize: int = 2,
     fused: Iterable[FusedKernel] = FUSED_KERNELS,
@@ -104,11 +102,11 @@ def predicted_seconds(
     """
     kernels = import_module("fastres.kernels")
     by_name = {kernel.name: kernel for kernel in fused}
-    sizes = Sizes(shapes, itemsize, kernels._config.Gpu(*H200_SHAPE))
+    sizes = Sizes(shapes, itemsize, kernels._config.HOPPER)
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 
-def _seconds(group: FusionGroup, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
+def _seconds(group: Group, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
     step = group.steps[0]
     if all(isinstance(step.op, Flatten) for step in group.steps):
         return 0.0

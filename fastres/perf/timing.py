@@ -15,20 +15,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 import torch
 
-X = TypeVar("X")
-Y = TypeVar("Y")
+from .clocks import X, Y, sampler
 
 OutputCheck = Callable[[str, int, Y], str | None]
 Progress = Callable[[int, int], None]
 
 LEAST_ROUNDS = 5
-FLUSHED_BYTES = 256 * 2**20  # more than the last cache of any GPU or of most CPUs
-EVENT_SLACK_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -206,7 +203,7 @@ def measure(
         raise ValueError(f"baseline {baseline!r} is not one of {list(contenders)}")
 
     device = torch.device(device)
-    sample = _sampler(device, method.cold_cache)
+    sample = sampler(device, method.cold_cache)
     synchronize = torch.cuda.synchronize if device.type == "cuda" else _nothing
     runners = [_Runner(name, call, inputs, check) for name, call in contenders.items()]
     runners.append(_Runner(baseline, contenders[baseline], inputs, check))
@@ -327,97 +324,6 @@ class _Runner(Generic[X, Y]):
 
     def _fail(self, error: Exception) -> None:
         self.failure = one_line(error)
-
-
-Sampler = Callable[[Callable[[X], Y], list[X]], tuple[float, Y]]
-
-
-def _sampler(device: torch.device, cold_cache: bool) -> Sampler[Any, Any]:
-    """What times the calls of a sample on this device."""
-    cuda = device.type == "cuda"
-    if not cold_cache:
-        return _cuda_sample if cuda else _cpu_sample
-    flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
-    form = _cold_cuda_sample if cuda else _cold_cpu_sample
-    return lambda call, inputs: form(call, inputs, lambda: flushed.add_(1))
-
-
-def _cpu_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
-    """Seconds that ``call`` takes over all inputs, and its last output."""
-    started = time.perf_counter()
-    for x in inputs:
-        output = call(x)
-    return time.perf_counter() - started, output
-
-
-def _cuda_sample(call: Callable[[X], Y], inputs: list[X]) -> tuple[float, Y]:
-    """The same by CUDA events, refused where the events saw less than half of what passed."""
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    begin.record()
-    for x in inputs:
-        output = call(x)
-    end.record()
-    torch.cuda.synchronize()
-    wall = time.perf_counter() - started
-    elapsed = begin.elapsed_time(end) / 1e3
-    _refuse_missed_work(elapsed, wall)
-    return elapsed, output
-
-
-def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """One CUDA graph of all ``calls``; the first also runs before it, to warm up what it needs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def _cold_cpu_sample(
-    call: Callable[[X], Y], inputs: list[X], flush: Callable[[], Any]
-) -> tuple[float, Y]:
-    """Seconds of the calls alone; before each, ``flush`` fills the caches with something else."""
-    elapsed = 0.0
-    for x in inputs:
-        flush()
-        seconds, output = _cpu_sample(call, [x])
-        elapsed += seconds
-    return elapsed, output
-
-
-def _cold_cuda_sample(
-    call: Callable[[X], Y], inputs: list[X], flush: Callable[[], Any]
-) -> tuple[float, Y]:
-    """The same by CUDA events around each call, which is queued while the flush still runs."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(3)] for _ in inputs]
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for x, (start, begin, end) in zip(inputs, events, strict=True):
-        start.record()
-        flush()
-        begin.record()
-        output = call(x)
-        end.record()
-    torch.cuda.synchronize()
-    wall = time.perf_counter() - started
-    _refuse_missed_work(sum(start.elapsed_time(end) for start, _, end in events) / 1e3, wall)
-    return sum(begin.elapsed_time(end) for _, begin, end in events) / 1e3, output
-
-
-def _refuse_missed_work(elapsed: float, wall: float) -> None:
-    """Raises RuntimeError where events saw too little of the seconds that passed."""
-    if elapsed < wall / 2 - EVENT_SLACK_SECONDS:
-        raise RuntimeError(
-            f"the events saw {elapsed * 1e3:.3f} ms of {wall * 1e3:.3f} ms: "
-            "work ran outside the timed stream"
-        )
 
 
 def one_line(error: Exception) -> str:

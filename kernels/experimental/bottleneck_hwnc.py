@@ -64,8 +64,6 @@ Outputs = tuple[Tensor, Tensor | None]
 Shape = tuple[int, ...]
 
 IMAGES = 64
-HOPPER = Gpu(132, 227 * 1024)
-"""The GPU that the kernel is made for, where another one plans."""
 _TILE = 2 * 64 * 64  # bytes
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 from fastres.kernels import LAUNCHES
 from fastres.kernels import _tma as tma_module
 from fastres.kernels import b2b_gemm as b2b_gemm_module
-from fastres.kernels._config import Gpu
+from fastres.kernels._config import HOPPER, Gpu
 from fastres.kernels.b2b_gemm import (
     CONFIGS,
     B2bGemmConfig,
@@ -28,7 +28,6 @@ from fastres.kernels.gemm import rows_of
 interpreter = pytest.mark.interpreter
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 SMALL = B2bGemmConfig(16, 32, 4, 2)
-HOPPER = Gpu(132, 227 * 1024)
 STAGES = [(64, 256, 64), (64, 256, 128), (128, 512, 128), (128, 512, 256), (256, 1024, 256)]
 
 
@@ -188,7 +187,7 @@ def test_each_stage_of_a_resnet_has_a_row(stage, batch):
     assert supports(channels, expanded, reduced, HALF)
     row = select_config(CONFIGS, pixels, channels, expanded, reduced, HOPPER)
     assert fits(row, channels, reduced, HOPPER)
-    assert not fits(row, channels, reduced, Gpu(132, 48 * 1024))
+    assert not fits(row, channels, reduced, Gpu(HOPPER.sms, 48 * 1024))
 
 
 T, W3, X, W1 = (torch.randn(s).half() for s in ((4, 16), (64, 16), (4, 64), (32, 64)))

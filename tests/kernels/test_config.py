@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("triton")
 
 from fastres.kernels._config import (
+    HOPPER,
     Gpu,
     ProblemSize,
     TileConfig,
@@ -18,7 +19,6 @@ from fastres.kernels._config import (
 )
 from fastres.kernels.conv import CONFIGS
 
-H200 = Gpu(sms=132, shared_limit=227 * 1024)
 ADA = Gpu(sms=128, shared_limit=99 * 1024)
 AMD = Gpu(sms=304, shared_limit=64 * 1024)
 KINDS = {"half": 2, "tf32": 4, "ieee": 4}
@@ -28,13 +28,13 @@ def conv(batch: int, size: int, outputs: int, channels: int, window: int, itemsi
     return ProblemSize(batch * size * size, outputs, channels, window**2, 1, itemsize)
 
 
-def pick(problem: ProblemSize, math_mode: str = "half", gpu: Gpu = H200) -> TileConfig:
+def pick(problem: ProblemSize, math_mode: str = "half", gpu: Gpu = HOPPER) -> TileConfig:
     return select_config(CONFIGS[math_mode], problem, math_mode, gpu)
 
 
 @pytest.mark.fault(27)
 @pytest.mark.parametrize("math_mode", KINDS)
-@pytest.mark.parametrize("gpu", [H200, ADA, AMD], ids=["H200", "Ada", "AMD"])
+@pytest.mark.parametrize("gpu", [HOPPER, ADA, AMD], ids=["Hopper", "Ada", "AMD"])
 @pytest.mark.parametrize("batch", [1, 8, 32, 256])
 @pytest.mark.parametrize(
     "layer",
@@ -55,7 +55,7 @@ def test_the_choice_fits_and_repeats(math_mode, gpu, batch, layer):
 @pytest.mark.fault(27)
 def test_rows_lose_stages_before_they_are_pruned():
     row = TileConfig(128, 128, 64, 8, 4)
-    assert row.fitted(2, 227 * 1024) == row
+    assert row.fitted(2, HOPPER.shared_limit) == row
     assert row.fitted(2, 100 * 1024) == replace(row, num_stages=3)
     assert row.fitted(2, 64 * 1024) == replace(row, num_stages=2)
     assert row.fitted(2, 63 * 1024) is None
@@ -67,7 +67,7 @@ def test_rows_lose_stages_before_they_are_pruned():
 @pytest.mark.parametrize("math_mode", KINDS)
 def test_every_row_fits_a_hopper_gpu_as_written(math_mode):
     for row in CONFIGS[math_mode]:
-        assert row.fitted(KINDS[math_mode], H200.shared_limit) == row
+        assert row.fitted(KINDS[math_mode], HOPPER.shared_limit) == row
     assert len(set(CONFIGS[math_mode])) == len(CONFIGS[math_mode])
 
 
@@ -81,13 +81,13 @@ def test_a_deep_reduction_over_few_tiles_is_split():
     problem = conv(1, 7, 512, 512, 3)
     row = pick(problem)
     assert row.split_k > 1
-    assert problem.tiles(row) * row.split_k <= 2 * H200.sms
+    assert problem.tiles(row) * row.split_k <= 2 * HOPPER.sms
     assert pick(conv(256, 7, 512, 512, 3)).split_k == 1
 
 
 def test_splits_leave_each_program_a_step():
     problem = conv(1, 7, 64, 64, 1)
-    for row in candidates(CONFIGS["half"], problem, H200):
+    for row in candidates(CONFIGS["half"], problem, HOPPER):
         assert row.split_k <= problem.steps(row.block_k)
         assert row.split_k == 1 or row.can_split_k
 

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, new_workspace
 from fastres.kernels import head as head_module
-from fastres.kernels._config import Gpu
+from fastres.kernels._config import HOPPER
 from fastres.kernels.head import (
     CONFIGS,
     HeadConfig,
@@ -126,12 +126,11 @@ def test_an_empty_batch_launches_nothing(device):
 
 
 def test_every_batch_fits_the_shared_workspace():
-    hopper = Gpu(132, 227 * 1024)
     for batch in (1, 2, 5, 32, 256, 3000):
-        row = select_config(_ProblemSize(batch, 1000, 2048, 49, 2), hopper)
+        row = select_config(_ProblemSize(batch, 1000, 2048, 49, 2), HOPPER)
         size = _ProblemSize(batch, 1000, 2048, 49, 2).tiles(row) * row.split_k
         assert row.split_k == 1 or size * row.block_m * row.block_n <= 2 * 132 * 64 * 128
-    assert select_config(_ProblemSize(1, 1000, 2048, 49, 2), hopper).split_k > 1
+    assert select_config(_ProblemSize(1, 1000, 2048, 49, 2), HOPPER).split_k > 1
 
 
 X, W = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last), torch.randn(5, 8)

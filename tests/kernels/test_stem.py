@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
 from fastres.kernels import stem as stem_module
-from fastres.kernels._config import Gpu
+from fastres.kernels._config import HOPPER
 from fastres.kernels.stem import (
     CONFIGS,
     StemConfig,
@@ -221,8 +221,7 @@ def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
 
 
 def test_small_batches_take_small_strips():
-    hopper = Gpu(132, 227 * 1024)
-    large = select_config(_ProblemSize(256, 64, 56, 56), "half", hopper)
-    single = select_config(_ProblemSize(1, 64, 56, 56), "half", hopper)
+    large = select_config(_ProblemSize(256, 64, 56, 56), "half", HOPPER)
+    single = select_config(_ProblemSize(1, 64, 56, 56), "half", HOPPER)
     assert large.columns > 56 > single.columns
     assert single.rows < large.rows

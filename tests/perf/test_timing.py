@@ -4,12 +4,13 @@ import dataclasses
 import gc
 import json
 import time
+import types
 
 import pytest
 import torch
 
 from fastres.bench import probes
-from fastres.perf import timing
+from fastres.perf import clocks
 from fastres.perf.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
 
 ONE_CALL = Method(rounds=8, sample=0, warmup=0)
@@ -177,6 +178,9 @@ class FakeEvent:
     def record(self):
         pass
 
+    def synchronize(self):
+        pass
+
     def elapsed_time(self, end):
         return self.milliseconds
 
@@ -188,10 +192,10 @@ def test_events_that_missed_the_work_are_not_believed(monkeypatch, milliseconds,
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(FakeEvent, "milliseconds", milliseconds)
     if believed:
-        assert timing._cuda_sample(lambda x: time.sleep(0.06), [None])[0] == pytest.approx(0.06)
+        assert clocks._cuda_sample(lambda x: time.sleep(0.06), [None])[0] == pytest.approx(0.06)
     else:
         with pytest.raises(RuntimeError, match="outside the timed stream"):
-            timing._cuda_sample(lambda x: time.sleep(0.06), [None])
+            clocks._cuda_sample(lambda x: time.sleep(0.06), [None])
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -216,7 +220,7 @@ def test_with_cold_caches_each_call_follows_a_flush_that_is_not_timed(monkeypatc
 
     monkeypatch.setattr(torch.cuda, "Event", Clock)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    sample = timing._cold_cuda_sample if device == "cuda" else timing._cold_cpu_sample
+    sample = clocks._cold_cuda_sample if device == "cuda" else clocks._cold_cpu_sample
     seconds, output = sample(call, [1, 2, 3], flush)
     assert done == ["flush", 1, "flush", 2, "flush", 3]
     assert output == 3
@@ -287,3 +291,27 @@ def test_a_slow_answer_about_the_clock_takes_nothing_from_the_sustained_rate(mon
 def test_a_graphs_memory_is_not_taken_for_none(name, on_gpu, shown):
     x = dataclasses.make_dataclass("Image", ["is_cuda"])(on_gpu)
     assert probes._shows_memory(name, x) is shown
+
+
+def test_events_time_each_call_from_the_end_of_the_one_before(monkeypatch):
+    """A GPU on which call after call takes 1, 2, 3, ... ms."""
+    done = []
+
+    class Clock(FakeEvent):
+        def record(self):
+            self.now = sum(done)
+
+        def elapsed_time(self, end):
+            return end.now - self.now
+
+    def call():
+        done.append(len(done) + 1)
+        return len(done)
+
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    assert clocks.event_seconds([call] * 3) == (pytest.approx([0.001, 0.002, 0.003]), 3)
+    monkeypatch.setattr(clocks, "captured", lambda calls: types.SimpleNamespace(replay=call))
+    assert clocks.graph_seconds([call] * 2, tries=2) == pytest.approx([0.0025, 0.003])
+    warmed_up = len(done) + 1
+    times = clocks.call_seconds(call, torch.device("cuda"), 2)
+    assert times == pytest.approx([(warmed_up + 1) / 1e3, (warmed_up + 2) / 1e3])

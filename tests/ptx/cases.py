@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels._config import Machine
+from fastres.kernels._config import HOPPER, Gpu
 
 # The package gives some of these names to functions.
 NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "pool", "b2b_gemm", "stem")
@@ -24,7 +24,7 @@ hwnc = import_module("fastres.kernels.experimental.hwnc")
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 KINDS = {"half": (HALF, "ieee"), "tf32": (FLOAT, "tf32"), "ieee": (FLOAT, "ieee")}
-SHARED = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+SHARED = {"sm_80": 163 * 1024, "sm_90": HOPPER.shared_limit}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Case:
     reference: Callable[..., Any]
     inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     options: dict[str, Any] = field(default_factory=dict)
-    copies: bool = False  # by TMA, of sm_90
+    copies: bool = False  # by TMA of sm_90
 
     def name(self) -> str:
         row = "-".join(map(str, astuple(self.config))) if self.config else "chosen"
@@ -202,7 +202,7 @@ def product_cases(target: str) -> Iterator[Case]:
                 call, reference = gemm.dual_gemm, gemm.dual_gemm_ref
                 yield Case("dual_gemm", short, row, call, reference, pair, options, copies=True)
     for row in b2b_gemm.CONFIGS:
-        if not b2b_gemm.fits(row, 64, 64, Machine(132, SHARED[target])):
+        if not b2b_gemm.fits(row, 64, 64, Gpu(HOPPER.sms, SHARED[target])):
             continue
         for dtype in (HALF, BFLOAT):
 

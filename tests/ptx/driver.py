@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels import _common
+from fastres.kernels._config import HOPPER
 
 from .copies import PLACE, TensorMap
 from .global_memory import Memory
@@ -31,7 +32,7 @@ from .machine import Fault
 
 TARGETS = {
     "sm_80": ((8, 0), 108, 163 * 1024),
-    "sm_90": ((9, 0), 132, 227 * 1024),
+    "sm_90": ((9, 0), *astuple(HOPPER)),
 }
 
 

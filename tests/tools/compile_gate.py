@@ -42,7 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 
 from fastres.kernels import _common, conv, elementwise, global_pool, pool
-from fastres.kernels._config import Gpu, ProblemSize, TileConfig, select_config
+from fastres.kernels._config import HOPPER, ProblemSize, TileConfig, select_config
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
@@ -56,7 +56,7 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), HOPPER.shared_limit),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
@@ -391,8 +391,8 @@ def conv_cases(full: bool) -> Iterator[Case | None]:
                 for dtype, shape, target in product(DTYPES[kind], CONV_SHAPES, TARGETS):
                     yield conv_case(kind, row, dtype, shape, target)
         for shape in ("1x1/2", "stem", "stem4", "ragged", "groups", "int64"):
-            problem, hopper = CONV_SHAPES[shape].problem(first.itemsize), Gpu(132, 227 * 1024)
-            row = select_config(rows, problem, kind, hopper)
+            problem = CONV_SHAPES[shape].problem(first.itemsize)
+            row = select_config(rows, problem, kind, HOPPER)
             yield conv_case(kind, replace(row, split_k=1), first, shape, "sm_90")
 
 

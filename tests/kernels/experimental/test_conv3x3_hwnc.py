@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
 
 from fastres.kernels import LAUNCHES
-from fastres.kernels._config import Gpu, ProblemSize
+from fastres.kernels._config import HOPPER, ProblemSize
 from fastres.kernels.experimental import conv3x3_hwnc as module
 from fastres.kernels.experimental.conv3x3_hwnc import CONFIGS, Conv3x3Config
 from fastres.kernels.experimental.hwnc import conv2d_hwnc, conv2d_hwnc_ref, select
@@ -21,7 +21,6 @@ from fastres.kernels.gemm import GemmConfig
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 FIRST = CONFIGS[0]
 ROWS = (*CONFIGS, Conv3x3Config(64, 4, 2), Conv3x3Config(64, 4, 3), Conv3x3Config(128, 8, 1))
-HOPPER = Gpu(132, 227 * 1024)
 
 # (H, W, N), outputs. A tile is 64 or 128 images; a turn is three columns.
 SHAPES = {
