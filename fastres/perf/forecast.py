@@ -19,7 +19,7 @@ from ..backends.kernel_choice import KernelSelector, forced
 from ..backends.select import triton_ops
 from ..graph import plan
 from ..graph.ir import Conv2d, Flatten, Linear
-from ..graph.patterns import Group, Shapes
+from ..graph.patterns import FusionGroup, Shapes
 from ..graph.plan import Shape
 from .roofline import H200, cost
 
@@ -87,7 +87,7 @@ def forecast(
 
 
 def predicted_seconds(
-    groups: Iterable[Group],
+    groups: Iterable[FusionGroup],
     shapes: Shapes,
     itemsize: int = 2,
     fused: Iterable[FusedKernel] = FUSED_KERNELS,
@@ -106,7 +106,7 @@ def predicted_seconds(
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 
-def _seconds(group: Group, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
+def _seconds(group: FusionGroup, sizes: Sizes, kernels: Any, fused: FusedKernel | None) -> float:
     step = group.steps[0]
     if all(isinstance(step.op, Flatten) for step in group.steps):
         return 0.0
