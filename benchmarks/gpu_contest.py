@@ -23,13 +23,12 @@ from torch import Tensor
 
 from fastres.perf.clocks import captured
 from fastres.perf.timing import Method, measure, one_line
-from fastres.runtime.verify import rms
+from fastres.runtime.verify import allowed_error, rms
 
 Operands = tuple[Any, ...]
 Call = Callable[..., Any]
 
-RULE_OF_TWO = 2.0
-FLOOR_ULPS = 2.0  # where PyTorch happens to round well
+FLOOR_ULPS = 2.0  # allowed where PyTorch happens to round well
 MOST_SETS = 256
 COLD_FACTOR = 4  # times the L2 cache; some sets hold a tensor in two layouts
 
@@ -150,8 +149,7 @@ class Judge:
             return f"shapes {[tuple(t.shape) for t in got]}"
         for out, exact, same in zip(got, self.exact, self.same, strict=True):
             error, rounding, scale = rms(out - exact), rms(same - exact), rms(exact)
-            floor = FLOOR_ULPS * torch.finfo(out.dtype).eps * scale
-            if not error <= RULE_OF_TWO * rounding + floor:
+            if not error <= allowed_error(rounding, scale, torch.finfo(out.dtype).eps, FLOOR_ULPS):
                 return f"wrong output: RMS error {error:.2e}, PyTorch's {rounding:.2e}"
         return None
 

@@ -25,7 +25,7 @@ from ..perf.ceilings import measured_ceilings
 from ..perf.environment import native_bf16
 from ..perf.roofline import Ceilings, roofline
 from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
-from ..runtime.verify import rms
+from ..runtime.verify import allowed_error, rms
 from .baselines import SHORT, Lazy, Model, Plain, check_names, contenders, eager
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, probe, python_seconds
@@ -34,8 +34,6 @@ from .results import Case, Check, OutputError, Probe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 BASELINE = "eager fp32"
-RULE_OF_TWO = 2.0
-FLOOR_ULPS = 4.0
 SANE_ERROR = 0.25
 DAMPED = 0.25
 CALIBRATION_BATCH, CALIBRATION_SIZE = 8, 128
@@ -362,9 +360,8 @@ class Judge:
         rounding = self.rounding.get(dtype, 0.0)
         if not math.isfinite(rounding):
             return SANE_ERROR * scale
-        floor = FLOOR_ULPS * torch.finfo(dtype).eps * scale
-        allowed = RULE_OF_TWO * rounding * (1 + 1 / math.sqrt(images)) + floor
-        return min(allowed, SANE_ERROR * scale)
+        rounding *= 1 + 1 / math.sqrt(images)
+        return min(allowed_error(rounding, scale, torch.finfo(dtype).eps), SANE_ERROR * scale)
 
 
 def calibrate_(model: ResNet, images: Tensor | None = None, seed: int = 0) -> None:

@@ -27,7 +27,7 @@ from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
 from ..graph.patterns import FusionGroup, Workload, ungrouped, workload_of
 from ..graph.plan import Plan, Shape, Step
 from ..runtime.executor import Executor
-from ..runtime.verify import rms
+from ..runtime.verify import allowed_error, rms
 from .clocks import graph_seconds
 from .timing import one_line
 
@@ -283,7 +283,7 @@ def _judge(
     """What is wrong with a kernel's outputs: at most twice PyTorch's error, or four roundings."""
     found = _error([_judged(y) for y in outputs], exact)
     scale = max(rms(y) for y in exact)
-    allowed = 2 * error + 4 * torch.finfo(dtype).eps * scale
+    allowed = allowed_error(error, scale, torch.finfo(dtype).eps)
     return "" if found <= allowed else f"wrong: error {found:.3g}, allowed {allowed:.3g}"
 
 

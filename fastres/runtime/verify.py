@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import chain
 from math import ceil, sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ FEW = 8
 # An error this many times what is allowed is no chance: after one look, and after a few draws.
 HOPELESS = 1000.0
 CLEAR = 5.0
+RULE_OF_TWO = 2.0
 # Rounding the result itself costs up to half a unit; sums of a few roundings stay within four.
 FLOOR_ULPS = 4.0
 # One step in half precision, with float32 sums, is 0.4 units from float64, like PyTorch: a floor is
@@ -57,6 +58,7 @@ CHANNEL = 7.0
 UNMEASURED_ULPS = 20.0
 
 Answer = Callable[..., Any]
+Size = TypeVar("Size", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -278,7 +280,7 @@ def judge(
         own *= _eps(torch.float64) / _eps(torch.float32)
         allowed = max(allowed, 3 * own)  # of which the reference has one itself
     elif own is not None:
-        allowed = 2 * own + FLOOR_ULPS * _eps(dtype) * scale
+        allowed = allowed_error(own, scale, _eps(dtype))
     against = "the reference" if own is None or coarse else "float64"
     bound = f"error {error:.3g} against {against}, allowed {allowed:.3g}"
     verification = Verification(
@@ -294,6 +296,18 @@ def judge(
         dtype=str(dtype).removeprefix("torch."),
     )
     return verification, allowed
+
+
+def allowed_error(own: Size, scale: Size, eps: float, ulps: float = FLOOR_ULPS) -> Size:
+    """How far from float64 a candidate may be, by the rule of two.
+
+    Args:
+        own: the reference's error in its own precision.
+        scale: size of the exact answer, by the same norm as ``own``.
+        eps: relative unit in the last place of the candidate's dtype.
+        ulps: such units that are allowed besides, where the reference happens to round well.
+    """
+    return RULE_OF_TWO * own + ulps * eps * scale
 
 
 def product_eps(dtype: torch.dtype, device: torch.device) -> float:
@@ -384,13 +398,14 @@ def _step_error(step: Step, source: nn.Module, operands: list[Tensor], result: T
     unit = torch.where(keep, spread, zero)
 
     eps = product_eps(result.dtype, result.device)
-    floor = eps * (FLOOR_ULPS if eps < HALF_EPS else HALF_FLOOR_ULPS)
+    ulps = FLOOR_ULPS if eps < HALF_EPS else HALF_FLOOR_ULPS
     few = 1 + 4 / sqrt(max(1, result.numel()))  # the rounding of a single element is one draw
-    error, allowed = rms(errors), 2 * rms(own) + floor * few * rms(unit)
+    error, allowed = rms(errors), allowed_error(rms(own), few * rms(unit), eps, ulps)
     dim = 1 if isinstance(step.op, Conv2d) else result.dim() - 1
     each, own_each, unit_each = (_rms_by_channel(v, dim) for v in (errors, own, unit))
     typical = rms((own_each / unit_each)[unit_each > 0])
-    limits = CHANNEL * (2 * torch.maximum(own_each, typical * unit_each) + floor * unit_each)
+    own_each = torch.maximum(own_each, typical * unit_each)
+    limits = CHANNEL * allowed_error(own_each, unit_each, eps, ulps)
     what = describe(step.op)
     if error <= allowed and result.numel() and not bool((each <= limits).all()):
         worst = int((each / limits.clamp(min=1e-300)).argmax())

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fused import assert_close, plain, rms, shallow, small
 from helpers import hostile_, real_images
+from tolerance import allowed_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,7 +93,7 @@ def assert_whole_network(model, size, device, launches, convolutions):
         for layout in (torch.contiguous_format, torch.channels_last)
     ]
     # Full float32 products: the rule of two, and a rounding of the logits on top.
-    assert rms(out - exact) <= 2 * max(errors) + torch.finfo(torch.float32).eps * rms(exact)
+    assert rms(out - exact) <= allowed_error(max(errors), rms(exact), torch.float32, ulps=1)
 
 
 def test_resnet18(device, launches):

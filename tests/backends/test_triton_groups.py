@@ -10,6 +10,7 @@ import pytest
 import torch
 from fused import plain, rms, shallow
 from helpers import hostile_, real_images
+from tolerance import allowed_error
 from torch import nn
 
 from fastres import BasicBlock, Bottleneck, ResNet
@@ -55,7 +56,7 @@ def assert_right(made, model, x):
     out = made.run([x])
     assert out.dtype is made.dtype
     error = rms(plain(rounded, x) - exact)
-    assert rms(out - exact) <= 2 * error + 4 * torch.finfo(made.dtype).eps * rms(exact)
+    assert rms(out - exact) <= allowed_error(error, rms(exact), made.dtype)
     return out
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fused import executions, plain, rms
 from helpers import hostile_, real_images
+from tolerance import allowed_error
 
 import fastres
 from fastres.graph import fold
@@ -72,7 +73,7 @@ def judge_float32(model, x):
         out = model(x)
     assert len(ran) == 1
     assert not ran[0].left
-    assert rms(out - exact) <= 2 * max(errors) + torch.finfo(torch.float32).eps * rms(exact)
+    assert rms(out - exact) <= allowed_error(max(errors), rms(exact), torch.float32, ulps=1)
     assert torch.equal(out.argmax(1), exact.argmax(1))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from tolerance import allowed_error
 
 import fastres
 from fastres.backends.kernel_choice import KernelSelector, only
@@ -62,8 +63,8 @@ def judged(
         seconds = time.process_time() - started
         plain = with_tf32(model, x) if dtype is torch.float32 else model._forward_impl(x)
         due = model.double()._forward_impl(x.double())
-    floor = 4 * torch.finfo(dtype).eps * float(due.abs().max())
-    allowed = 2 * float((plain.double() - due).abs().max()) + floor
+    own = float((plain.double() - due).abs().max())
+    allowed = allowed_error(own, float(due.abs().max()), dtype)
     return Verdict(float((out.double() - due).abs().max()), allowed, gpu.launches, seconds)
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from helpers import hostile_
 from hypothesis import strategies as st
+from tolerance import allowed_error
 from torch import Tensor, nn
 
 import fastres
@@ -286,7 +287,7 @@ def check_graph(case: Case, backend: str = "auto") -> None:
     own = max(float((p - t).abs().max()) for p, t in zip(plain, truth, strict=True) if t.numel())
     # A fold scales weights before they are summed, which may cancel differently: 64 roundings of
     # the largest value. A wrong step shows at 1e-2 of it.
-    allowed = 2 * own / scale + 64 * torch.finfo(torch.float32).eps
+    allowed = allowed_error(own / scale, 1.0, torch.float32, ulps=64)
     first = fast(x.clone())
     compare(first, truth, scale, allowed, case)
     again = fast(x.clone())
@@ -369,8 +370,8 @@ def check_resnet(case: Case, backend: str = "auto") -> None:
         fused.strides(expected),
     )
     # As in check_graph: a single logit, in which large values cancel, may be PyTorch's lucky one.
-    floor = 64 * torch.finfo(dtype).eps * max(1.0, fused.rms(exact))
-    assert fused.rms(out - exact) <= 2 * fused.rms(expected - exact) + floor
+    own, scale = fused.rms(expected - exact), max(1.0, fused.rms(exact))
+    assert fused.rms(out - exact) <= allowed_error(own, scale, dtype, ulps=64)
     assert torch.equal(x, before)
 
 

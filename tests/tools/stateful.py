@@ -15,6 +15,7 @@ from fused import executions, rms
 from helpers import hostile_, real_images
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tolerance import allowed_error
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize
@@ -117,9 +118,9 @@ class Pair(RuleBasedStateMachine):
         # The rule of two; the floor of four units covers answers that PyTorch rounds well. Float64
         # has no wider truth: PyTorch's error is 0 there, and large values cancel in small answers.
         units = 256 if ours.dtype is torch.float64 else 4
-        floor = units * torch.finfo(ours.dtype).eps * rms(exact)
         error, own = rms(ours - exact), rms(theirs - exact)
-        assert error <= 2 * own + floor, f"error {error:.3g}, PyTorch's {own:.3g}"
+        allowed = allowed_error(own, rms(exact), ours.dtype, units)
+        assert error <= allowed, f"error {error:.3g}, PyTorch's {own:.3g}"
 
     def same_state(self) -> None:
         ours, theirs = (m.state_dict() for m in self.both)

@@ -45,7 +45,7 @@ def test_random_networks_are_the_same_function():
 @pytest.mark.parametrize("name", ["graph_triton", "resnet_triton"])
 def test_random_networks_through_the_kernels(name):
     pytest.importorskip("triton")
-    fuzz(name, 10)
+    fuzz(name, 8)
 
 
 @pytest.mark.fault(11)
