@@ -70,25 +70,25 @@ CONFIGS: tuple[HeadConfig, ...] = (
 
 @triton.jit
 def _pixel_sums(x_ptr, image, n_ok, c, c_ok, PIXELS, C, BLOCK_P: tl.constexpr):
-    """Sums over the pixels of the images [BM] and channels [BC]."""
+    """Sums over the pixels of the images [BM] and channels [BC]; threads meet once, at the end."""
     if image.shape[0] == 1:  # a plane of two dimensions, which agrees with the weights' layout
         first = x_ptr + tl.sum(image) * PIXELS * C
-        total = tl.zeros((c.shape[0],), tl.float32)
+        plane = tl.zeros((BLOCK_P, c.shape[0]), tl.float32)
         for p0 in range(0, PIXELS, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
             row = tl.where(p < PIXELS, p, 0).to(image.dtype)  # [BP]
             ok = (p < PIXELS)[:, None] & c_ok[None, :]
             x = tl.load(first + (row[:, None] * C + c[None, :]), mask=ok, other=0.0)
-            total += tl.sum(x.to(tl.float32), axis=0)
-        return total[None, :]
-    total = tl.zeros((image.shape[0], c.shape[0]), tl.float32)
+            plane += x.to(tl.float32)
+        return tl.sum(plane, axis=0)[None, :]
+    total = tl.zeros((image.shape[0], BLOCK_P, c.shape[0]), tl.float32)
     for p0 in range(0, PIXELS, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
         row = image[:, None] * PIXELS + tl.where(p < PIXELS, p, 0)[None, :]  # [BM, BP]
         ok = n_ok[:, None, None] & (p < PIXELS)[None, :, None] & c_ok[None, None, :]
         x = tl.load(x_ptr + row[:, :, None] * C + c[None, None, :], mask=ok, other=0.0)
-        total += tl.sum(x.to(tl.float32), axis=1)
-    return total
+        total += x.to(tl.float32)
+    return tl.sum(total, axis=1)
 
 
 @triton.jit(do_not_specialize=["N", "PIXELS", "SPLIT_K"])

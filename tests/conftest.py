@@ -17,7 +17,8 @@ import pytest
 import torch
 from tolerance import allowed_error
 
-if not torch.cuda.is_available():
+COMPILED_FOR = os.environ.get("FASTRES_PTX")  # kernels are compiled for it, and run by tests/ptx
+if not torch.cuda.is_available() and COMPILED_FOR is None:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 try:
@@ -177,8 +178,27 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Where kernels run: the GPU, or the CPU in the interpreter."""
+    """Where kernels run: the GPU, or the CPU in the interpreter, or in tests/ptx."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> Iterator[None]:
+    if COMPILED_FOR is None:
+        yield
+        return
+    from ptx.driver import running
+
+    with running(COMPILED_FOR):
+        yield
+
+
+@pytest.fixture
+def hopper(device: torch.device) -> None:
+    """Skips where no kernel in Gluon runs, which Triton's interpreter does not know."""
+    module = pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
+    if not module.runs_on(device):
+        pytest.skip("Gluon takes a GPU of sm_90, or FASTRES_PTX=sm_90: tests/ptx/test_gluon.py")
 
 
 @pytest.fixture(scope="session")

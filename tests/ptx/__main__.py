@@ -1,7 +1,7 @@
 """Run the kernels' PTX on the CPU: see docs/ptx.md.
 
     python tests/ptx [--target sm_90] [--kernel conv2d] [--sample] [--seeds 3] [--json]
-    python tests/ptx --mutants 3 | --networks | --counters | --gpu
+    python tests/ptx --bad | --mutants 3 | --networks | --counters | --gpu
 
 Exit status 1 when a case fails.
 """

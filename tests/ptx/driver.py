@@ -20,6 +20,7 @@ import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels import _common
@@ -86,7 +87,7 @@ def arguments(memory: Memory, compiled: Any, kernel: Any, args: tuple[Any, ...])
     for name, value in zip(kernel.arg_names, args, strict=False):
         if compiled.src.signature.get(name) == "constexpr":
             continue
-        if isinstance(value, TensorDescriptor):
+        if isinstance(value, (TensorDescriptor, GluonDescriptor)):
             meta = next(metas)
             place = PLACE + 128 * len(memory.maps)
             memory.maps[place] = tensor_map(value, meta)

@@ -52,5 +52,7 @@ def launch(
             machine.run()
         except Fault as fault:
             raise Fault(f"{program.name}, seed {seed}: {fault}") from None
+        finally:
+            machine.release_parts()
         executed += machine.executed
     return executed

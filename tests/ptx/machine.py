@@ -98,6 +98,10 @@ class Machine:
         self.copies = Copies(self)
         self.products = Products(self)
 
+    def release_parts(self) -> None:
+        """Its parts refer to it: without this, much memory would stay until the next collection."""
+        del self.shared, self.copies, self.products
+
     def view(self, width: int, dtype: Any) -> np.ndarray:
         """The registers of a width, read as ``dtype``."""
         found = self.views.get((width, dtype))

@@ -66,6 +66,7 @@ HARMLESS = {
     "commit": "its copies join the next group, which is waited for no later",
     "wait": "after the loop, where no copy is on its way",
     "wait for fewer": "after the loop, where no copy is on its way",
+    "register fence": "since the fence before it only products of the same shape wrote the sums",
     "bulk wait": "another wait follows before what the store reads is written again",
     "predicate of a load": "its address is clamped into the tensor, and what is computed from it "
     "lies beyond the edge, where nothing is stored",

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from . import cases, counters, mutants, networks
+from . import bad_kernels, cases, counters, mutants, networks
 from .driver import TARGETS, running
 from .machine import Fault
 from .parse import Unknown
@@ -47,6 +47,15 @@ def sweep(options: argparse.Namespace) -> Iterator[Result]:
             if case.kernel in (options.kernel or [case.kernel]):
                 for seed in range(options.seeds):
                     yield judge(case, target, seed, options.pdl and target != "sm_80")
+
+
+def of_bad_kernels(options: argparse.Namespace) -> Iterator[Result]:
+    """Kernels that are wrong on purpose; a failure is one that comes through."""
+    for bad in bad_kernels.BAD:
+        started = time.process_time()
+        problem = bad.verdict()
+        seconds = time.process_time() - started
+        yield Result(bad.kind, f"{bad.kind}: refused", bad.target, problem, round(seconds, 2))
 
 
 def against_gpu(options: argparse.Namespace) -> Iterator[Result]:
@@ -101,7 +110,7 @@ def table(results: list[Result]) -> str:
     rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         rows[result.kernel, result.target].append(result)
-    lines = ["| kernel | target | cases | equal | CPU s |", "|---|---|---:|---:|---:|"]
+    lines = ["| kernel | target | cases | right | CPU s |", "|---|---|---:|---:|---:|"]
     for (kernel, target), found in rows.items():
         good, seconds = sum(not r.problem for r in found), sum(r.seconds for r in found)
         lines.append(f"| `{kernel}` | {target} | {len(found)} | {good} | {seconds:.0f} |")
@@ -117,6 +126,7 @@ def main() -> int:
     parser.add_argument("--pdl", action="store_true", help="for programmatic dependent launch")
     parser.add_argument("--json", action="store_true", help="results as JSON")
     parser.add_argument("--gpu", action="store_true", help="compare the machine with the GPU here")
+    parser.add_argument("--bad", action="store_true", help="kernels that are wrong on purpose")
     parser.add_argument("--mutants", type=int, metavar="N", help="N of each kind, of real kernels")
     parser.add_argument("--networks", action="store_true", help="whole networks")
     parser.add_argument("--network", help="only this one of them")
@@ -129,6 +139,7 @@ def main() -> int:
     chosen = sweep
     for wanted, other in (
         (options.gpu, against_gpu),
+        (options.bad, of_bad_kernels),
         (options.mutants, of_mutants),
         (options.networks, of_networks),
     ):
@@ -137,7 +148,7 @@ def main() -> int:
     for result in chosen(options):
         results.append(result)
         if not options.json:
-            shown = result.problem or "equal"
+            shown = result.problem or "right"
             print(f"{result.target} {result.seconds:6.2f} s  {result.case}: {shown}", flush=True)
     failed = [r for r in results if r.problem]
     if options.json:

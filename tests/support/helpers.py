@@ -1,6 +1,11 @@
 """What several tests share: hostile weights, real images, TF32."""
 
 import functools
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -86,3 +91,20 @@ def nearest_tf32(x: Tensor) -> Tensor:
     mantissa, exponent = torch.frexp(x.double())
     steps = (mantissa.abs() * 2**11 + 0.5).floor() / 2**11
     return torch.ldexp(steps.copysign(mantissa), exponent).float()
+
+
+def with_edit(module: types.ModuleType, old: str, new: str, folder: Path) -> types.ModuleType:
+    """A kernels' module anew, with ``new`` in its source for ``old``, which stands there once."""
+    assert module.__file__ is not None
+    text = Path(module.__file__).read_text()
+    assert text.count(old) == 1
+    path = folder / "broken.py"  # a file, because Triton reads the source of what it compiles
+    path.write_text(text.replace(old, new))
+    name = f"{module.__name__}_broken"  # in the module's own package, as its relative imports need
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    with mock.patch.dict(sys.modules, {spec.name: broken}):  # dataclasses look it up
+        spec.loader.exec_module(broken)
+    return broken

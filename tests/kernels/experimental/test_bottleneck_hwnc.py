@@ -1,10 +1,10 @@
-"""The sliding block in the layout [H, W, N, C]; without a GPU its source runs on stand-ins."""
+"""The sliding block in the layout [H, W, N, C]. Without a GPU tests/ptx/test_gluon.py runs it."""
 
 from __future__ import annotations
 
-import gluon_stand_in
 import pytest
 import torch
+from helpers import with_edit
 
 pytest.importorskip("triton")
 pytest.importorskip("fastres.kernels.experimental.bottleneck_hwnc")
@@ -38,13 +38,12 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _where_it_runs(device, monkeypatch):
-    if device.type == "cpu":
-        monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
-        monkeypatch.setattr(module, "runs_on", lambda device: True)
-    elif not module.runs_on(device):
-        pytest.skip("no warpgroup products but on sm_90")
+on_hopper = pytest.mark.usefixtures("hopper")
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    monkeypatch.setattr(module, "runs_on", lambda device: True)
 
 
 def sparse(device, rows, columns, dtype):
@@ -86,6 +85,7 @@ def equal(got, want):
     )
 
 
+@on_hopper
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
@@ -107,7 +107,7 @@ def test_every_shape_is_exact(integers, poisoned, device, name, dtype, bias):
     assert bool((want[0] == 0).any()), "the ReLU has something to do"
 
 
-@pytest.mark.fault(19)
+@on_hopper
 @pytest.mark.parametrize("row", [*CONFIGS, BottleneckConfig(3)], ids=str)
 @pytest.mark.parametrize("name", ["stage 1", "tail", "one part"])
 def test_every_config_is_exact_also_in_place(integers, device, name, row):
@@ -120,6 +120,7 @@ def test_every_config_is_exact_also_in_place(integers, device, name, row):
     assert equal(bottleneck_hwnc(*inputs, out=(x, narrow), config=row), want)
 
 
+@on_hopper
 def test_floats_keep_the_rule_of_two(device, rule_of_two):
     t, x = (torch.randn(3, 4, 64, c, device=device).to(HALF) for c in (64, 256))
     w2 = (torch.randn(64, 64, 3, 3, device=device) / 24).to(HALF, memory_format=torch.channels_last)
@@ -136,7 +137,7 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
         rule_of_two(got, same, exact)
 
 
-@pytest.mark.fault(14)
+@on_hopper
 def test_nan_stays_in_its_image(integers, device):
     inputs = operands(integers, device, "into stage 2")
     clean = bottleneck_hwnc(*inputs)
@@ -148,7 +149,7 @@ def test_nan_stays_in_its_image(integers, device):
 
 
 @pytest.mark.fault(1)
-def test_an_empty_batch_launches_nothing(device):
+def test_an_empty_batch_launches_nothing(device, offered):
     before = LAUNCHES.total()
     t = torch.empty(4, 5, 0, 64, device=device, dtype=HALF)
     w2 = torch.randn(64, 64, 3, 3, device=device).to(HALF, memory_format=torch.channels_last)
@@ -218,7 +219,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_arguments_name_themselves_and_launch_nothing(device, name):
+def test_bad_arguments_name_themselves_and_launch_nothing(device, offered, name):
     change, error, message = BAD[name]
 
     def moved(value):
@@ -273,12 +274,13 @@ BROKEN = {
 }
 
 
+@on_hopper
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp_path, name):
+def test_a_broken_kernel_is_noticed(device, integers, monkeypatch, tmp_path, name):
     if device.type != "cpu":
         pytest.skip("a GPU would hang or be right by luck")
     old, new = BROKEN[name]
-    broken = gluon_stand_in.with_edit(module, old, new, tmp_path)
+    broken = with_edit(module, old, new, tmp_path)
     monkeypatch.setattr(module, "bottleneck_hwnc_kernel", broken.bottleneck_hwnc_kernel)
     assert not all(
         right(operands(integers, device, shape)) for shape in ("stage 1", "into stage 2")
@@ -286,7 +288,9 @@ def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp
 
 
 def right(inputs):
+    from ptx.machine import Fault
+
     try:
         return equal(bottleneck_hwnc(*inputs), expected(inputs))
-    except gluon_stand_in.Hazard:
+    except Fault:
         return False

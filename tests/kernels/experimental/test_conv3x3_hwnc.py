@@ -1,13 +1,13 @@
-"""The sliding 3x3 in the layout [H, W, N, C]; without a GPU its source runs on stand-ins."""
+"""The sliding 3x3 in the layout [H, W, N, C]. Without a GPU tests/ptx/test_gluon.py runs it."""
 
 from __future__ import annotations
 
 import math
 from itertools import product
 
-import gluon_stand_in
 import pytest
 import torch
+from helpers import with_edit
 
 pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
 
@@ -36,13 +36,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _where_it_runs(device, monkeypatch):
-    if device.type == "cpu":
-        monkeypatch.setattr(module, "launch", gluon_stand_in.launch)
-        monkeypatch.setattr(module, "runs_on", lambda device: True)
-    elif not module.runs_on(device):
-        pytest.skip("no warpgroup products but on sm_90")
+on_hopper = pytest.mark.usefixtures("hopper")
 
 
 def operands(integers, name, dtype=HALF):
@@ -57,6 +51,7 @@ def expected(x, w, b=None, **keywords):
     return conv2d_hwnc_ref(x, w, b, padding=1, upcast=True, **keywords).to(x.dtype)
 
 
+@on_hopper
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_shape_is_exact(integers, poisoned, name, dtype):
@@ -72,6 +67,7 @@ def test_every_shape_is_exact(integers, poisoned, name, dtype):
     assert torch.equal(w, before[1])
 
 
+@on_hopper
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias", ["none", "float32", "same"])
 @pytest.mark.parametrize("name", ["one turn", "ragged images", "ragged outputs"])
@@ -90,7 +86,7 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
     assert bool((want < 0).any()) != relu  # the ReLU has something to do
 
 
-@pytest.mark.fault(19)
+@on_hopper
 @pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("name", ["one turn", "two turns", "ragged images"])
@@ -103,6 +99,7 @@ def test_every_config_is_exact(integers, name, residual, row):
     assert torch.equal(got, expected(x, w, b, residual=added, relu=True))
 
 
+@on_hopper
 def test_floats_keep_the_rule_of_two(device, rule_of_two):
     x = torch.randn(4, 5, 64, 64, device=device).to(HALF)
     w = (torch.randn(64, 64, 3, 3, device=device) / 24).to(HALF, memory_format=torch.channels_last)
@@ -114,7 +111,7 @@ def test_floats_keep_the_rule_of_two(device, rule_of_two):
     )
 
 
-@pytest.mark.fault(14)
+@on_hopper
 def test_nan_stays_in_its_image(integers):
     x, w = operands(integers, "ragged images")
     clean = conv2d_hwnc(x, w, padding=1, relu=True, config=FIRST)
@@ -198,12 +195,13 @@ BROKEN = {
 }
 
 
+@on_hopper
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp_path, name):
+def test_a_broken_kernel_is_noticed(device, integers, monkeypatch, tmp_path, name):
     if device.type != "cpu":
         pytest.skip("a GPU would hang or be right by luck")
     old, new = (*BROKEN[name], "")[:2]
-    broken = gluon_stand_in.with_edit(module, old, new, tmp_path)
+    broken = with_edit(module, old, new, tmp_path)
     monkeypatch.setattr(module, "conv3x3_hwnc_kernel", broken.conv3x3_hwnc_kernel)
     assert not all(
         right(*operands(integers, shape), row, integers)
@@ -213,6 +211,8 @@ def test_the_stand_ins_notice_a_broken_kernel(device, integers, monkeypatch, tmp
 
 def right(x, w, row, integers):
     """Whether the kernel gives exact results, with a residual and without."""
+    from ptx.machine import Fault
+
     residual = integers(*x.shape, dtype=HALF).contiguous()
     try:
         return all(
@@ -222,5 +222,5 @@ def right(x, w, row, integers):
             )
             for added in (residual, None)
         )
-    except gluon_stand_in.Hazard:
+    except Fault:
         return False
