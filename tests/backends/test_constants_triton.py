@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -99,7 +99,7 @@ MODELS = {
 @pytest.mark.fault(66)
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_learned_constants(make, rule_of_two):
-    model, x = hostile_(make()), torch.randn(2, 8, 6, 6)
+    model, x = adversarial_(make()), torch.randn(2, 8, 6, 6)
     fast = fastres.optimize(model, example_input=x, backend="triton")
     with torch.no_grad():
         found, same = fast(x), model(x)
@@ -121,7 +121,7 @@ def test_a_live_network_with_a_constant(rule_of_two):
         def _forward_impl(self, x):
             return self.fc(self.avgpool(self.conv1(x) * self.scale).flatten(1))
 
-    model, x = hostile_(Net()), torch.randn(1, 3, 6, 6)
+    model, x = adversarial_(Net()), torch.randn(1, 3, 6, 6)
     with torch.no_grad():
         out, pt = model(x), model._forward_impl(x)
         assert model._live()._last is not None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -92,7 +92,7 @@ CASES = {
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("name", CASES)
 def test_the_order_that_a_step_reads_is_the_sources(name, layout):
-    source = hostile_(Net(CASES[name])).eval()
+    source = adversarial_(Net(CASES[name])).eval()
     x = X.contiguous(memory_format=layout)
     try:
         with torch.no_grad():
@@ -112,7 +112,7 @@ def test_the_order_that_a_step_reads_is_the_sources(name, layout):
 @pytest.mark.parametrize("layer", [nn.MaxPool3d((4, 1, 1)), nn.AvgPool3d((2, 1, 1)), Reader()])
 def test_modules_that_may_read_the_order(layer):
     parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), layer)
-    source = hostile_(nn.Sequential(*parts)).eval()
+    source = adversarial_(nn.Sequential(*parts)).eval()
     with torch.no_grad():
         want = source(X)
     torch.testing.assert_close(
@@ -133,7 +133,7 @@ FREE = {
 @pytest.mark.fault(87)
 @pytest.mark.parametrize("name", FREE)
 def test_known_steps_are_not_converted_for(name):
-    fast = fastres.optimize(hostile_(Net(FREE[name])).eval(), example_input=X)
+    fast = fastres.optimize(adversarial_(Net(FREE[name])).eval(), example_input=X)
     calls = [step.op for step in fast.plan().steps if isinstance(step.op, Call)]
     assert calls
     assert all(op.any_layout for op in calls)

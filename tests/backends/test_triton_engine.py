@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from fused import assert_close, plain, rms, shallow, small
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,7 +110,7 @@ def test_resnet50(device, launches):
 
 
 def test_cifar_network_with_projections(device, launches):
-    model = hostile_(fastres.create_model("resnet20", backend="triton", shortcut="B"))
+    model = adversarial_(fastres.create_model("resnet20", backend="triton", shortcut="B"))
     assert_whole_network(model, 16, device, launches, 21)
 
 
@@ -166,7 +166,7 @@ class Mixed(nn.Module):
 
 
 def test_every_kind_of_step(device, launches):
-    source = hostile_(Mixed()).to(device)
+    source = adversarial_(Mixed()).to(device)
     x = real_images(2, 13).to(device)
     fast = fastres.optimize(source, backend="triton", example_input=x)
     launches.clear()
@@ -213,7 +213,7 @@ def test_the_executor_needs_no_model(device):
     """A plan, a module to look parameters up in, and a backend: nothing else."""
     from fastres.graph import fold, plan, trace
 
-    source = hostile_(Mixed()).to(device)
+    source = adversarial_(Mixed()).to(device)
     built = plan.build(fold.fold(trace.trace(source)))
     executor = Executor(built, source, select.TritonOps(), torch.float32)
     x = real_images(1, 9).to(device)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from fused import plain, rms, shallow
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 from torch import nn
 
@@ -30,11 +30,11 @@ HALF = torch.float16
 def bottlenecks(planes=64, **kwargs):
     """Two stages of bottlenecks, the first with a seam between blocks: wide enough for all."""
     net = ResNet(Bottleneck, [2, 1], num_classes=8, planes=planes, **kwargs)
-    return hostile_(net)
+    return adversarial_(net)
 
 
 def basic(**kwargs):
-    return hostile_(ResNet(BasicBlock, [1, 1], num_classes=8, planes=64, **kwargs))
+    return adversarial_(ResNet(BasicBlock, [1, 1], num_classes=8, planes=64, **kwargs))
 
 
 def executor(model, dtype, *kernels, device="cpu"):
@@ -285,7 +285,7 @@ def test_new_weights_reach_every_kernel(device):
     x = real_images(1, 32).to(device, HALF)
     before = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}
     assert_right(made, model, x)
-    hostile_(model, seed=5)
+    adversarial_(model, seed=5)
     made.refold()
     assert_right(made, model, x)
     after = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}

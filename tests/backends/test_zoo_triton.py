@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fused import rms
-from helpers import hostile_
+from helpers import adversarial_
 from tolerance import allowed_error
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -93,7 +93,7 @@ SLOW = (
 )
 def test_models_of_the_zoo(name):
     side = 64 if name.endswith("_bit") else 32  # its group norms refuse maps of a single pixel
-    model, x = hostile_(MODELS[name]()), torch.randn(1, 3, side, side)
+    model, x = adversarial_(MODELS[name]()), torch.randn(1, 3, side, side)
     fast = fastres.optimize(model, backend="triton", example_input=x)
     with torch.no_grad():
         found, exact = fast(x), copy.deepcopy(model).double()(x.double())
@@ -113,7 +113,7 @@ def test_models_of_the_zoo(name):
 def test_standardised_weights_are_as_exact_as_pytorch_in_the_same_layout():
     """Their convolutions are PyTorch calls, so that the two differ by what is around them alone.
     In NCHW the same calls are three times as exact."""
-    model, x = hostile_(bit()), torch.randn(1, 3, 64, 64)
+    model, x = adversarial_(bit()), torch.randn(1, 3, 64, 64)
     fast = fastres.optimize(model, backend="triton", example_input=x)
     convolutions = [s for s in fast.plan().steps if s.name.startswith("conv2d")]
     assert len(convolutions) == 17

@@ -200,8 +200,8 @@ def test_html_is_one_well_formed_file_that_loads_nothing():
 
 
 def test_html_escapes_what_it_is_given():
-    hostile = dataclasses.replace(FAST, name='fastres <script>alert("x")</script>')
-    html = report(EAGER, hostile, title="<img src=x>", notes=("a & b",)).to_html()
+    adversarial = dataclasses.replace(FAST, name='fastres <script>alert("x")</script>')
+    html = report(EAGER, adversarial, title="<img src=x>", notes=("a & b",)).to_html()
     document = Document(html)
     assert "script" not in document.tags
     assert "img" not in document.tags

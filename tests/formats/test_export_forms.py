@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -138,7 +138,7 @@ def assert_close(found, wanted):
 
 
 def made(kind):
-    model = hostile_(kind())
+    model = adversarial_(kind())
     return model, fastres.optimize(model, verify=False)
 
 

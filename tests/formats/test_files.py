@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from tutorials import MnistResNet18
 
@@ -20,7 +20,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture
 def model():
-    return hostile_(ResNet(Bottleneck, [1, 1], num_classes=6, planes=8))
+    return adversarial_(ResNet(Bottleneck, [1, 1], num_classes=6, planes=8))
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def written_by_keras(path):
 class TestCommands:
     def test_convert(self, run, model, images, tmp_path):
         checkpoint, target = tmp_path / "weights.safetensors", tmp_path / "fused.safetensors"
-        source = hostile_(fastres.resnet20())
+        source = adversarial_(fastres.resnet20())
         for module in source.modules():  # a checkpoint does not carry eps
             if hasattr(module, "eps"):
                 module.eps = 1e-5

@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 from fused import small
-from helpers import hostile_
+from helpers import adversarial_
 
 pytest.importorskip("hypothesis")
 
@@ -238,7 +238,7 @@ def test_weights_kept_in_another_file_are_not_read(tmp_path):
 def saved(tmp_path_factory):
     """A fused model's file in two parts: its JSON header and its tensors."""
     path = tmp_path_factory.mktemp("saved") / "model.safetensors"
-    fastres.save(fastres.optimize(hostile_(small()), verify=False), path)
+    fastres.save(fastres.optimize(adversarial_(small()), verify=False), path)
     data = path.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     return json.loads(data[8 : 8 + length]), data[8 + length :]

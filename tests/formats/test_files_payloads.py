@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -67,7 +67,7 @@ class Doors(nn.Module):
 def good(tmp_path_factory):
     """The bytes of a sound file."""
     path = tmp_path_factory.mktemp("good") / "good.safetensors"
-    fastres.save(fastres.optimize(hostile_(Doors()), example_input=real_images(2, 8)), path)
+    fastres.save(fastres.optimize(adversarial_(Doors()), example_input=real_images(2, 8)), path)
     return path.read_bytes()
 
 
@@ -372,7 +372,7 @@ def test_views_that_are_written_into_come_back(tmp_path):
             y.view(y.shape[0], -1).mul_(2)
             return y
 
-    fast = fastres.optimize(hostile_(Views()), example_input=real_images(2, 8))
+    fast = fastres.optimize(adversarial_(Views()), example_input=real_images(2, 8))
     assert fast.traced.source_layout
     fastres.save(fast, tmp_path / "views.safetensors")
     again = fastres.load(tmp_path / "views.safetensors")
@@ -415,7 +415,7 @@ class Named(nn.Module):
 @pytest.mark.fault(75)
 @pytest.mark.parametrize("word", WORDS)
 def test_modules_and_parameters_named_by_any_word(word, tmp_path):
-    source, x = hostile_(Named(word)), real_images(2, 8)
+    source, x = adversarial_(Named(word)), real_images(2, 8)
     wanted = copy.deepcopy(source).double()(x.double(), ops=2.0, kept=3.0).float()
     fast = fastres.optimize(source, example_input=x)
     fastres.save(fast, tmp_path / "m.safetensors")
@@ -429,7 +429,7 @@ def test_modules_and_parameters_named_by_any_word(word, tmp_path):
 @pytest.mark.fault(75)
 @pytest.mark.parametrize("word", ["in", "None", 'a"b'])
 def test_compiled_and_exported(word):
-    source, x = hostile_(Named(word)), real_images(2, 8)
+    source, x = adversarial_(Named(word)), real_images(2, 8)
     wanted = copy.deepcopy(source).double()(x.double(), a0=3.0).float()
     fast = fastres.optimize(source, example_input=x)
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
@@ -450,7 +450,7 @@ def test_keywords_named_by_pythons_words():
         def forward(self, x):
             return scaled(self.conv(x), **{"lambda": 2.0, "class": 3.0})
 
-    source, x = hostile_(Asked()), real_images(2, 8)
+    source, x = adversarial_(Asked()), real_images(2, 8)
     fast = fastres.optimize(source, example_input=x)
     wanted = source(x)
     torch.testing.assert_close(torch.vmap(lambda v: fast(v[None])[0])(x), wanted)

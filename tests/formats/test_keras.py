@@ -80,7 +80,7 @@ def save(model, folder, suffix):
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_keras(name, tmp_path):
     build, size, channels = MODELS[name]
-    model = zoo.hostile_(build())
+    model = zoo.adversarial_(build())
     height, width = (size, size) if isinstance(size, int) else size
     images = real_images(3, max(height, width), channels)[:, :, :height, :width].contiguous()
     wanted = answers(model, images)
@@ -115,7 +115,7 @@ class TestOtherVersions:
 
     @pytest.fixture(scope="class")
     def model(self):
-        return zoo.hostile_(global_pool())
+        return zoo.adversarial_(global_pool())
 
     def compare(self, path, model):
         images = real_images(2, 20, 1)
@@ -166,7 +166,7 @@ def test_what_is_not_exact_is_refused_by_name(name, tmp_path):
 
 
 def test_an_open_size_can_be_given(tmp_path):
-    model = zoo.hostile_(conv(strides=2, padding="same"))
+    model = zoo.adversarial_(conv(strides=2, padding="same"))
     imported = from_keras(save(model, tmp_path, ".keras"), input_size=(9, 12))
     images = real_images(2, 12)[:, :, :9].contiguous()
     check(imported, images, answers(model, images))
@@ -177,7 +177,7 @@ def test_an_open_size_can_be_given(tmp_path):
 class TestBadFiles:
     @pytest.fixture
     def path(self, tmp_path):
-        return save(zoo.hostile_(global_pool()), tmp_path, ".keras")
+        return save(zoo.adversarial_(global_pool()), tmp_path, ".keras")
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"none\.h5"):

@@ -28,7 +28,7 @@ def written(model, form, folder):
 
 def same(build, form, folder, size):
     """The imported model and its fused copy answer as Keras does."""
-    model = zoo.hostile_(build())
+    model = zoo.adversarial_(build())
     images = real_images(3, max(size))[:, :, : size[0], : size[1]].contiguous()
     wanted = zoo.answers(model, images)
     imported = from_keras(written(model, form, folder))
@@ -343,7 +343,7 @@ def test_other_notations(tmp_path):
 
     images = real_images(2, 20)
     for form, change in (("tf.keras 2 .h5", in_pieces), ("tf.keras 2 .keras", early)):
-        model = zoo.hostile_(transfer())
+        model = zoo.adversarial_(transfer())
         path = written(model, form, tmp_path)
         zoo.rewrite(path, weights=change)
         with torch.no_grad():
@@ -373,7 +373,7 @@ def test_layers_that_were_renamed(form, frozen, tmp_path):
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_names_with_slashes(form, tmp_path):
     """tf.keras 2 allows them (its DenseNet); in .h5 they are groups in groups."""
-    model = zoo.hostile_(convolution_on_three_sizes())
+    model = zoo.adversarial_(convolution_on_three_sizes())
     images = real_images(2, 21)[:, :, :20].contiguous()
     path = written(model, form, tmp_path)
     names = [layer.name for layer in model.layers if layer.weights]

@@ -88,7 +88,7 @@ def test_operators_of_tensors(suffix, tmp_path):
     """``x + y`` and ``relu`` are the layers Add and ReLU by other names."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(3, 3, padding="same")(inputs)
-    built = zoo.hostile_(keras.Model(inputs, keras.ops.relu(x + inputs) + x))
+    built = zoo.adversarial_(keras.Model(inputs, keras.ops.relu(x + inputs) + x))
     built.save(tmp_path / f"model{suffix}")
     images = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -102,7 +102,9 @@ def test_operators_of_tf_keras(tmp_path):
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(3, 3, padding="same", name="a")(inputs)
     y = layers.Conv2D(3, 1, name="b")(inputs)
-    built = zoo.hostile_(keras.Model(inputs, layers.ReLU(name="r")(layers.Add(name="s")([x, y]))))
+    built = zoo.adversarial_(
+        keras.Model(inputs, layers.ReLU(name="r")(layers.Add(name="s")([x, y])))
+    )
     path = tmp_path / "model.h5"
     built.save(path)
     zoo.as_keras_2(path)

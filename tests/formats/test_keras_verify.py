@@ -48,7 +48,7 @@ def open_size():
 def file(request, tmp_path):
     def save(build):
         path = tmp_path / f"model{request.param}"
-        zoo.hostile_(build()).save(path)
+        zoo.adversarial_(build()).save(path)
         return path
 
     return save
@@ -97,7 +97,7 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_verify_finds_small_mistakes(name, tmp_path, run, monkeypatch):
     keras.utils.clear_session()
-    zoo.hostile_(flat_head()).save(tmp_path / "model.keras")
+    zoo.adversarial_(flat_head()).save(tmp_path / "model.keras")
 
     def wrong(*arguments, **options):
         module = from_keras(*arguments, **options)
@@ -119,7 +119,7 @@ def test_verify_on_photographs(channels, tmp_path, run, monkeypatch):
     image.fromarray(pixels).save(tmp_path / "a.png")
     inputs = keras.Input((9, 7, channels))
     x = layers.GlobalMaxPooling2D()(layers.Conv2D(4, 3)(inputs))
-    zoo.hostile_(keras.Model(inputs, x)).save(tmp_path / "model.keras")
+    zoo.adversarial_(keras.Model(inputs, x)).save(tmp_path / "model.keras")
     seen = []
     call = keras_check.KerasModel.__call__
     monkeypatch.setattr(

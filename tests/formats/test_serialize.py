@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from zoo import CASES
 
@@ -55,7 +55,7 @@ def images():
 
 @pytest.fixture
 def fast(images):
-    return fastres.optimize(hostile_(Small()), example_input=(images,))
+    return fastres.optimize(adversarial_(Small()), example_input=(images,))
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_all_that_makes_a_model_comes_back(fast, path, images):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype, images, tmp_path):
-    fast = fastres.optimize(hostile_(Small()), dtype=dtype, verify=False)
+    fast = fastres.optimize(adversarial_(Small()), dtype=dtype, verify=False)
     fastres.save(fast, tmp_path / "m.safetensors")
     loaded = fastres.load(tmp_path / "m.safetensors")
     found = loaded(images)["logits"]

@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused import images, small
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -61,7 +61,7 @@ def test_right_copies_are_admitted_at_every_seed(outputs, dtype, seeds):
         arguments = {"num_classes": outputs, "stem": "cifar", "planes": 16}
         model = fastres.ResNet(fastres.BasicBlock, [1, 1], **arguments).eval()
         if seed % 2:
-            hostile_(model, seed)
+            adversarial_(model, seed)
         model = model.double() if dtype is torch.float64 else model
         x = torch.randn(1 + seed % 3, 3, 16, 16, dtype=model.fc.weight.dtype)
         assert fastres.optimize(model, example_input=x, dtype=dtype).verification.ok
@@ -192,7 +192,7 @@ def source_of(forward):
         def forward(self, x):
             return forward(self, self.block(self.conv(x)))
 
-    return hostile_(Source())
+    return adversarial_(Source())
 
 
 RANDOM = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused import plain
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from tutorials import MnistResNet18
 
@@ -29,7 +29,7 @@ def _fresh_dynamo():
 
 @pytest.fixture
 def model():
-    return hostile_(MnistResNet18().net[:3]).double()
+    return adversarial_(MnistResNet18().net[:3]).double()
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def assert_same(compiled, model, images):
 
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_whole_models_are_fused(images, log, dynamic):
-    model = hostile_(ResNet(Bottleneck, [1, 1], num_classes=5)).double()
+    model = adversarial_(ResNet(Bottleneck, [1, 1], num_classes=5)).double()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     images = real_images(3, 64).double()
     assert_same(compiled, model, images)
@@ -67,7 +67,7 @@ CHANGES = {
         m[2][0], "shortcut", nn.Conv2d(64, 128, 1, 2, bias=False).double()
     ),
     "load_state_dict": lambda m: m.load_state_dict(
-        hostile_(MnistResNet18().net[:3], seed=1).state_dict()
+        adversarial_(MnistResNet18().net[:3], seed=1).state_dict()
     ),
     "eps": lambda m: setattr(m[0][1], "eps", 0.5),
 }

@@ -9,7 +9,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -29,7 +29,7 @@ def _fresh_dynamo():
 
 
 def tiny(block=BasicBlock, **kwargs) -> ResNet:
-    return hostile_(ResNet(block, [1, 1], num_classes=6, planes=8, **kwargs))
+    return adversarial_(ResNet(block, [1, 1], num_classes=6, planes=8, **kwargs))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_batch_sizes_do_not_recompile(fast):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_dicts_views_and_broadcasts(images, layout):
-    source = hostile_(Pyramid()).double()
+    source = adversarial_(Pyramid()).double()
     fast = fastres.optimize(source, example_input=(images, 3.0))
     compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
     x = images.contiguous(memory_format=layout)
@@ -232,7 +232,7 @@ def test_autocast_changes_no_dtype(images):
 
 def test_operations_are_counted_as_the_sources():
     images = real_images(1, 64)
-    source = hostile_(resnet18())
+    source = adversarial_(resnet18())
     fast = fastres.optimize(source, example_input=images)
     with FlopCounterMode(display=False) as wanted, torch.no_grad():
         source(images)
@@ -242,7 +242,7 @@ def test_operations_are_counted_as_the_sources():
 
 
 def test_the_signature_is_the_sources(images):
-    source = hostile_(Pyramid())
+    source = adversarial_(Pyramid())
     fast = fastres.optimize(source, verify=False)
     assert str(inspect.signature(fast.forward)) == "(x, scale=2.0)"
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch.utils._pytree import tree_leaves
 
 import fastres
@@ -30,7 +30,9 @@ def detector(name):
     torch.manual_seed(0)
     if name == "ssdlite":
         options = {"weights": None, "weights_backbone": None, "num_classes": 5}
-        return hostile_(detection.ssdlite320_mobilenet_v3_large(**options, detections_per_img=50))
+        return adversarial_(
+            detection.ssdlite320_mobilenet_v3_large(**options, detections_per_img=50)
+        )
     cls, options = CLASSES[name]
     backbone = detection.backbone_utils.resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=torchvision.ops.FrozenBatchNorm2d
@@ -55,7 +57,7 @@ def detector(name):
         head = detection.keypoint_rcnn.KeypointRCNNHeads(256, (64, 64))
         predictor = detection.keypoint_rcnn.KeypointRCNNPredictor(64, 3)
         options |= {"keypoint_head": head, "keypoint_predictor": predictor, "num_keypoints": None}
-    return hostile_(cls(backbone, **{**SMALL, **options}))
+    return adversarial_(cls(backbone, **{**SMALL, **options}))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ import timm
 import torch
 import torchvision
 from fused import executions
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm, freeze_batch_norm_2d
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
@@ -24,8 +24,8 @@ def images():
 
 
 def twins(name="resnet18", **kwargs):
-    """fastres' network and torchvision's with the same hostile weights, in float64."""
-    theirs = hostile_(torchvision.models.get_model(name, weights=None, **kwargs)).double()
+    """fastres' network and torchvision's with the same adversarial weights, in float64."""
+    theirs = adversarial_(torchvision.models.get_model(name, weights=None, **kwargs)).double()
     ours = fastres.create_model(name, **kwargs).double().eval()
     ours.load_state_dict(theirs.state_dict())
     same_eps_(ours, theirs)
@@ -42,7 +42,7 @@ class TestFolding:
     def test_batch_norm_step_by_step(self, images):
         """The four steps of the theory, and the fold, on one layer."""
         conv, norm = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
-        model = hostile_(nn.Sequential(conv, norm)).double()
+        model = adversarial_(nn.Sequential(conv, norm)).double()
         with torch.no_grad():
             by_hand = batch_norm_by_hand(
                 conv(images), norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps
@@ -53,7 +53,7 @@ class TestFolding:
 
     def test_sync_batch_norm(self, images):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(MnistResNet18(in_channels=3))
-        model = hostile_(model).double()
+        model = adversarial_(model).double()
         assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
@@ -63,7 +63,7 @@ class TestFolding:
     @pytest.mark.parametrize("act", [nn.ReLU, nn.Hardswish, None])
     def test_batch_norm_act(self, images, act):
         layers = nn.Conv2d(3, 8, 3), BatchNormAct2d(8, act_layer=act, apply_act=act is not None)
-        model = hostile_(nn.Sequential(*layers)).double()
+        model = adversarial_(nn.Sequential(*layers)).double()
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images))
@@ -74,7 +74,7 @@ class TestFolding:
     @pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
     def test_batch_norm_act_synchronised_or_frozen(self, images, convert):
         layers = nn.Conv2d(3, 8, 3), BatchNormAct2d(8), nn.Conv2d(8, 5, 1), BatchNormAct2d(5)
-        model = convert(hostile_(nn.Sequential(*layers))).eval().double()
+        model = convert(adversarial_(nn.Sequential(*layers))).eval().double()
         assert not any(type(m) is BatchNormAct2d for m in model.modules())
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
@@ -83,7 +83,7 @@ class TestFolding:
 
     @pytest.mark.parametrize("change", ["hook", "forward"])
     def test_what_was_changed_in_a_batch_norm_act_is_kept(self, images, change):
-        model = hostile_(nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8))).double()
+        model = adversarial_(nn.Sequential(nn.Conv2d(3, 8, 3), BatchNormAct2d(8))).double()
         act = model[1].act
         if change == "hook":
             act.register_forward_hook(lambda module, args, out: 2 * out)
@@ -95,7 +95,7 @@ class TestFolding:
         assert [why for _, why in fast.plan().left] == ["has hooks or a forward of its own"]
 
     def test_a_networks_children_in_a_sequential(self, images):
-        source = hostile_(torchvision.models.resnet18()).double()
+        source = adversarial_(torchvision.models.resnet18()).double()
         headless = nn.Sequential(*list(source.children())[:-1]).eval()
         fast = fastres.optimize(headless, example_input=images)
         with torch.no_grad():
@@ -107,7 +107,7 @@ class TestFolding:
     @pytest.mark.parametrize("classes", [0, 1, 7])
     def test_other_channels_and_classes(self, channels, classes):
         model = timm.create_model("resnet18", in_chans=channels, num_classes=classes)
-        model = hostile_(model).double()
+        model = adversarial_(model).double()
         images = real_images(2, 32, channels).double()
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
@@ -115,7 +115,7 @@ class TestFolding:
         assert fast(images).shape == (2, classes or 512)
 
     def test_nonsense_statistics_are_refused_by_name(self, images):
-        model = hostile_(timm.create_model("resnet18"))
+        model = adversarial_(timm.create_model("resnet18"))
         model.layer3[1].bn2.running_var[7] = float("inf")
         with pytest.raises(FoldError, match=r"layer3\.1\.bn2\.running_var\[7\] is inf"):
             fastres.optimize(model)
@@ -154,7 +154,7 @@ class TestCheckpoints:
             torch.testing.assert_close(fresh(images), theirs(images))
 
     def test_timms_keys_are_torchvisions(self, tmp_path, images):
-        theirs = hostile_(timm.create_model("resnet50")).double()
+        theirs = adversarial_(timm.create_model("resnet50")).double()
         fastres.save_checkpoint(theirs, tmp_path / "timm.safetensors")
         ours = fastres.resnet50().double().eval()
         fastres.load_checkpoint(ours, tmp_path / "timm.safetensors")

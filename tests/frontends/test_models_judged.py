@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fused import executions, plain, rms
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 
 import fastres
@@ -30,7 +30,7 @@ WIDE = {"resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet1
 
 
 def network(name, seed=0):
-    """With hostile weights, without the seconds that initial values take."""
+    """With adversarial weights, without the seconds that initial values take."""
     with torch.device("meta"):
         model = getattr(fastres, name)()
     if name in WIDE:
@@ -38,7 +38,7 @@ def network(name, seed=0):
     model.to_empty(device="cpu")
     for buffer in model.buffers():
         buffer.zero_()
-    return hostile_(model, seed)
+    return adversarial_(model, seed)
 
 
 def in_float64(model, x):
@@ -90,7 +90,7 @@ def judge_bfloat16(model, x, steps):
 
 @pytest.mark.fault(41)
 @pytest.mark.parametrize(("name", "steps"), CASES.items())
-def test_hostile_weights_and_real_images(name, steps):
+def test_adversarial_weights_and_real_images(name, steps):
     x = real_images(1, 64)
     model = network(name)
     judge_float32(model, x)
@@ -107,7 +107,7 @@ def test_other_weights():
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 @pytest.mark.parametrize("shortcut", ["A", "B"])
 def test_cifar_networks(name, shortcut):
-    model = hostile_(fastres.create_model(name, shortcut=shortcut), 3)
+    model = adversarial_(fastres.create_model(name, shortcut=shortcut), 3)
     x = real_images(4, 32)
     with executions() as ran, torch.inference_mode():
         out = model(x)

@@ -40,7 +40,7 @@ def test_the_copy_is_the_sources_function(case):
         assert got.dtype == wanted.dtype
         assert got.stride() == wanted.stride()
         # 1e-10 of the largest value is a million roundings of float64; any forgotten term moves
-        # the outputs of hostile weights by more than 1e-3. Detectors repeat boxes in pixels.
+        # the outputs of adversarial weights by more than 1e-3. Detectors repeat boxes in pixels.
         scale = float(wanted.abs().max()) if wanted.numel() else 1.0
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-10 * scale)
     assert isinstance(fast, FastShell) == case.shell

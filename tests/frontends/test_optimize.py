@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from fused import assert_close, executions, plain, rms, small
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from torch.func import functional_call
 
@@ -19,7 +19,7 @@ from fastres.graph import fold
 def torchvision_model(name):
     models = pytest.importorskip("torchvision").models
     kwargs = {"init_weights": False} if name == "googlenet" else {}
-    return hostile_(getattr(models, name)(num_classes=7, **kwargs))
+    return adversarial_(getattr(models, name)(num_classes=7, **kwargs))
 
 
 def snapshot(module):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from torchvision.models import resnet18
 from tutorials import MnistResNet18
@@ -43,7 +43,7 @@ class Optional(nn.Module):
 @pytest.fixture
 def source():
     """In float64, where a copy that is right agrees to all the digits that are compared."""
-    return hostile_(Optional()).double()
+    return adversarial_(Optional()).double()
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ class Viewing(Optional):
 
 
 def test_code_that_views_memory_gets_the_layout_it_knows(images):
-    source = hostile_(Viewing()).double()
+    source = adversarial_(Viewing()).double()
     fast = fastres.optimize(source, example_input=images)
     assert not fast.channels_last
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_a_part_used_twice_is_fused_once(images):
         def forward(self, x, y=None):
             return self.left(x) if y is None else self.left(x) - self.right(y)
 
-    source = hostile_(Siamese()).double()
+    source = adversarial_(Siamese()).double()
     fast = fastres.optimize(source, example_input=(images, images.flip(3)))
     assert fast.left is fast.right
     with torch.no_grad():
@@ -228,7 +228,7 @@ def test_a_branch_baked_in_by_the_trace_is_caught(images):
             return self.net(x) if isinstance(x, torch.Tensor) else self.net(x) * 2
 
     with pytest.raises(fastres.FastresError, match="differ"):
-        fastres.optimize(hostile_(Checked()).double(), example_input=images)
+        fastres.optimize(adversarial_(Checked()).double(), example_input=images)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ class TestHuggingFace:
 
 
 def test_wrappers_are_looked_through(images):
-    source = hostile_(resnet18(num_classes=4)).double()
+    source = adversarial_(resnet18(num_classes=4)).double()
     wrapped = nn.DataParallel(torch.compile(source))
     fast = fastres.optimize(wrapped.eval(), example_input=images)
     with torch.no_grad():

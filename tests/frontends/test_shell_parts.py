@@ -8,7 +8,7 @@ from threading import Barrier, Thread
 import pytest
 import torch
 import torchvision
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from zoo import _huggingface
 
@@ -47,12 +47,12 @@ def images():
 
 @pytest.fixture
 def source():
-    return hostile_(Options()).double()
+    return adversarial_(Options()).double()
 
 
 def hugging_face():
     small = {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "num_labels": 3}
-    return hostile_(_huggingface("basic", **small)).double()
+    return adversarial_(_huggingface("basic", **small)).double()
 
 
 def answer(model, *args, **kwargs):
@@ -89,7 +89,7 @@ class Whole(nn.Module):
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("build", [Options, Whole, hugging_face])
 def test_first_calls_of_eight_threads(build, images):
-    source = build() if build is hugging_face else hostile_(build()).double()
+    source = build() if build is hugging_face else adversarial_(build()).double()
     images = real_images(2, 32).double()
     wanted = getattr(answer(source, images), "logits", None)
     wanted = answer(source, images) if wanted is None else wanted
@@ -113,7 +113,7 @@ def test_first_calls_of_eight_threads(build, images):
 
 @pytest.mark.fault(47)
 def test_one_thread_compares_and_the_others_wait(images):
-    fast, seen, together = fastres.optimize(hostile_(Whole()).double()), [], Barrier(4)
+    fast, seen, together = fastres.optimize(adversarial_(Whole()).double()), [], Barrier(4)
     check = fast._pending
     fast._pending = lambda *args: (seen.append(1), check(*args))
 
@@ -151,7 +151,7 @@ def test_a_view_that_only_some_values_reach(images):
             y = self.a(x)
             return y.mean((2, 3)) if x.mean() < 10 else y.view(len(y), -1)
 
-    source = hostile_(Late()).double()
+    source = adversarial_(Late()).double()
     fast = fastres.optimize(source, example_input=images)
     same(fast, source, images)
     same(fast, source, images + 100)
@@ -178,7 +178,7 @@ def test_a_state_is_advanced_once_per_call(images):
             self.seen += 1
             return self.a(x) * self.calls + self.seen
 
-    source = hostile_(Counting()).double()
+    source = adversarial_(Counting()).double()
     fast = fastres.optimize(source)
     twin = copy.deepcopy(source)
     for _ in range(3):
@@ -196,7 +196,7 @@ CHANGES = {
     "other weights": lambda m: setattr(m.a[0], "weight", nn.Parameter(m.a[0].weight.flip(0))),
     "weights in place": lambda m: m.a[1].running_var.mul_(3),
     "a hook": lambda m: m.a[0].register_forward_hook(lambda module, args, out: out * 2) and None,
-    "a state_dict": lambda m: m.load_state_dict(hostile_(Options(), 7).double().state_dict()),
+    "a state_dict": lambda m: m.load_state_dict(adversarial_(Options(), 7).double().state_dict()),
 }
 
 
@@ -235,7 +235,7 @@ def test_a_part_that_was_changed_says_so(source, images):
 def test_the_score_threshold_of_a_detector():
     options = {"weights": None, "weights_backbone": None, "min_size": 64, "max_size": 64}
     source = torchvision.models.detection.fasterrcnn_resnet50_fpn(**options)
-    source = hostile_(source)
+    source = adversarial_(source)
     images = [real_images(1, 64)[0]]
     fast = fastres.optimize(source, verify=False)
     assert len(fast(images)[0]["boxes"])
@@ -253,7 +253,7 @@ def test_what_cannot_have_effect_is_an_error(name, tmp_path):
         block_size = 4
 
     block = torchvision.models.resnet.BasicBlock
-    fast = fastres.optimize(hostile_(Sized(block, [1, 1, 1, 1])), verify=False)
+    fast = fastres.optimize(adversarial_(Sized(block, [1, 1, 1, 1])), verify=False)
     fastres.save(fast, tmp_path / "fused.safetensors")
     twins = [fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
     if name != "block_size":  # a class's attribute that no step names is not in the file
@@ -267,7 +267,7 @@ def test_what_cannot_have_effect_is_an_error(name, tmp_path):
 
 @pytest.mark.fault(54)
 def test_parameters_and_devices(images):
-    source = hostile_(Whole()).double()
+    source = adversarial_(Whole()).double()
     fast = fastres.optimize(source, example_input=images)
     first = next(fast.parameters())
     assert (first.device, first.dtype) == (fast.device, torch.float64)
@@ -314,7 +314,7 @@ def test_save_pretrained_writes_the_sources_state(tmp_path):
 @pytest.mark.filterwarnings("ignore:a runs as ordinary PyTorch")
 def test_a_state_that_is_loaded_is_served(source, images):
     fast = fastres.optimize(source, example_input=images)
-    other = hostile_(Options(), 3).double()
+    other = adversarial_(Options(), 3).double()
     same_eps_(other, source)
     fast.load_state_dict(other.state_dict())
     same(fast, other, images)
@@ -365,7 +365,7 @@ WAYS = {
 @pytest.mark.fault(67)
 @pytest.mark.parametrize("way", WAYS)
 def test_containers_in_every_way(images, way):
-    source = hostile_(Loops([WAYS[way], WAYS["called"]])).double()
+    source = adversarial_(Loops([WAYS[way], WAYS["called"]])).double()
     fast = fastres.optimize(source)
     same(fast, source, images)
     assert len(fast.blocks) == 4
@@ -379,7 +379,7 @@ class Chain(nn.Sequential):
 
 @pytest.mark.fault(67)
 def test_a_shell_that_is_a_container(images):
-    source = hostile_(Chain(nn.Sequential(block(), block(8)), nn.Flatten())).double()
+    source = adversarial_(Chain(nn.Sequential(block(), block(8)), nn.Flatten())).double()
     for fast in (fastres.optimize(source), pickle.loads(pickle.dumps(fastres.optimize(source)))):
         assert isinstance(fast, FastShell)
         assert len(fast) == 2
@@ -440,7 +440,7 @@ def test_what_the_sources_python_sees_of_a_part(images, asked):
             answer = ASKED[asked](self.encoder, features)
             return answer if isinstance(answer, torch.Tensor) else ([str(answer)], features[1])
 
-    source = hostile_(Net()).double()
+    source = adversarial_(Net()).double()
     fast = fastres.optimize(source)
     wanted = answer(source, images)
     for _ in range(2):
@@ -468,7 +468,7 @@ def test_the_smallest_case():
             y = self.stem(x)
             return [y] if isinstance(self.stem, nn.Sequential) else y
 
-    source = hostile_(Net())
+    source = adversarial_(Net())
     same(fastres.optimize(source), source, real_images(2, 16))
 
 
@@ -506,7 +506,7 @@ FORMS = {
 @pytest.mark.fault(84)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_copy_that_is_refused_is_never_served(images, form):
-    fast = fastres.optimize(hostile_(Baked(*FORMS[form])).double())
+    fast = fastres.optimize(adversarial_(Baked(*FORMS[form])).double())
     unseen = copy.deepcopy(fast)
     for model in (fast, fast, copy.deepcopy(fast), unseen, unseen):
         for size in (1, 2):
@@ -529,7 +529,7 @@ def test_a_part_that_is_wrong_is_not_fused(images, form):
         def run(self, x):
             return self.right(x), self.wrong(x)
 
-    source = hostile_(Net()).double()
+    source = adversarial_(Net()).double()
     fast = fastres.optimize(source)
     with pytest.warns(UserWarning, match="wrong runs as ordinary PyTorch: .*differ"):
         fast(images)
@@ -558,7 +558,7 @@ def test_another_type_of_argument_is_not_what_was_checked(images):
         def run(self, x, weight):
             return self.either(x, weight)
 
-    source = hostile_(Net()).double()
+    source = adversarial_(Net()).double()
     fast = fastres.optimize(source)
     same(fast, source, images, images.sum())
     assert fast.plan().fused
@@ -580,7 +580,7 @@ def test_rounding_that_reorders_boxes_is_no_fault():
             scores = self.a(x).flatten(1)
             return (scores / scores.max() * 1e-3 + 1.0).sort(1, descending=True)
 
-    source = hostile_(Ties())
+    source = adversarial_(Ties())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast = fastres.optimize(source, example_input=real_images(2, 16))

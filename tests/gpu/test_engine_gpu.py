@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from fused import assert_close, executions, plain, rms, small
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 
 import fastres
 from fastres.backends.select import _has_triton
@@ -56,7 +56,7 @@ def steps(model, x):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_float32_against_float64(name, backend):
-    model = hostile_(fastres.create_model(name, backend=backend)).to(CUDA)
+    model = adversarial_(fastres.create_model(name, backend=backend)).to(CUDA)
     assert_fused(model, images(4, 96))
     assert_fused(model, images(1, 65).contiguous(memory_format=torch.channels_last))
 
@@ -66,11 +66,11 @@ def test_float32_against_float64(name, backend):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_half_precision_by_steps(name, dtype, backend):
-    model = hostile_(fastres.create_model(name, backend=backend)).to(CUDA, dtype)
+    model = adversarial_(fastres.create_model(name, backend=backend)).to(CUDA, dtype)
     x = images(4, 96, dtype)
     found = steps(model, x)
     assert [error for error in found if not error.ok] == []
-    exact = plain(hostile_(fastres.create_model(name)).to(CUDA).double(), x.double())
+    exact = plain(adversarial_(fastres.create_model(name)).to(CUDA).double(), x.double())
     with torch.no_grad():
         for _ in range(3):
             out = model(x)
@@ -81,7 +81,7 @@ def test_half_precision_by_steps(name, dtype, backend):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_folded_from_float32(dtype):
-    source, x = hostile_(fastres.resnet50()).to(CUDA), images(4, 96)
+    source, x = adversarial_(fastres.resnet50()).to(CUDA), images(4, 96)
     fast = fastres.optimize(source, dtype=dtype, example_input=x)
     assert fast.verification.ok
     for _ in range(3):
@@ -96,8 +96,8 @@ def test_folded_from_float32(dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_tf32_follows_torchs_flags(backend, monkeypatch):
     """Allowed, it is used, and is worse than full float32 but good to three digits."""
-    model, x = hostile_(fastres.resnet18(backend=backend)).to(CUDA), images(4, 96)
-    exact = plain(hostile_(fastres.resnet18()).to(CUDA).double(), x.double())
+    model, x = adversarial_(fastres.resnet18(backend=backend)).to(CUDA), images(4, 96)
+    exact = plain(adversarial_(fastres.resnet18()).to(CUDA).double(), x.double())
     errors = {}
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
@@ -230,7 +230,7 @@ def test_a_fork_after_cuda_has_started_is_refused_with_advice():
 
 @pytest.mark.fault(20)
 def test_out_of_memory_leaves_the_model_usable():
-    model = hostile_(fastres.resnet50()).to(CUDA)
+    model = adversarial_(fastres.resnet50()).to(CUDA)
     small_images = images(2, 64)
     assert_fused(model, small_images)
     torch.cuda.empty_cache()
@@ -281,7 +281,7 @@ def _without_grad(model, x):
 
 @pytest.mark.fault(21)
 def test_training_gives_the_memory_back():
-    model, x = hostile_(fastres.resnet50()).to(CUDA), images(4, 128)
+    model, x = adversarial_(fastres.resnet50()).to(CUDA), images(4, 128)
     assert_close(plain(model, x), model, x)  # cuBLAS takes its workspaces, and keeps them
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -324,7 +324,10 @@ def test_two_models_do_not_mix():
 
 @pytest.mark.fault(18)
 def test_the_same_call_gives_the_same_bits():
-    model, x = hostile_(fastres.resnet50()).to(CUDA, torch.float16), images(4, 64, torch.float16)
+    model, x = (
+        adversarial_(fastres.resnet50()).to(CUDA, torch.float16),
+        images(4, 64, torch.float16),
+    )
     with torch.no_grad():
         outs = [model(x) for _ in range(100)]
     assert all(torch.equal(out, outs[0]) for out in outs)

@@ -5,7 +5,7 @@ from threading import Lock
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 from test_trace import compare, image, module
 from torch import nn
 from torch.nn.utils import prune, weight_norm
@@ -62,7 +62,7 @@ def test_process_groups_are_shared():
     """A lock stands for the group: neither can be copied, and inference asks neither."""
     norm = nn.SyncBatchNorm(8)
     norm.process_group = Lock()
-    source = hostile_(nn.Sequential(nn.Conv2d(3, 8, 3), norm))
+    source = adversarial_(nn.Sequential(nn.Conv2d(3, 8, 3), norm))
     found = fastres.optimize(source, example_input=image().float(), dtype=torch.bfloat16)
     assert "against float64" in found.verification.reason
     assert source[1].process_group is norm.process_group

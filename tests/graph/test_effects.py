@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -76,7 +76,7 @@ def kept(fast):
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("keep", [set_attribute, append, cache, nested])
 def test_what_forward_stores_is_found_on_the_copy(keep):
-    source = hostile_(Net(keep)).eval()
+    source = adversarial_(Net(keep)).eval()
     fast = fastres.optimize(source, example_input=X)
     assert isinstance(fast, FastShell)
     x = X + 1
@@ -99,7 +99,7 @@ def test_a_layer_that_stores_behind_a_branch():
         def forward(self, x):
             return self.b(self.keeper(self.a(x)))
 
-    source = hostile_(Deep()).eval()
+    source = adversarial_(Deep()).eval()
     fast = fastres.optimize(source, example_input=X)
     fast(X)
     torch.testing.assert_close(fast.keeper.feat, source.a(X), rtol=1e-4, atol=1e-4)
@@ -171,7 +171,7 @@ class Collecting(Net):
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("how", ["method", "partial", "object", "own"])
 def test_hooks_that_are_bound_feed_the_copy(how):
-    source = hostile_(Collecting(how)).eval()
+    source = adversarial_(Collecting(how)).eval()
     fast = fastres.optimize(source, example_input=X)
     before = len(source.collector.got)
     fast.collector.got.clear()
@@ -220,7 +220,7 @@ def test_hooks_that_refer_to_nothing_of_the_source_are_kept_in_silence():
 @pytest.mark.fault(52)
 @pytest.mark.parametrize("how", ["method", "partial", "object"])
 def test_hooks_of_an_object_of_the_users_go_on_to_feed_it(how):
-    source, mine = hostile_(Net()).eval(), Collector()
+    source, mine = adversarial_(Net()).eval(), Collector()
     hooks = {"method": mine.take, "partial": partial(mine.take_named, "a"), "object": mine}
     source.a.register_forward_hook(hooks[how])
     fast = fastres.optimize(source, example_input=X)

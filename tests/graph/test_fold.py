@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 from fastres.errors import FoldError
@@ -26,7 +26,7 @@ def folded(module: nn.Module, dtype=torch.float64):
 def test_numbers_in_float64(conv_bias, affine, groups, eps):
     """Tiny variances: there a wrong eps, or one forgotten, changes the result by its whole size."""
     conv = nn.Conv2d(6, 12, 3, stride=2, padding=1, dilation=2, groups=groups, bias=conv_bias)
-    module = hostile_(nn.Sequential(conv, nn.BatchNorm2d(12, affine=affine))).double()
+    module = adversarial_(nn.Sequential(conv, nn.BatchNorm2d(12, affine=affine))).double()
     module[1].eps = eps
     module[1].running_var.copy_(10.0 ** torch.linspace(-12, 0, 12))
     x = torch.randn(2, 6, 9, 7, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_folded_weights_are_copies(layer, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_fold_first_cast_last(dtype):
     """float32 sources: the float64 result is rounded once. Biases stay float32."""
-    module = hostile_(nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)))
+    module = adversarial_(nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)))
     _, exact, exact_bias = folded(module)
     _, weight, bias = folded(module, dtype)
     assert torch.equal(weight, exact.to(dtype))
@@ -82,7 +82,7 @@ def test_fold_first_cast_last(dtype):
 
 def test_half_precision_sources_are_folded_as_they_are():
     """``.half()`` has rounded the parameters; from there on everything is float64 again."""
-    module = hostile_(nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7))).half()
+    module = adversarial_(nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7))).half()
     _, weight, bias = folded(module, torch.float16)
     _, exact, exact_bias = folded(module.double(), torch.float64)
     assert torch.equal(weight, exact.half())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fused import rms
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 from fastres import resnet18
@@ -117,7 +117,7 @@ class Between(nn.Module):
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
 def test_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
-    module = hostile_(module).double()
+    module = adversarial_(module).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     out, built = run(module, x)
     assert sum(op.norm is not None for op in operations(built, Conv2d)) == inside
@@ -137,7 +137,7 @@ def test_other_norms_are_left_to_pytorch(kind):
     norm = nn.InstanceNorm2d(4) if kind == "instance norm" else nn.BatchNorm2d(4)
     if kind == "no statistics":
         norm = nn.BatchNorm2d(4, track_running_stats=False)
-    module = hostile_(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).double()
+    module = adversarial_(nn.Sequential(nn.Conv2d(3, 4, 3), norm)).double()
     if kind == "training":
         norm.train()
     if kind == "replaced forward":
@@ -168,7 +168,7 @@ def norm_without_act(channels):
 @pytest.mark.parametrize("make", [nn.SyncBatchNorm, frozen, norm_act, norm_without_act])
 def test_norms_of_other_libraries(make):
     module = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), make(8))
-    hostile_(module)
+    adversarial_(module)
     if make is frozen:
         norm = module[1]
         norm.running_mean.normal_()
@@ -199,7 +199,7 @@ def reference_of(module):
 def test_norm_with_another_activation(act):
     timm = pytest.importorskip("timm.layers")
     module = nn.Sequential(nn.Conv2d(3, 8, 3), timm.BatchNormAct2d(8, act_layer=act))
-    module = hostile_(module).double()
+    module = adversarial_(module).double()
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     out, built = run(module, x)
     assert [type(step.op) for step in built.steps] == [Conv2d, Call]
@@ -209,7 +209,7 @@ def test_norm_with_another_activation(act):
 @pytest.mark.fault(30)
 def test_a_whole_network_in_float64():
     """Every norm of a ResNet-18 at once, against PyTorch's own fold-free answer."""
-    module = hostile_(resnet18(num_classes=7)).double()
+    module = adversarial_(resnet18(num_classes=7)).double()
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
     out, built = run(module, x)
     with torch.no_grad():

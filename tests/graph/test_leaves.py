@@ -116,7 +116,7 @@ class Net(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def hostile(model):
+def adversarial(model):
     """Weights and statistics with which every wrong norm shows."""
     generator = torch.Generator().manual_seed(0)
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
@@ -155,7 +155,7 @@ def convolutions(fast):
 @pytest.mark.fault(49)
 @pytest.mark.parametrize("norm", [EmptyNorm, NamedNorm, SplitNorm, FrozenNorm])
 def test_norms_that_compute_as_torchs_are_folded(norm):
-    fast = check(hostile(Net(norm)), X)
+    fast = check(adversarial(Net(norm)), X)
     assert not left(fast)
     assert all(op.norm for op in convolutions(fast))
 
@@ -164,7 +164,7 @@ def test_norms_that_compute_as_torchs_are_folded(norm):
 @pytest.mark.parametrize("name", ["SplitBatchNorm2d", "BatchNormAct2d", "FrozenBatchNormAct2d"])
 def test_timms_norms_are_folded(name):
     layers = pytest.importorskip("timm.layers")
-    fast = check(hostile(Net(getattr(layers, name))), X)
+    fast = check(adversarial(Net(getattr(layers, name))), X)
     assert not left(fast)
     assert all(op.norm for op in convolutions(fast))
 
@@ -174,7 +174,7 @@ def test_timms_norms_are_folded(name):
 def test_timms_other_norms_are_left_and_the_rest_is_fused(name):
     layers = pytest.importorskip("timm.layers")
     kind = getattr(layers, name)
-    fast = check(hostile(Net(lambda c: kind(c, groups=4) if "Evo" in name else kind(c))), X)
+    fast = check(adversarial(Net(lambda c: kind(c, groups=4) if "Evo" in name else kind(c))), X)
     assert {where[:5] for where in left(fast)} == {"norm1", "norm2"}
     assert convolutions(fast)[-1].norm
     assert convolutions(fast)[-1].relu
@@ -192,7 +192,7 @@ def test_timms_other_norms_are_left_and_the_rest_is_fused(name):
     ],
 )
 def test_a_layer_that_cannot_be_traced_is_left_by_name(arguments, names):
-    fast = check(hostile(Net(**arguments)), X)
+    fast = check(adversarial(Net(**arguments)), X)
     reasons = left(fast)
     assert set(reasons) == names
     assert all("cannot be traced: " in reason for reason in reasons.values())
@@ -210,7 +210,7 @@ def test_a_layer_whose_result_is_taken_apart():
             y, mean = self.middle(F.relu(self.norm1(self.conv1(x))))
             return F.relu(self.norm3(self.conv3(y))) * mean
 
-    fast = check(hostile(Apart(middle=Pair)), X)
+    fast = check(adversarial(Apart(middle=Pair)), X)
     assert len(convolutions(fast)) == 2
     assert "middle" in left(fast)
 
@@ -231,7 +231,7 @@ def test_a_layer_called_twice_and_one_inside_another():
             x = self.middle(self.norm1(self.conv1(x)))
             return self.middle(self.norm3(self.conv3(x)))
 
-    fast = check(hostile(Twice(middle=Outer)), X)
+    fast = check(adversarial(Twice(middle=Outer)), X)
     assert [step.where for step, _ in fast.plan().left] == ["middle", "middle"]
     assert all(op.norm for op in convolutions(fast))
 
@@ -257,7 +257,7 @@ def test_weights_that_a_refused_layer_has_read_are_read_anew():
             x = x * self.scale
             return x if x.shape[0] > 1 else -x
 
-    fast = check(hostile(Shared()), X)
+    fast = check(adversarial(Shared()), X)
     assert "middle" in left(fast)
 
 
@@ -280,7 +280,7 @@ def test_subclasses_that_change_what_forward_does_are_not_taken_for_their_base(k
     model = Net(act=Act if kind == "relu" else nn.ReLU)
     if kind == "conv":
         model.conv1 = Conv(3, 8, 3)
-    hostile(model)
+    adversarial(model)
     if kind == "linear":
         model.fc.__class__ = Fc
     check(model, X)
@@ -299,7 +299,7 @@ def test_subclasses_that_change_nothing_are_their_base(base):
     }
     layer = parts[base]()
     layer.__class__ = kind
-    model = hostile(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), layer))
+    model = adversarial(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), layer))
     assert not left(check(model, X))
 
 
@@ -342,7 +342,7 @@ def scripted(module):
     ],
 )
 def test_a_scripted_child_is_left_and_the_rest_is_fused(child):
-    model = hostile(Net(middle=child))
+    model = adversarial(Net(middle=child))
     plain = copy.deepcopy(model)
     model.middle = scripted(model.middle)
     fast = check(plain, X, fastres.optimize(model, example_input=X))
@@ -367,8 +367,10 @@ def test_features_without_maps_are_one_clear_error(name):
 
 @pytest.mark.fault(60)
 def test_a_fused_model_inside_another():
-    inner = hostile(Net())
-    outer = hostile(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Net(), nn.Linear(5, 2)))
+    inner = adversarial(Net())
+    outer = adversarial(
+        nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), Net(), nn.Linear(5, 2))
+    )
     outer[2] = inner
     fused = copy.deepcopy(outer)
     fused[2] = fastres.optimize(inner, example_input=X)
@@ -397,7 +399,7 @@ def shell_inside(kind):
     inner.after = nn.Sequential(nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5))
     body = nn.Sequential(inner, nn.Identity()) if kind == "below" else inner
     layers = (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), body)
-    outer = hostile(nn.Sequential(*layers) if kind == "traceable" else Branching(body))
+    outer = adversarial(nn.Sequential(*layers) if kind == "traceable" else Branching(body))
     fused = copy.deepcopy(outer)
     shell = fastres.optimize(inner, example_input=X)
     assert isinstance(shell, FastShell)
@@ -460,7 +462,7 @@ class Cast(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", ["body", "between", "all"])
 def test_casts_inside_with_a_float32_answer(how, dtype):
-    model = hostile(Cast(how, dtype)).cast()
+    model = adversarial(Cast(how, dtype)).cast()
     with torch.no_grad():
         want = model(X)
     fast = fastres.optimize(model, example_input=X)
@@ -518,7 +520,7 @@ def test_what_torchs_own_tools_have_made_is_taken(how):
     from torch.ao.quantization import fuse_modules, quantize_dynamic
     from torch.fx.experimental.optimization import fuse
 
-    model = hostile(nn.Sequential(Net(), nn.ReLU(), nn.Linear(5, 4), nn.ReLU()))
+    model = adversarial(nn.Sequential(Net(), nn.ReLU(), nn.Linear(5, 4), nn.ReLU()))
     names = [["0.conv1", "0.norm1", "0.act1"], ["0.conv2", "0.norm2"]]
     tools = {
         "fx fuse": lambda: fuse(model),
@@ -549,7 +551,7 @@ class Dressed(nn.Module):
 
 def fastres_copy_of_export(dynamic):
     batch = {"x": {0: torch.export.Dim("batch", min=1, max=8)}} if dynamic else None
-    model = hostile(Dressed())
+    model = adversarial(Dressed())
     program = torch.export.export(model, (X,), dynamic_shapes=batch).module()
     with pytest.raises(NotImplementedError):
         program.eval()
@@ -590,7 +592,7 @@ def test_casts_around_parts_of_what_cannot_be_traced():
         def forward(self, x):
             return super().forward(x) if x.sum() < 1e9 else x
 
-    model = hostile(Branching("body")).cast()
+    model = adversarial(Branching("body")).cast()
     with torch.no_grad():
         want = model(X)
     fast = fastres.optimize(model, example_input=X)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -186,7 +186,7 @@ def test_values_live_exactly_as_long_as_they_are_read(name):
 
 
 def test_one_plan_serves_every_size():
-    model = hostile_(fastres.resnet18(num_classes=3)).double()
+    model = adversarial_(fastres.resnet18(num_classes=3)).double()
     executor = Executor(build(model), model, AtenOps(), torch.float64)
     for shape in ((1, 3, 32, 32), (3, 3, 33, 47), (2, 3, 7, 64)):
         x = torch.randn(shape, dtype=torch.float64)
@@ -229,7 +229,7 @@ def test_a_plan_cannot_be_changed():
 
 
 def test_the_table_can_be_read():
-    model = hostile_(fastres.resnet18())
+    model = adversarial_(fastres.resnet18())
     text = str(model.plan())
     lines = text.splitlines()
     assert lines[0].split() == ["step", "what", "served", "by", "in", "place", "source"]

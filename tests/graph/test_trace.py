@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fused import executions
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
@@ -39,8 +39,8 @@ class Base(nn.Module):
 
 
 def module(forward) -> nn.Module:
-    """A hostile float64 module with this forward."""
-    return hostile_(type("Case", (Base,), {"forward": forward})()).double()
+    """A adversarial float64 module with this forward."""
+    return adversarial_(type("Case", (Base,), {"forward": forward})()).double()
 
 
 def image(n=2):
@@ -59,7 +59,7 @@ def compare(source, *args, **kwargs):
     for got, wanted in zip(actual, expected, strict=True):
         if isinstance(wanted, torch.Tensor) and wanted.is_floating_point():
             assert got.dtype == wanted.dtype
-            # A dozen roundings; a forgotten step changes hostile answers by 1e-2 and more.
+            # A dozen roundings; a forgotten step changes adversarial answers by 1e-2 and more.
             tolerance = 5e3 * torch.finfo(wanted.dtype).eps
             torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
         else:
@@ -235,7 +235,7 @@ def test_dropout_and_identity_are_removed():
 
     layers = nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 3), nn.Dropout2d(0.9), nn.Identity())
     assert kinds(compare(layers.double().eval(), image())) == [Conv2d]
-    assert kinds(compare(hostile_(Case()).double(), image())) == [Conv2d]
+    assert kinds(compare(adversarial_(Case()).double(), image())) == [Conv2d]
 
 
 def test_dropout_that_is_always_on_is_kept():

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hostile_
+from helpers import adversarial_
 from test_trace import Base, kinds
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -20,8 +20,8 @@ from fastres.graph.trace import trace
 
 
 def module(forward) -> nn.Module:
-    """A hostile module with this forward."""
-    return hostile_(type("Case", (Base,), {"forward": forward})())
+    """A adversarial module with this forward."""
+    return adversarial_(type("Case", (Base,), {"forward": forward})())
 
 
 def check(source, size=6):

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from safetensors.torch import save_file
 from torch import nn
 
@@ -24,7 +24,7 @@ def small(num_classes=5, seed=0):
 
 @pytest.fixture
 def source():
-    return hostile_(small(), seed=3)
+    return adversarial_(small(), seed=3)
 
 
 def snapshot(model):

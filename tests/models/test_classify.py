@@ -6,7 +6,7 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 
 from fastres import cli
 from fastres.models.classify import classify, read_image
@@ -33,7 +33,7 @@ def photos(tmp_path_factory):
 def checkpoint(tmp_path_factory):
     """A ResNet-18 whose 1000 logits are far from equal."""
     path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
-    torch.save(hostile_(create_model("resnet18")).state_dict(), path)
+    torch.save(adversarial_(create_model("resnet18")).state_dict(), path)
     return path
 
 
@@ -57,7 +57,7 @@ def test_the_answers_are_torchvisions(photos, checkpoint):
 
 def test_other_classes_are_numbered_and_read_off_the_file(photos, tmp_path):
     path = tmp_path / "three.pth"
-    model = hostile_(create_model("resnet18", num_classes=3, stem="cifar"))
+    model = adversarial_(create_model("resnet18", num_classes=3, stem="cifar"))
     torch.save({f"module.{name}": value for name, value in model.state_dict().items()}, path)
     (found,) = classify(photos[:1], model="resnet18", checkpoint=path, top=5)
     assert {label for label, _ in found.top} == {"class 0", "class 1", "class 2"}

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from fused import executions
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from torchvision.models import resnet18
 from torchvision.models.detection import FasterRCNN
@@ -22,7 +22,7 @@ from fastres import BasicBlock, Bottleneck, ResNet
 
 
 def small(block=Bottleneck, **kwargs):
-    return hostile_(ResNet(block, [1, 1, 1, 1], num_classes=6, planes=8, **kwargs)).double()
+    return adversarial_(ResNet(block, [1, 1, 1, 1], num_classes=6, planes=8, **kwargs)).double()
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_numbers_are_timms(images, layout):
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d", "regnetx_002", "resnetv2_50"])
 def test_timms_models_give_what_timm_gives(name):
     torch.manual_seed(0)
-    theirs = hostile_(timm.create_model(name, features_only=True)).double()
+    theirs = adversarial_(timm.create_model(name, features_only=True)).double()
     model = timm.create_model(name).double()
     images = real_images(1, 64).double()
     body = fastres.features(model, range(len(theirs.feature_info.channels())))
@@ -90,7 +90,7 @@ def test_timms_models_give_what_timm_gives(name):
 
 
 def test_names_are_torchvisions(images):
-    model = hostile_(resnet18()).double()
+    model = adversarial_(resnet18()).double()
     nodes = {"layer2": "mid", "layer4.1.bn1": "inner", "layer4": "out"}
     theirs = create_feature_extractor(model, nodes)
     body = fastres.features(model, nodes)
@@ -109,7 +109,7 @@ def test_names_are_torchvisions(images):
 
 
 def test_any_traceable_network(images):
-    model = hostile_(MnistResNet18()).double()
+    model = adversarial_(MnistResNet18()).double()
     body = fastres.features(model, ["net.2", "net.5"])
     digits = images[:, :1]
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_torchvisions_detectors_take_it(pyramid, images):
     torch.manual_seed(0)
     wrap = Pyramid if pyramid else lambda body: body
     found, wanted = (detector(wrap(body), 4 if pyramid else 1).double() for body in (ours, theirs))
-    hostile_(wanted)
+    adversarial_(wanted)
     found.load_state_dict(wanted.state_dict())
     same_eps_(found, wanted)
     found.eval()

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 from torch import nn
 from torchvision.models import ResNet50_Weights
@@ -28,7 +28,7 @@ def pixels():
 
 
 def network(**kwargs):
-    return hostile_(ResNet(BasicBlock, [1, 1], num_classes=6, planes=8, **kwargs))
+    return adversarial_(ResNet(BasicBlock, [1, 1], num_classes=6, planes=8, **kwargs))
 
 
 def torchvisions(pixels, dtype=torch.float32):
@@ -105,7 +105,7 @@ def test_groups(pixels):
     images = torch.cat([pixels, pixels.flip(3)], 1)
     conv = nn.Conv2d(6, 8, 3, padding=1, groups=2)
     mean, std = [0.1, 0.5, 0.9, 0.2, 0.6, 0.4], [0.3, 0.1, 0.2, 0.5, 0.7, 0.9]
-    model = hostile_(nn.Sequential(Normalize(mean, std), conv, nn.BatchNorm2d(8))).double()
+    model = adversarial_(nn.Sequential(Normalize(mean, std), conv, nn.BatchNorm2d(8))).double()
     fast = fastres.optimize(model, example_input=images)
     with torch.no_grad():
         torch.testing.assert_close(fast(images), model(images), rtol=1e-11, atol=1e-11)
@@ -136,7 +136,7 @@ class Twice(nn.Module):
     ],
 )
 def test_what_cannot_be_folded_is_still_right(pixels, build):
-    model = hostile_(build()).double()
+    model = adversarial_(build()).double()
     fast = fastres.optimize(model, example_input=pixels)
     with torch.no_grad():
         torch.testing.assert_close(fast(pixels), model(pixels))

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 from torchvision.models import feature_extraction
 
@@ -84,9 +84,9 @@ def test_training_equals_torchvisions_bit_for_bit(name, kwargs):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_hostile_eval_equals_torchvisions(name):
-    ours = hostile_(getattr(resnet, name)(backend="torch"), seed=2)
-    theirs = hostile_(getattr(torchvision.models, name)(), seed=2)
+def test_adversarial_eval_equals_torchvisions(name):
+    ours = adversarial_(getattr(resnet, name)(backend="torch"), seed=2)
+    theirs = adversarial_(getattr(torchvision.models, name)(), seed=2)
     assert_equal_states(ours, theirs)
     images = real_images(2, 64)
     assert torch.equal(ours._forward_impl(images), theirs(images))
@@ -133,11 +133,11 @@ def test_shortcut_a_pads_the_subsampled_input_with_zeros():
 def test_dilation_only_adds_pixels_between_those_of_the_strided_network(name, stride_on, size):
     """Dilated features at every 4th pixel are the strided ones (a trous); exact in float64."""
     torch.manual_seed(0)
-    strided = hostile_(resnet.create_model(name, stride_on=stride_on)).double()
+    strided = adversarial_(resnet.create_model(name, stride_on=stride_on)).double()
     dilated = resnet.create_model(
         name, stride_on=stride_on, replace_stride_with_dilation=[False, True, True]
     )
-    hostile_(dilated).double()
+    adversarial_(dilated).double()
     assert_equal_states(strided, dilated)
     images = real_images(1, size).double()
     with torch.no_grad():
@@ -149,8 +149,8 @@ def test_dilation_only_adds_pixels_between_those_of_the_strided_network(name, st
 
 @pytest.mark.fault(39)
 def test_stride_placements_are_told_apart():
-    v15 = hostile_(resnet.resnet50())
-    v1 = hostile_(resnet.resnet50(stride_on="1x1"))
+    v15 = adversarial_(resnet.resnet50())
+    v1 = adversarial_(resnet.resnet50(stride_on="1x1"))
     assert_equal_states(v1, v15)
     assert v1.layer2[0].conv1.stride == v15.layer2[0].conv2.stride == (2, 2)
     assert v1.layer2[0].conv2.stride == v15.layer2[0].conv1.stride == (1, 1)
@@ -176,7 +176,7 @@ def test_norms_without_parameters():
 
 
 def test_classifier_can_be_replaced():
-    model = hostile_(resnet.resnet18()).to(torch.float64)
+    model = adversarial_(resnet.resnet18()).to(torch.float64)
     images = real_images(2, 64).double()
     features = model.forward_features(images).mean((2, 3))
     assert model.get_classifier() is model.fc
@@ -228,14 +228,14 @@ def test_subclasses_keep_their_forward():
     torch.manual_seed(0)
     plain = resnet.ResNet(resnet.Bottleneck, layers, replace_stride_with_dilation=dilate)
     images = real_images(1, 40)
-    reference = hostile_(model)._forward_impl(images)
-    assert torch.equal(hostile_(double)(images), 2 * reference)
-    assert not torch.allclose(hostile_(plain)(images), reference)
+    reference = adversarial_(model)._forward_impl(images)
+    assert torch.equal(adversarial_(double)(images), 2 * reference)
+    assert not torch.allclose(adversarial_(plain)(images), reference)
 
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50"])
 def test_script_fx_pickle_and_deepcopy_give_the_same_logits(name):
-    model = hostile_(resnet.create_model(name))
+    model = adversarial_(resnet.create_model(name))
     images = real_images(2, 32)
     reference = model._forward_impl(images)
     # Compared bit for bit: each runs the very same operations.
@@ -247,7 +247,7 @@ def test_script_fx_pickle_and_deepcopy_give_the_same_logits(name):
 
 
 def test_torchvisions_feature_extractor():
-    model = hostile_(resnet.resnet18())
+    model = adversarial_(resnet.resnet18())
     extractor = feature_extraction.create_feature_extractor(model, ["layer2", "layer4"])
     images = real_images(1, 64)
     features = extractor(images)

@@ -7,7 +7,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchvision
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torchvision.models import ResNet18_Weights, ResNet50_Weights, get_model_weights
 from torchvision.models._api import Weights, WeightsEnum
 
@@ -23,8 +23,8 @@ def empty_cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def source():
-    """A hostile ResNet-18, standing for a published one; with 3 classes to be small."""
-    return hostile_(torchvision.models.resnet18(num_classes=3), seed=5)
+    """A adversarial ResNet-18, standing for a published one; with 3 classes to be small."""
+    return adversarial_(torchvision.models.resnet18(num_classes=3), seed=5)
 
 
 @pytest.fixture(scope="module")

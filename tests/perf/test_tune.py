@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 
 from fastres import Bottleneck, ResNet, cli
 from fastres.backends.kernel_choice import load
@@ -23,7 +23,7 @@ CPU, HALF = torch.device("cpu"), torch.float16
 
 def network(seed=0):
     """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for b2b_gemm and TMA."""
-    return hostile_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
+    return adversarial_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
 
 
 def clock(cheap, calls):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fused import executions, images, small
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -30,7 +30,7 @@ class Kept(nn.Module):
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (4, 4)])
 def test_a_residual_that_must_be_kept(channels, size, relu):
     """oneDNN's sum refuses memory that is dense both ways unless it may write into it."""
-    net, x = hostile_(Kept(channels, relu)), torch.randn(2, 3, *size)
+    net, x = adversarial_(Kept(channels, relu)), torch.randn(2, 3, *size)
     fast = fastres.optimize(net, verify=False)
     last = fast.plan().steps[-1]
     assert last.op.residual
@@ -45,7 +45,7 @@ def test_a_residual_that_must_be_kept(channels, size, relu):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_step_of_a_network_that_ends_in_one_pixel(dtype):
     """While steps are observed nothing is computed in place."""
-    model, x = hostile_(fastres.resnet18(num_classes=5)), images(2, 32)
+    model, x = adversarial_(fastres.resnet18(num_classes=5)), images(2, 32)
     fast = fastres.optimize(model, dtype=dtype, example_input=x)
     assert fast.verification.ok
     errors = verify_steps(fast.executor(), model, [x.to(dtype)])

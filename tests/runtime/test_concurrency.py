@@ -301,9 +301,9 @@ def test_a_module_under_two_names_is_folded_with_each_of_its_norms():
         def forward(self, x):
             return self.norms[1](self.b(self.norms[0](self.a(x)).relu()))
 
-    from helpers import hostile_
+    from helpers import adversarial_
 
-    net, x = hostile_(Shared()).double(), images().double()
+    net, x = adversarial_(Shared()).double(), images().double()
     fast = fastres.optimize(net, verify=False)
     assert sum(step.op.norm is not None for step in fast.plan().fused) == 2
     torch.testing.assert_close(fast(x), net(x))  # float64's own tolerance, 1e-7

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from fused import images, small
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 from fastres.backends import select
@@ -68,7 +68,7 @@ OTHERS = {
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_every_form_of_a_sum(other, relu, batch):
     """Fused where shapes and dtypes are equal, broadcast and promoted as PyTorch does elsewhere."""
-    module = hostile_(Sum(other, relu, bias=batch > 1, groups=1 + batch % 2))
+    module = adversarial_(Sum(other, relu, bias=batch > 1, groups=1 + batch % 2))
     x = torch.randn(batch, 3, 5, 7)
     with torch.no_grad():
         expected = module(x)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from fused import assert_close, assert_fused, executions, images, plain, rms, small
-from helpers import hostile_
+from helpers import adversarial_
 from torch import fx, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -78,7 +78,7 @@ NETWORKS = (
 @pytest.mark.parametrize("record", RECORDERS.values(), ids=RECORDERS.keys())
 def test_what_was_recorded_scripts_as_torchvisions(record, tmp_path):
     models = pytest.importorskip("torchvision.models")
-    theirs = hostile_(models.resnet18(num_classes=5))
+    theirs = adversarial_(models.resnet18(num_classes=5))
     ours = fastres.resnet18(num_classes=5).eval()
     ours.load_state_dict(theirs.state_dict())
     for mine, other in zip(ours.modules(), theirs.modules(), strict=True):
@@ -106,7 +106,7 @@ def test_every_network_is_recorded_as_what_can_be_scripted(name):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 @pytest.mark.parametrize("make", [small, lambda: BasicBlock(8, 8), lambda: Bottleneck(32, 8)])
 def test_small_networks_and_blocks_script_once_recorded(make):
-    module = hostile_(make())
+    module = adversarial_(make())
     x = images() if isinstance(module, ResNet) else torch.randn(2, module.conv1.in_channels, 8, 8)
     with torch.no_grad():
         assert torch.equal(torch.jit.script(fx.symbolic_trace(module))(x), plain(module, x))

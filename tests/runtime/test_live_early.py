@@ -5,7 +5,7 @@ The graph is stood in for by a plain run, so this needs no GPU.
 
 import pytest
 import torch
-from helpers import hostile_
+from helpers import adversarial_
 
 import fastres
 from fastres.runtime.cuda_graph import GraphRunner
@@ -14,7 +14,7 @@ from fastres.runtime.cuda_graph import GraphRunner
 @pytest.fixture
 def model():
     net = fastres.create_model("resnet20", in_chans=1, num_classes=10)
-    return hostile_(net, seed=3)
+    return adversarial_(net, seed=3)
 
 
 @pytest.fixture

@@ -152,10 +152,10 @@ def test_weights_elsewhere():
     model = small().to("meta")
     with torch.no_grad(), pytest.raises(executor.InputError, match="x must be on meta.*got cpu"):
         model(images())
-    assert_fused(hostile_again(model), images())
+    assert_fused(adversarial_again(model), images())
 
 
-def hostile_again(model):
+def adversarial_again(model):
     model.to_empty(device="cpu").load_state_dict(small().state_dict())
     return model
 

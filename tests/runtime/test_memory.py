@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch.profiler import ProfilerActivity, profile
 
 import fastres
@@ -33,14 +33,14 @@ def test_resnet50_needs_half_of_eagers_activations(layout):
     At 224x224 and batch 4 the ratio is 0.500 too. What is left is the stem: its 64 maps, the pooled
     ones and the indices that PyTorch's max pool makes on the CPU.
     """
-    model = hostile_(fastres.resnet50())
+    model = adversarial_(fastres.resnet50())
     x = real_images(32, 64).contiguous(memory_format=layout)
     assert peak(model, x) <= 0.55 * peak(model._forward_impl, x)
 
 
 def test_the_plan_foretells_the_peak():
     """Exact where no step needs workspace: the CIFAR networks have no max pool."""
-    model = hostile_(fastres.create_model("resnet20", shortcut="B"))
+    model = adversarial_(fastres.create_model("resnet20", shortcut="B"))
     x = real_images(8, 32).contiguous(memory_format=torch.channels_last)
     foretold = model.plan().peak_activation_bytes(tuple(x.shape), x.element_size())
     # The largest maps: a block's input, overwritten by its output, and the map between its layers.
@@ -51,7 +51,7 @@ def test_the_plan_foretells_the_peak():
 
 @pytest.mark.fault(21)
 def test_nothing_is_left_behind():
-    model = hostile_(fastres.resnet18(num_classes=10))
+    model = adversarial_(fastres.resnet18(num_classes=10))
     x = real_images(4, 64)
     sizes = allocations(model, x)
     assert len(sizes) > 20

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fused import assert_close, assert_fused, images, plain, small
-from helpers import hostile_
+from helpers import adversarial_
 from torch import nn
 
 import fastres
@@ -29,7 +29,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_special_values_go_where_torch_lets_them(value, dtype):
     """Windows of the third output are all negative, and the padding must not win there."""
-    source = hostile_(Block()).to(dtype)
+    source = adversarial_(Block()).to(dtype)
     with torch.no_grad():
         source.low.bias -= 100
     fast = fastres.optimize(source, verify=False)
@@ -72,7 +72,7 @@ def test_scales_of_the_weights(scale):
 )
 def test_a_mean_keeps_its_divisor(options):
     pool = nn.AvgPool2d(3, 2, **{"padding": 1, **options})
-    source = hostile_(nn.Sequential(nn.Conv2d(3, 6, 1), pool))
+    source = adversarial_(nn.Sequential(nn.Conv2d(3, 6, 1), pool))
     fast = fastres.optimize(source, verify=False)
     assert not fast.plan().left
     assert_close(fast(images()), source, images())

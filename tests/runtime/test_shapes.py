@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from fused import assert_close, assert_fused, executions, images, small
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import nn
 
 import fastres
@@ -64,7 +64,7 @@ def test_an_empty_batch_of_every_output(backend):
             x = self.conv(x).relu()
             return x, self.pool(x)
 
-    net = hostile_(Maps())
+    net = adversarial_(Maps())
     x = images(2, 9)[:0]
     outputs = fastres.optimize(net, backend=backend, verify=False)(x)
     assert [t.shape for t in outputs] == [t.shape for t in net(x)] == [(0, 4, 4, 4), (0, 4, 2, 2)]
@@ -84,7 +84,7 @@ def test_too_small_for_a_window_names_the_sizes(backend):
 @pytest.mark.fault(3)
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (223, 223), (225, 225), (224, 320)], ids=str)
 def test_odd_and_oblong_images(size):
-    model = hostile_(fastres.resnet18(num_classes=10))
+    model = adversarial_(fastres.resnet18(num_classes=10))
     x = real_images(2, max(size))[:, :, : size[0], : size[1]]
     assert_fused(model, x)
     assert_fused(model, x.contiguous(memory_format=torch.channels_last))
@@ -105,7 +105,7 @@ def test_odd_and_oblong_images_through_the_kernels(launches, size):
 def test_channels_that_fill_no_tile(backend, channels):
     """Into, within and out of a network."""
     options = {"in_chans": channels, "planes": channels, "stem": "cifar", "backend": backend}
-    model = hostile_(fastres.ResNet(fastres.BasicBlock, [1], channels, **options))
+    model = adversarial_(fastres.ResNet(fastres.BasicBlock, [1], channels, **options))
     assert_fused(model, torch.randn(2, channels, 4, 3))
 
 
@@ -180,13 +180,13 @@ def test_a_dilated_window_beside_the_image():
 def test_both_strides_are_as_torchvisions_moved_there(stride_on):
     """torchvision has v1.5; v1 is the same network with the strides moved, which changes it."""
     torchvision = pytest.importorskip("torchvision")
-    theirs = hostile_(torchvision.models.resnet50())
+    theirs = adversarial_(torchvision.models.resnet50())
     other = theirs(real_images(2, 64))
     if stride_on == "1x1":
         for stage in (theirs.layer2, theirs.layer3, theirs.layer4):
             stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
         assert not torch.allclose(theirs(real_images(2, 64)), other, rtol=1e-2)
-    ours = hostile_(fastres.resnet50(stride_on=stride_on))
+    ours = adversarial_(fastres.resnet50(stride_on=stride_on))
     ours.load_state_dict(theirs.state_dict())
     assert_fused(ours, real_images(2, 64))
     with torch.no_grad():

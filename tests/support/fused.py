@@ -1,4 +1,4 @@
-"""What the engine's tests share: a small hostile network; did the engine run, and was it right?"""
+"""What the engine's tests share: a small adversarial network; did the engine run, and was it right?"""
 
 import copy
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from tolerance import allowed_error
 from torch import Tensor, nn
 
@@ -17,9 +17,9 @@ from fastres.runtime.executor import Executor
 
 
 def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:
-    """(N, 3, H, W) -> (N, 5): two stages of one block, one with a downsample; hostile weights."""
+    """(N, 3, H, W) -> (N, 5): two stages of one block, one with a downsample; adversarial weights."""
     arguments = {"num_classes": 5, "stem": "cifar", "planes": 8, **kwargs}
-    return hostile_(cls(BasicBlock, [1, 1], **arguments), seed)
+    return adversarial_(cls(BasicBlock, [1, 1], **arguments), seed)
 
 
 def shallow(name: str, blocks: int, **kwargs) -> ResNet:
@@ -27,7 +27,7 @@ def shallow(name: str, blocks: int, **kwargs) -> ResNet:
     model = fastres.create_model(name, **kwargs)
     for stage in ("layer1", "layer2", "layer3", "layer4"):
         setattr(model, stage, getattr(model, stage)[:blocks])
-    return hostile_(model)
+    return adversarial_(model)
 
 
 def images(n: int = 2, size: int = 16) -> Tensor:

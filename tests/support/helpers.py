@@ -1,4 +1,4 @@
-"""What several tests share: hostile weights, real images, TF32."""
+"""What several tests share: adversarial weights, real images, TF32."""
 
 import functools
 import importlib.util
@@ -17,7 +17,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @torch.no_grad()
-def hostile_(model: nn.Module, seed: int = 0) -> nn.Module:
+def adversarial_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give ``model`` in place weights under which no part of a batch norm can be forgotten.
 
     Norms get negative and zero gammas, non-zero betas and means, variances spread over a factor

@@ -55,12 +55,12 @@ def resnet50(size, classes, *, zero_padding, pool):
     return keras.Model(inputs, x, name="ResNet50")
 
 
-def hostile_(model, seed=0):
-    """Weights under which no part can be forgotten: see ``helpers.hostile_``."""
+def adversarial_(model, seed=0):
+    """Weights under which no part can be forgotten: see ``helpers.adversarial_``."""
     random = np.random.default_rng(seed)
     for layer in model.layers:
         if isinstance(layer, keras.Model):
-            hostile_(layer, seed + 1)
+            adversarial_(layer, seed + 1)
             continue
         values = []
         for variable in layer.weights:

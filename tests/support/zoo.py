@@ -1,4 +1,4 @@
-"""The models that fastres is tested on and that docs/models.md lists; weights are hostile ones."""
+"""The models that fastres is tested on and that docs/models.md lists; weights are adversarial ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from torch import Tensor, nn
 from tutorials import MnistResNet18, d2l_resnet
 
@@ -47,9 +47,9 @@ class Case:
         return f"{self.family}-{self.name}"
 
     def model(self) -> nn.Module:
-        """The source with hostile weights, in eval mode."""
+        """The source with adversarial weights, in eval mode."""
         torch.manual_seed(0)
-        return hostile_(self.build())
+        return adversarial_(self.build())
 
     def inputs(self, images: int = 2, size: int | None = None) -> tuple:
         """Real images as the model's arguments."""

@@ -16,7 +16,7 @@ from typing import Any
 import fused
 import torch
 import torch.nn.functional as F
-from helpers import hostile_
+from helpers import adversarial_
 from hypothesis import strategies as st
 from tolerance import allowed_error
 from torch import Tensor, nn
@@ -254,9 +254,9 @@ def _result(layer: nn.Module, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def network(case: Case) -> nn.Module:
-    """The case's network with hostile weights, in eval mode."""
+    """The case's network with adversarial weights, in eval mode."""
     torch.manual_seed(case["seed"])
-    return hostile_(Net(case), case["seed"])
+    return adversarial_(Net(case), case["seed"])
 
 
 def leaves(output: Any) -> list[Tensor]:
@@ -356,7 +356,7 @@ def check_resnet(case: Case, backend: str = "auto") -> None:
         **{name: case[name] for name in ("planes", "in_chans", "stem", "shortcut")},
     )
     dtype = getattr(torch, case["dtype"])
-    model = hostile_(model, case["seed"]).to(dtype)
+    model = adversarial_(model, case["seed"]).to(dtype)
     x = torch.randn(case["images"], case["in_chans"], *case["size"]).to(dtype)
     x = laid_out(x, case["layout"])
     before = x.clone()

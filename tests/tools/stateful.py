@@ -12,7 +12,7 @@ from collections import Counter
 
 import torch
 from fused import executions, rms
-from helpers import hostile_, real_images
+from helpers import adversarial_, real_images
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from tolerance import allowed_error
@@ -37,12 +37,12 @@ paths, convs, norms, seeds = map(st.sampled_from, (PATHS, CONVS, NORMS, range(4)
 
 
 def pair(seed: int) -> tuple[nn.Module, nn.Module]:
-    """Ours and torchvision's, of two stages, with the same hostile weights, in eval mode."""
+    """Ours and torchvision's, of two stages, with the same adversarial weights, in eval mode."""
     theirs = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=6)
     theirs.layer3, theirs.layer4 = nn.Sequential(), nn.Sequential()
     theirs.fc = nn.Linear(128, 6)
     ours = fastres.ResNet(fastres.BasicBlock, [1, 1], num_classes=6)
-    return hostile_(ours, seed), hostile_(theirs, seed)
+    return adversarial_(ours, seed), adversarial_(theirs, seed)
 
 
 def doubling(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class Pair(RuleBasedStateMachine):
 
     @rule(classes=st.integers(2, 6))
     def swap_fc(self, classes: int) -> None:
-        fc = hostile_(nn.Linear(128, classes), classes).to(self.dtype)
+        fc = adversarial_(nn.Linear(128, classes), classes).to(self.dtype)
         fc.train(self.theirs.fc.training)
         for m in self.both:
             m.fc = copy.deepcopy(fc)
