@@ -28,7 +28,7 @@ from ..backends.memory_format import (
 from ..errors import FrozenError, VerificationError
 from ..graph.effects import outside_owners
 from ..graph.ir import Call
-from ..graph.modules import duplicate, sketch
+from ..graph.modules import duplicate, trace_copy
 from ..graph.plan import Plan, Step
 from ..graph.trace import TraceError, opaque_reason
 from ..runtime.cuda_graph import warm_up
@@ -173,7 +173,7 @@ class FastShell(nn.Module):
         users = {id(owner): owner for owner in outside_owners(source)}
         body = duplicate(source, users).requires_grad_(False)
         own = _first_dtype(source)
-        copied = sketch if dtype in (None, own) else duplicate
+        copied = trace_copy if dtype in (None, own) else duplicate
         found = dict(_build_parts(body, lambda part: build(copied(part))))
         if not found:
             raise TraceError(f"{reason}; nor can any part of it that has convolutions")

@@ -33,7 +33,7 @@ def duplicate(module: Module, replaced: Mapping[int, Any] | None = None) -> Modu
     return copy.deepcopy(module, {**results, **groups, **locks, **(replaced or {})})
 
 
-def sketch(module: Module) -> Module:
+def trace_copy(module: Module) -> Module:
     """A copy that shares the parameters, for a forward to be recorded on: one that assigns to its
     attributes would leave the recorder's values there. The module itself if it cannot be copied."""
     try:

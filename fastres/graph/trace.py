@@ -52,7 +52,7 @@ from .match import (
     qualified_name,
 )
 from .memory_order import Order, function_name, order_of, order_of_module
-from .modules import sketch
+from .modules import trace_copy
 
 
 class TraceError(FastresError, RuntimeError):
@@ -78,7 +78,7 @@ def opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
-class _Made:
+class _Constant:
     """A tensor that forward makes anew from constants, as a function of nothing."""
 
     __name__ = "constant tensor"
@@ -199,7 +199,7 @@ class _Tracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor) and not self._is_weight(a):
             # fx would store it as an attribute of the user's module.
-            return self.create_node("call_function", _Made(a), (), {})
+            return self.create_node("call_function", _Constant(a), (), {})
         argument = super().create_arg(a)
         self.returned = a
         return argument
@@ -238,7 +238,7 @@ def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Grap
         )
     tracer = _record(module, method)
     _refuse_little(module, tracer, most)
-    return _Normalizer(module, tracer.graph, tracer.returned, tracer.untraced).run()
+    return _GraphBuilder(module, tracer.graph, tracer.returned, tracer.untraced).run()
 
 
 def _record(module: nn.Module, method: str) -> _Tracer:
@@ -274,7 +274,7 @@ def _record(module: nn.Module, method: str) -> _Tracer:
 
 def _sketch(module: nn.Module) -> nn.Module:
     """A copy to record on, in which torch's own norms do not look at the rank of their input."""
-    drawn = sketch(module)
+    drawn = trace_copy(module)
     norms = (m for m in drawn.modules() if isinstance(m, nn.BatchNorm2d) and drawn is not module)
     for norm in norms:
         if type(norm)._check_input_dim is nn.BatchNorm2d._check_input_dim:
@@ -302,7 +302,7 @@ def _refuse_little(module: nn.Module, tracer: _Tracer, most: bool) -> None:
 
 def from_fx(module: nn.Module, recorded: fx.Graph) -> Graph:
     """A program that torch.fx or Dynamo recorded; ``module`` owns what its get_attr nodes name."""
-    return _Normalizer(module, recorded, None, {}).run()
+    return _GraphBuilder(module, recorded, None, {}).run()
 
 
 def truncated(module: nn.Module, names: Sequence[str], keys: Sequence[str] | None) -> fx.Graph:
@@ -356,7 +356,7 @@ def _refuse_signature(module: nn.Module, method: str) -> None:
             )
 
 
-class _Normalizer:
+class _GraphBuilder:
     """Turns torch.fx nodes into typed nodes and keeps track of which values may share memory."""
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the engine's tests share: a small adversarial network; did the engine run, and was it right?"""
+"""What the engine's tests share: a small network; did the engine run, and was it right?"""
 
 import copy
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from fastres.runtime.executor import Executor
 
 
 def small(cls: type[ResNet] = ResNet, *, seed: int = 0, **kwargs) -> ResNet:
-    """(N, 3, H, W) -> (N, 5): two stages of one block, one with a downsample; adversarial weights."""
+    """(N, 3, H, W) -> (N, 5): two stages of one block, one downsampling; adversarial weights."""
     arguments = {"num_classes": 5, "stem": "cifar", "planes": 8, **kwargs}
     return adversarial_(cls(BasicBlock, [1, 1], **arguments), seed)
 

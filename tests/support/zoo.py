@@ -1,4 +1,4 @@
-"""The models that fastres is tested on and that docs/models.md lists; weights are adversarial ones."""
+"""The models that fastres is tested on, as docs/models.md lists; weights are adversarial."""
 
 from __future__ import annotations
 

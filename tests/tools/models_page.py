@@ -126,8 +126,8 @@ def page(rows: Mapping[str, Row], images: int) -> str:
     lines = [
         "# Models",
         "",
-        "Written by `python tests/tools/models_page.py`. Each model has adversarial weights (negative",
-        "and zero gammas, spread variances, another eps in each layer) and photographs as input.",
+        "Written by `python tests/tools/models_page.py`. Each model has adversarial weights",
+        "(negative and zero gammas, spread variances, another eps in each layer) and photographs.",
         "A model is timed only if its outputs are PyTorch's within 1e-4 before and after; of",
         "detectors, whose boxes may change places, this run compares the form alone.",
         "`tests/frontends/test_models_zoo.py` compares all of them, boxes included, in float64.",
