@@ -29,7 +29,7 @@ from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
-from ..runtime.guards import WATCHES, Change, Watch
+from ..runtime.guards import WEIGHT_GUARDS, Change, WeightGuard
 from ..runtime.live import LiveModule
 from ..runtime.verify import Recast, check_steps, compare, undisturbed
 from .fast_model import FastModel
@@ -104,7 +104,7 @@ class _Folded:
         if self.wrong or any(arguments[i].item() != v for i, v in program.scalars.items()):
             return self.eager(*arguments)
         program.bind(arguments)
-        if self._watch.change() is not Change.NONE:
+        if self._guard.check() is not Change.NONE:
             self._refold()
         dynamic = [arguments[i] for i in program.dynamic]
         if not self.verified:
@@ -185,7 +185,7 @@ class _Folded:
         self._home = weight.device
         executor = Executor(self.plan, self.program.holder, ops, weight.dtype)
         self._runner = GraphRunner(executor)
-        self._watch, self._norms = Watch(self.program.holder, self.paths), self._statistics()
+        self._guard, self._norms = WeightGuard(self.program.holder, self.paths), self._statistics()
 
     def _refold(self) -> None:
         """Fold what reads a changed tensor. A norm that was trained by itself shows in no version,
@@ -195,11 +195,11 @@ class _Folded:
         if weight.dtype is not executor.dtype or weight.device != self._home:
             self._fold()
             return
-        # The new watch comes first: a step meanwhile is then seen by it, by both at worst.
-        watch, norms = Watch(self.program.holder, self.paths), self._statistics()
+        # The new guard comes first: a step meanwhile is then seen by it, by both at worst.
+        guard, norms = WeightGuard(self.program.holder, self.paths), self._statistics()
         trained = {p for p, value in norms.items() if not torch.equal(value, self._norms[p])}
-        self._runner.refold(self._watch.changed() | trained)
-        self._watch, self._norms = watch, norms
+        self._runner.refold(self._guard.changed() | trained)
+        self._guard, self._norms = guard, norms
 
     def _statistics(self) -> dict[str, Tensor]:
         """Copies of what the folded norms have counted, by path."""
@@ -253,7 +253,7 @@ class _Program:
                 _clean_stack(self._env[node])
 
     def bind(self, arguments: Sequence[Any]) -> None:
-        """Put the parameters and buffers of this call where the watch looks for them."""
+        """Put the parameters and buffers of this call where the guard looks for them."""
         for owner, name, index in self._slots:
             owner[name] = arguments[index]
 
@@ -352,11 +352,11 @@ def _trained(graph_module: fx.GraphModule) -> list[int]:
 
 
 def _told(forward: Compiled, trained: Sequence[int]) -> Compiled:
-    """``forward`` that tells all watches of the inputs that it trains."""
+    """``forward`` that tells all weight guards of the inputs that it trains."""
 
     def run(*arguments: Any) -> Any:
         output = forward(*arguments)
-        WATCHES.tell([arguments[index] for index in trained], frozenset())
+        WEIGHT_GUARDS.tell([arguments[index] for index in trained], frozenset())
         return output
 
     return run
@@ -383,4 +383,4 @@ def refresh(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LiveModule):
             module.refresh()
-    WATCHES.tell((*model.parameters(), *model.buffers()), frozenset())
+    WEIGHT_GUARDS.tell((*model.parameters(), *model.buffers()), frozenset())

@@ -32,7 +32,7 @@ from ..graph.modules import duplicate, trace_copy
 from ..graph.plan import Plan, Step
 from ..graph.trace import TraceError, opaque_reason
 from ..runtime.cuda_graph import warm_up
-from ..runtime.guards import Change, Watch
+from ..runtime.guards import Change, WeightGuard
 from ..runtime.verify import Verification, rms
 from .fast_model import FastModel, forward_showing
 
@@ -56,7 +56,7 @@ class Part:
         self.module, self.path, self.fast = module, path, fast
         self._refused = ""
         self._types: tuple[type, ...] | None = None
-        self._watch: _Watch | None = None
+        self._guard: _PartGuard | None = None
         self._has_warned = False
 
     @property
@@ -81,16 +81,16 @@ class Part:
 
     def reason(self) -> str:
         """Why the part's own forward runs, whatever it is called with; or nothing."""
-        return self._refused or self.watch().reason()
+        return self._refused or self.guard().reason()
 
-    def watch(self) -> _Watch:
+    def guard(self) -> _PartGuard:
         """What notices changes from now on."""
-        self._watch = self._watch or _Watch(self.module)
-        return self._watch
+        self._guard = self._guard or _PartGuard(self.module)
+        return self._guard
 
     def settle(self) -> None:
         """Take the part for what was folded; what was changed before stays noticed."""
-        self._refused, self._watch = self.reason(), None
+        self._refused, self._guard = self.reason(), None
 
     def _own(self) -> Callable[..., Any]:
         method: Callable[..., Any] = type(self.module).forward.__get__(self.module)
@@ -107,19 +107,19 @@ class Part:
         return ""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_refused": self.reason(), "_watch": None}
+        return {**vars(self), "_refused": self.reason(), "_guard": None}
 
 
 def _types(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[type, ...]:
     return tuple(map(type, chain(args, kwargs.values())))
 
 
-class _Watch:
+class _PartGuard:
     """Notices what is changed in a module: tensors, modules, hooks, any attribute, training."""
 
     def __init__(self, module: nn.Module) -> None:
         tensors = chain(module.named_parameters(), module.named_buffers())
-        self._watch = Watch(module, [path for path, _ in tensors])
+        self._guard = WeightGuard(module, [path for path, _ in tensors])
         below = list(module.modules())[1:]  # the hooks of the root run anyway, around its forward
         hooks = [hooks for m in below for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._attributes = [*map(vars, module.modules()), *hooks]
@@ -130,7 +130,7 @@ class _Watch:
             same = self._now() == self._values
         except (RuntimeError, ValueError):  # tensors and arrays that are not the same object
             same = False
-        same = same and self._watch.change() is Change.NONE
+        same = same and self._guard.check() is Change.NONE
         return "" if same else "it was changed; change the source and optimize that again"
 
     def _now(self) -> list[tuple[Any, ...]]:
@@ -296,7 +296,7 @@ class FastShell(nn.Module):
         for part in self._parts:
             part.module.forward = part
         for part in self._parts:
-            part.watch()
+            part.guard()
 
     def _cast(self, value: Any) -> Any:
         old, new = self._dtypes

@@ -22,7 +22,7 @@ from ..graph.fold import fold_step
 from ..graph.ir import Conv2d, Linear, attribute
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan, parameter_paths
-from ..runtime.guards import Change, Watch, heeds_training
+from ..runtime.guards import Change, WeightGuard, heeds_training
 from ..runtime.verify import Verification, check_steps, copied, undisturbed, verify
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fast_shell import FastShell
@@ -40,10 +40,10 @@ class _Pending:
         copied(source, {id(p): p for p in source.parameters()})  # or refused at once
         self.source = source
         paths = [path for step in traced.steps for path in parameter_paths(step.op)]
-        self.watch = Watch(source, paths) if watch else None
+        self.guard = WeightGuard(source, paths) if watch else None
 
     def __call__(self, model: FastModel, arguments: Sequence[Any]) -> None:
-        if self.watch is not None and self.watch.change() is not Change.NONE:
+        if self.guard is not None and self.guard.check() is not Change.NONE:
             raise VerificationError(
                 "the source changed before the first call could be checked against it; "
                 "optimize it again, or give example_input"

@@ -85,30 +85,30 @@ def _is_user_mode(mode: TorchFunctionMode) -> bool:
     return not isinstance(mode, DeviceContext)
 
 
-class _Watches:
-    """All watches of this process, to be told of changes that leave no trace in a tensor."""
+class _WeightGuards:
+    """All weight guards of this process, to be told of changes that leave no trace in a tensor."""
 
     def __init__(self) -> None:
-        self._all: WeakSet[Watch] = WeakSet()
+        self._all: WeakSet[WeightGuard] = WeakSet()
         self._lock = Lock()
         self._registered = False
 
-    def add(self, watch: Watch) -> None:
-        """Tell ``watch`` from now on; fused optimizers change weights without a version."""
+    def add(self, guard: WeightGuard) -> None:
+        """Tell ``guard`` from now on; fused optimizers change weights without a version."""
         with self._lock:
             if not self._registered:
                 register_optimizer_step_post_hook(self._stepped)
                 self._registered = True
-            self._all.add(watch)
+            self._all.add(guard)
 
     def tell(self, tensors: Iterable[Tensor], shapes: frozenset[tuple[int, ...]]) -> None:
         """These tensors, all in their memory, and half-precision weights of these shapes that are
         being trained, may hold other values now."""
         with self._lock:
-            watches = list(self._all)
-        memory = set(map(_memory, tensors)) if watches else set()
-        for watch in watches:
-            watch.hear(memory, shapes)
+            guards = list(self._all)
+        memory = set(map(_memory, tensors)) if guards else set()
+        for guard in guards:
+            guard.hear(memory, shapes)
 
     def _stepped(self, optimizer: Any, *_: Any) -> None:
         groups = getattr(optimizer, "param_groups", ())
@@ -117,7 +117,7 @@ class _Watches:
         self.tell(owned, frozenset(tuple(t.shape) for t in owned if t.dtype is torch.float32))
 
 
-WATCHES = _Watches()
+WEIGHT_GUARDS = _WeightGuards()
 
 
 def _memory(tensor: Tensor) -> int | None:
@@ -136,7 +136,7 @@ class Change(Enum):
     STRUCTURE = "modules or their settings"
 
 
-class Watch:
+class WeightGuard:
     """What a plan was built from, for telling whether it still holds.
 
     Strong references are held to the watched tensors and to their storage, so that neither an id
@@ -161,7 +161,7 @@ class Watch:
         self._settings = _settings(self._modules)
         self._heard: set[int | None] = set()
         self._tensors = _Tensors(module, dict.fromkeys([*paths, *_counters(module)]))
-        WATCHES.add(self)
+        WEIGHT_GUARDS.add(self)
 
     def reason(self) -> str | None:
         """As :func:`busy_reason`, for the watched modules."""
@@ -171,7 +171,7 @@ class Watch:
             return None
         return busy_reason(self._modules)
 
-    def change(self) -> Change:
+    def check(self) -> Change:
         """Compare the module with what was recorded.
 
         It runs beside each call, so nothing here loops in Python over modules or tensors.
@@ -192,7 +192,7 @@ class Watch:
         return self._tensors.changed(self._heard)
 
     def hear(self, memory: set[int | None], shapes: frozenset[tuple[int, ...]]) -> None:
-        """As :meth:`_Watches.tell`; None stands for any memory."""
+        """As :meth:`_WeightGuards.tell`; None stands for any memory."""
         self._heard |= self._tensors.among(memory, shapes)
 
     def _same_structure(self) -> bool:

@@ -16,7 +16,7 @@ from ..graph.ir import attribute
 from ..graph.plan import Plan
 from .cuda_graph import GraphRunner, warm_up
 from .executor import Executor
-from .guards import GRADIENT, Change, Watch, ambient_reason, busy_reason, pytorch_reason
+from .guards import GRADIENT, Change, WeightGuard, ambient_reason, busy_reason, pytorch_reason
 
 ExecutorKey = tuple[str, torch.device, torch.dtype]
 METHOD = "_forward_impl"
@@ -48,7 +48,7 @@ class Live:
         self.backend = backend
         self._lock = RLock()
         self._plan: Plan | None = None
-        self._watch: Watch | None = None
+        self._guard: WeightGuard | None = None
         self._refused: str | None = None
         self._home: tuple[torch.device, torch.dtype] | None = None
         self._runners: dict[ExecutorKey, GraphRunner] = {}
@@ -112,13 +112,13 @@ class Live:
             self._runners.clear()
             self._stale.clear()
             self._unfoldable.clear()
-            self._plan = self._watch = self._refused = self._last = None
+            self._plan = self._guard = self._refused = self._last = None
 
     def _runner_for(self, x: Tensor) -> GraphRunner | None:
         self._refresh()
-        if self._plan is None or self._watch is None or self._refused is not None:
+        if self._plan is None or self._guard is None or self._refused is not None:
             return None
-        if self._watch.reason() is not None:
+        if self._guard.reason() is not None:
             self.invalidate()  # norms in training change their statistics without a version
             return None
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.module.parameters()):
@@ -154,14 +154,14 @@ class Live:
         return self._runners[key]
 
     def _refresh(self) -> None:
-        """Bring plan and watch up to date with the module; mark what must be folded again."""
-        if self._watch is not None:
-            change = self._watch.change()
+        """Bring plan and guard up to date with the module; mark what must be folded again."""
+        if self._guard is not None:
+            change = self._guard.check()
             if change is Change.NONE:
                 return
             if change is Change.WEIGHTS and self._may_refold():
-                # The new watch comes first: a step meanwhile is then seen by it, by both at worst.
-                before, self._watch = self._watch, self._new_watch()
+                # The new guard comes first: a step meanwhile is then seen by it, by both at worst.
+                before, self._guard = self._guard, self._new_guard()
                 self._mark(before.changed())
                 self._unfoldable.clear()
                 return
@@ -190,12 +190,12 @@ class Live:
         except trace.TraceError as error:
             self._home = None
             self._refuse(str(error))
-        self._watch = self._new_watch()
+        self._guard = self._new_guard()
 
-    def _new_watch(self) -> Watch:
+    def _new_guard(self) -> WeightGuard:
         steps = self._plan.steps if self._plan else ()
         paths = [path for step in steps for path in plan.parameter_paths(step.op)]
-        return Watch(self.module, paths, METHOD)
+        return WeightGuard(self.module, paths, METHOD)
 
     def _weights_home(self) -> tuple[torch.device, torch.dtype] | None:
         """Device and dtype of the first weight: executors are built for one of each."""

@@ -385,8 +385,8 @@ def test_numbers_that_cannot_be_folded_are_not_forgotten():
 @pytest.mark.fault(46)
 def test_what_an_optimizer_may_hold(monkeypatch):
     """The hook runs inside a user's step and must never fail."""
-    model, watch = small(), None
-    watch = guards.Watch(model, ["fc.bias"], "_forward_impl")
+    model, guard = small(), None
+    guard = guards.WeightGuard(model, ["fc.bias"], "_forward_impl")
 
     class Sharded(torch.Tensor):
         def untyped_storage(self):
@@ -398,21 +398,21 @@ def test_what_an_optimizer_may_hold(monkeypatch):
         def __init__(self):
             pass
 
-    guards.WATCHES._stepped(Odd())
-    guards.WATCHES._stepped(object())
-    assert watch.change() is guards.Change.NONE
+    guards.WEIGHT_GUARDS._stepped(Odd())
+    guards.WEIGHT_GUARDS._stepped(object())
+    assert guard.check() is guards.Change.NONE
     torch.optim.SGD([torch.zeros(2).as_subclass(Sharded)]).step()
-    assert watch.change() is guards.Change.WEIGHTS, "what cannot be told counts as owned"
-    assert watch.changed() >= {"fc.bias"}
+    assert guard.check() is guards.Change.WEIGHTS, "what cannot be told counts as owned"
+    assert guard.changed() >= {"fc.bias"}
 
 
 @pytest.mark.fault(46)
 def test_watches_are_not_kept_alive():
-    watch = guards.Watch(small(), ["fc.bias"], "_forward_impl")
-    assert watch in guards.WATCHES._all
-    count = len(guards.WATCHES._all)
-    del watch
-    assert len(guards.WATCHES._all) == count - 1
+    guard = guards.WeightGuard(small(), ["fc.bias"], "_forward_impl")
+    assert guard in guards.WEIGHT_GUARDS._all
+    count = len(guards.WEIGHT_GUARDS._all)
+    del guard
+    assert len(guards.WEIGHT_GUARDS._all) == count - 1
 
 
 @pytest.mark.fault(46)

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastres.runtime import guards
-from fastres.runtime.guards import Change, Watch
+from fastres.runtime.guards import Change, WeightGuard
 
 
 class Kind(Tensor):
@@ -117,23 +117,23 @@ def test_unfused_is_for_this_thread_and_nests():
     assert seen == [None]
 
 
-def watched(model=None):
+def guarded(model=None):
     model = model or small()
     paths = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    return model, Watch(model, paths, "_forward_impl")
+    return model, WeightGuard(model, paths, "_forward_impl")
 
 
 @pytest.mark.fault(35)
 def test_nothing_changed():
-    model, watch = watched()
-    assert watch.change() is Change.NONE
+    model, guard = guarded()
+    assert guard.check() is Change.NONE
     with torch.no_grad():
         model._forward_impl(torch.randn(1, 3, 8, 8))
     model.train().eval()
     model.zero_grad()
     model.state_dict()
-    assert watch.change() is Change.NONE
-    assert watch.reason() is None
+    assert guard.check() is Change.NONE
+    assert guard.reason() is None
 
 
 WEIGHTS = {
@@ -150,9 +150,9 @@ WEIGHTS = {
 @pytest.mark.fault(35)
 @pytest.mark.parametrize("change", WEIGHTS.values(), ids=WEIGHTS.keys())
 def test_weights(change):
-    model, watch = watched()
+    model, guard = guarded()
     change(model)
-    assert watch.change() is Change.WEIGHTS
+    assert guard.check() is Change.WEIGHTS
 
 
 class Other(nn.ReLU):
@@ -185,42 +185,42 @@ STRUCTURE = {
 @pytest.mark.fault(35)
 @pytest.mark.parametrize("change", STRUCTURE.values(), ids=STRUCTURE.keys())
 def test_structure(change):
-    model, watch = watched()
+    model, guard = guarded()
     change(model)
-    assert watch.change() is Change.STRUCTURE
+    assert guard.check() is Change.STRUCTURE
 
 
 def test_busy_modules():
-    model, watch = watched()
+    model, guard = guarded()
     model.layer1[0].bn1.train()
-    assert watch.reason() == "a submodule is in training mode"
+    assert guard.reason() == "a submodule is in training mode"
     model.eval()
     handle = model.fc.register_forward_hook(lambda *args: None)
-    assert watch.reason() == "a submodule has forward hooks"
+    assert guard.reason() == "a submodule has forward hooks"
     handle.remove()
     model.register_forward_hook(lambda *args: None)
-    assert watch.reason() is None
-    assert watch.change() is Change.NONE
+    assert guard.reason() is None
+    assert guard.check() is Change.NONE
 
 
 @pytest.mark.fault(35)
 def test_watched_addresses_are_never_reused():
     """Many tensors of the same size come and go: none may take the watched one's place."""
-    model, watch = watched()
+    model, guard = guarded()
     for _ in range(50):
         model.fc.bias.data = model.fc.bias.detach().clone()
-        assert watch.change() is Change.WEIGHTS
-        watch = Watch(model, ["fc.bias"], "_forward_impl")
-        assert watch.change() is Change.NONE
+        assert guard.check() is Change.WEIGHTS
+        guard = WeightGuard(model, ["fc.bias"], "_forward_impl")
+        assert guard.check() is Change.NONE
 
 
 def test_inference_tensors_are_watched_without_versions():
     with torch.inference_mode():
         model = small()
-    model, watch = watched(model)
-    assert watch.change() is Change.NONE
+    model, guard = guarded(model)
+    assert guard.check() is Change.NONE
     model.fc.bias = nn.Parameter(torch.zeros(5))
-    assert watch.change() is Change.WEIGHTS
+    assert guard.check() is Change.WEIGHTS
 
 
 def test_what_cannot_be_watched():
