@@ -116,7 +116,7 @@ class AtenOps:
         """What gives a value the source's memory order: NCHW, or else NHWC."""
         return to_contiguous if contiguous else unchanged
 
-    def serves_group(self, group: FusionGroup) -> str:
+    def group_kernel_name(self, group: FusionGroup) -> str:
         """The name of what computes a group, for the plan's table."""
         return f"{self.name} {group.kernel}"
 
@@ -124,7 +124,7 @@ class AtenOps:
         """Workspace that the calls inside share, handed out to be kept as long as they run."""
         return nullcontext()
 
-    def serves(self, op: Operation) -> str:
+    def kernel_name(self, op: Operation) -> str:
         """The name of what computes a step, for the plan's table."""
         return {Conv2d: "aten conv2d", Linear: "aten linear"}.get(type(op), "aten")
 
@@ -200,8 +200,8 @@ class OneDNNOps(AtenOps):
         shape = (op.out_channels, op.in_channels // op.groups, *op.kernel)
         return x.new_zeros(shape), prepared.bias
 
-    def serves(self, op: Operation) -> str:
-        return "oneDNN conv" if isinstance(op, Conv2d) else super().serves(op)
+    def kernel_name(self, op: Operation) -> str:
+        return "oneDNN conv" if isinstance(op, Conv2d) else super().kernel_name(op)
 
 
 class CudnnOps(AtenOps):
@@ -220,9 +220,9 @@ class CudnnOps(AtenOps):
             return torch.cudnn_convolution_relu(x, weight, bias, *geometry)
         return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
-    def serves(self, op: Operation) -> str:
+    def kernel_name(self, op: Operation) -> str:
         fused = isinstance(op, Conv2d) and op.relu
-        return "cuDNN fused conv" if fused else super().serves(op)
+        return "cuDNN fused conv" if fused else super().kernel_name(op)
 
 
 def residual_fits(op: Conv2d, x: Tensor, residual: Any) -> bool:

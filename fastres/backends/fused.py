@@ -351,7 +351,7 @@ class Cudnn(FusedKernel):
     _ops = CudnnOps()
 
     def label(self, group: FusionGroup) -> str:
-        return self._ops.serves(group.steps[0].op).replace("aten conv2d", "cuDNN conv")
+        return self._ops.kernel_name(group.steps[0].op).replace("aten conv2d", "cuDNN conv")
 
     def prepare(self, kernels: Any, group: FusionGroup, weights: list[Any]) -> tuple[Tensor, ...]:
         """The bias in the weights' dtype."""

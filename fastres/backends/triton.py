@@ -117,7 +117,7 @@ class TritonOps(AtenOps):
         call = FusedCall(self.kernels, group, prepared, extra, inputs, self.workspace, layout)
         return kernel.run(call)
 
-    def serves_group(self, group: FusionGroup) -> str:
+    def group_kernel_name(self, group: FusionGroup) -> str:
         return self.by_name[group.kernel].label(group)
 
     @contextmanager
@@ -203,7 +203,7 @@ class TritonOps(AtenOps):
         y: Tensor = self.kernels.global_avg_pool(x.contiguous(memory_format=CHANNELS_LAST))
         return y if op.keepdim else y.flatten(1)
 
-    def serves(self, op: Operation) -> str:
+    def kernel_name(self, op: Operation) -> str:
         return f"triton {_TRITON_NAMES[type(op)]}" if type(op) in _TRITON_NAMES else "view"
 
 

@@ -26,7 +26,17 @@ from ..models.resnet import ResNet, create_model
 from ..perf.timing import Method, Progress, one_line
 from .report import Report
 from .results import Case, Check, Picture
-from .run import BASELINE, Judge, Model, calibrate_, compare, eager, fast_dtypes, ours, parse_device
+from .run import (
+    BASELINE,
+    AccuracyCheck,
+    Model,
+    calibrate_,
+    compare,
+    eager,
+    fast_dtypes,
+    ours,
+    parse_device,
+)
 
 ACCURACY = 0.98
 INTERPRETED = 32
@@ -89,7 +99,7 @@ def classify_digits(
     backend = "triton" if images.is_cuda else "auto"
     contenders = in_pytorch(model) | {FAST: ours(model, torch.float32, backend, images[:32])}
     with torch.inference_mode():
-        judge = Judge(model, contenders, [images])
+        judge = AccuracyCheck(model, contenders, [images])
         plain = contenders[BASELINE](images)
         try:
             fast = contenders[FAST](images)
@@ -217,12 +227,12 @@ def interpret() -> dict[str, object]:
     fast = optimize(model, backend="triton", verify=False)
     with torch.inference_mode():
         plain = in_pytorch(model)
-        judge = Judge(model, plain, [images])
+        judge = AccuracyCheck(model, plain, [images])
         logits = fast(images)
         complaint = judge("fastres triton", 0, logits)
         apart = (plain[BASELINE](images) - logits).abs().max().item()
     right = int((logits.argmax(1) == labels).sum())
-    kernels = sum(server.startswith("triton") for server in fast.plan().served_by)
+    kernels = sum(name.startswith("triton") for name in fast.plan().kernels)
     detail = (
         f"{right} of {len(labels)} right through {kernels} kernels; "
         f"the largest difference of a logit is {apart:.1e}"

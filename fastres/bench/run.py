@@ -40,7 +40,16 @@ CALIBRATION_BATCH, CALIBRATION_SIZE = 8, 128
 REFERENCE_CHUNK = 32
 SMALL = 32  # pixels of a side where only the number of steps counts
 
-__all__ = ["BASELINE", "DTYPES", "Judge", "Plain", "benchmark", "calibrate_", "compare", "eager"]
+__all__ = [
+    "BASELINE",
+    "DTYPES",
+    "AccuracyCheck",
+    "Plain",
+    "benchmark",
+    "calibrate_",
+    "compare",
+    "eager",
+]
 
 
 def benchmark(
@@ -245,7 +254,7 @@ def compare(
         calls |= contenders_for(model, dtype, images[0])
         calls |= contenders(model, dtype, images[0], baselines)
     with torch.inference_mode(), cudnn_benchmarking():
-        judge = Judge(model, calls, images)
+        judge = AccuracyCheck(model, calls, images)
         comparison = measure(
             calls, images, check=judge, device=device, method=method, progress=progress
         )
@@ -301,7 +310,7 @@ def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) ->
     return Lazy(build)
 
 
-class Judge:
+class AccuracyCheck:
     """Holds the float64 reference of each input and PyTorch's own rounding error per dtype.
 
     An instance is a ``check`` for :func:`fastres.perf.timing.measure`. ``errors`` keeps, for each

@@ -250,7 +250,7 @@ def roofline(
             (k.name, k.what, f"{k.floor * 1e6:,.1f}", f"{k.seconds * 1e6:,.1f}", k.why)
             for k in planned
         ]
-        OUT.print(table(("from step", "served by", "floor us", "predicted us", "why"), lines))
+        OUT.print(table(("from step", "kernel", "floor us", "predicted us", "why"), lines))
 
 
 def _planned(network: ResNet, shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Forecast, ...]:

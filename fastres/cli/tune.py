@@ -12,7 +12,7 @@ from .console import ERR, OUT, AsJson, DeviceName, Size, following, numbers, pri
 if TYPE_CHECKING:
     import torch
 
-    from ..perf.autotune import Trial, Tuned
+    from ..perf.autotune import Candidate, Tuned
 
 
 def tune(
@@ -82,25 +82,28 @@ def tune(
 
 def _trials(
     network: torch.nn.Module, shapes: list[tuple[int, int, int, int]], kinds: list[torch.dtype]
-) -> list[Trial]:
+) -> list[Candidate]:
     from ..backends.triton import TritonOps
     from ..graph.plan import of_module
-    from ..perf.autotune import trials
+    from ..perf.autotune import candidates_of
 
     whole, ops = of_module(network.eval()), TritonOps(cudnn=True)
     found = [
-        trial for kind in kinds for shape in shapes for trial in trials(whole, shape, ops, kind)
+        candidate
+        for kind in kinds
+        for shape in shapes
+        for candidate in candidates_of(whole, shape, ops, kind)
     ]
-    return [trial for trial in found if len(trial.kernels) > 1]
+    return [candidate for candidate in found if len(candidate.kernels) > 1]
 
 
-def _list(trials: list[Trial], as_json: bool) -> int:
+def _list(candidates: list[Candidate], as_json: bool) -> int:
     if as_json:
-        print_json([trial.to_dict() for trial in trials])
+        print_json([candidate.to_dict() for candidate in candidates])
         return 0
     rows = [
         (" + ".join(row["work"]), str(row["batch"]), row["dtype"], ", ".join(row["kernels"]))
-        for row in (trial.to_dict() for trial in trials)
+        for row in (candidate.to_dict() for candidate in candidates)
     ]
     OUT.print(table(("piece", "batch", "dtype", "kernels"), rows, justify="left"))
     OUT.print(f"{len(rows)} pieces to choose for")
@@ -110,11 +113,11 @@ def _list(trials: list[Trial], as_json: bool) -> int:
 def _show(result: Tuned) -> None:
     """Times in microseconds, the fastest first."""
     rows = []
-    for trial, found in result.results:
-        if len(trial.kernels) > 1 and found.seconds:
+    for candidate, found in result.results:
+        if len(candidate.kernels) > 1 and found.seconds:
             order = sorted(found.seconds, key=found.seconds.__getitem__)
             times = ", ".join(f"{name} {found.seconds[name] * 1e6:.1f}" for name in order)
-            row = trial.to_dict()
+            row = candidate.to_dict()
             rows.append((" + ".join(row["work"]), str(row["batch"]), row["dtype"], times))
     OUT.print(table(("piece", "batch", "dtype", "us"), rows, justify="left"))
     for sentence in result.wrong:

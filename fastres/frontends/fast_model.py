@@ -86,7 +86,7 @@ class FastModel(nn.Module):
         self._argument_names = fx_program.argument_names(traced)
         self._runners: dict[torch.device, GraphRunner] = {}
         self._program = fx_program.lower(traced)
-        self._on_triton = self._served_by_triton()
+        self._on_triton = self._on_triton_kernels()
         self._settle()
         self.register_load_state_dict_post_hook(_settle)
         self.eval()
@@ -227,7 +227,7 @@ class FastModel(nn.Module):
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
         return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
 
-    def _served_by_triton(self) -> bool:
+    def _on_triton_kernels(self) -> bool:
         try:
             return select_ops(self.backend, self._home(), self.dtype).name == "triton"
         except BackendError:
@@ -249,7 +249,7 @@ class FastModel(nn.Module):
             )
         self._runners.clear()
         super()._apply(lambda t: _keeping_dtype(fn, t), recurse)
-        self._on_triton = self._served_by_triton()
+        self._on_triton = self._on_triton_kernels()
         self._settle()
         return self
 

@@ -246,7 +246,7 @@ class FastShell(nn.Module):
         """The steps of all parts, and the modules that stay calls around them: PyTorch's, or of
         copies that the source held already."""
         steps: list[Step] = []
-        servers: list[str] = []
+        kernels: list[str] = []
         fused = (m for m in self.body.modules() if isinstance(m, (FastModel, FastShell)))
         reasons = {id(m): "is fused already" for found in fused for m in found.modules()}
         for part in self._parts:
@@ -255,14 +255,14 @@ class FastShell(nn.Module):
             if not why:
                 plan = part.fast.plan()
                 steps += [_below(part.path, step) for step in plan.steps]
-                servers += plan.served_by or [""] * len(plan.steps)
+                kernels += plan.kernels or [""] * len(plan.steps)
         around = f"around the fused parts ({self.reason.partition('. ')[0]})"
         rest = [
             _left(path, module, reasons.get(id(module), around))
             for path, module in self.body.named_modules()
             if (module._parameters or module._buffers) and reasons.get(id(module), around)
         ]
-        return Plan((*steps, *rest), (), None, (*servers, *[""] * len(rest)))
+        return Plan((*steps, *rest), (), None, (*kernels, *[""] * len(rest)))
 
     def warmup(self, shapes: Any) -> FastShell:
         """Run each shape, (N, C, H, W), twice; for modules that take one tensor of images.

@@ -63,7 +63,7 @@ class Plan:
         steps: each with its operands.
         parameters: what the caller hands in.
         output: a nest of references to values.
-        served_by: names each step's kernel.
+        kernels: names each step's kernel.
         reasons: why that kernel, where there was a choice.
         chosen_for: the input shapes that the choice was made for.
         source_layout: whether values stay in the memory format of the source's own.
@@ -72,7 +72,7 @@ class Plan:
     steps: tuple[Step, ...]
     parameters: tuple[Parameter, ...]
     output: Any
-    served_by: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     chosen_for: tuple[Shape, ...] = ()
     source_layout: bool = False
@@ -131,7 +131,7 @@ class Plan:
         """Plain data for JSON: one row per step."""
         return {
             "steps": [
-                _row(step, self._server(i)) | {"reason": self._reason(i)}
+                _row(step, self._kernel_name(i)) | {"reason": self._reason(i)}
                 for i, step in enumerate(self.steps)
             ],
             "chosen_for": [list(shape) for shape in self.chosen_for],
@@ -139,16 +139,16 @@ class Plan:
             "left_to_pytorch": [{"step": s.where or s.name, "reason": r} for s, r in self.left],
         }
 
-    def _server(self, index: int) -> str:
-        return self.served_by[index] if self.served_by else ""
+    def _kernel_name(self, index: int) -> str:
+        return self.kernels[index] if self.kernels else ""
 
     def _reason(self, index: int) -> str:
         return self.reasons[index] if self.reasons else ""
 
     def __str__(self) -> str:
-        header: tuple[str, ...] = ("step", "what", "served by", "in place", "source", "why")
+        header: tuple[str, ...] = ("step", "what", "kernel", "in place", "source", "why")
         steps = enumerate(self.steps)
-        rows = [header] + [(*_cells(s, self._server(i)), self._reason(i)) for i, s in steps]
+        rows = [header] + [(*_cells(s, self._kernel_name(i)), self._reason(i)) for i, s in steps]
         if not self.reasons:
             header, rows = header[:-1], [row[:-1] for row in rows]
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -341,17 +341,17 @@ _NAMES: dict[type, str] = {
 }
 
 
-def _cells(step: Step, server: str) -> tuple[str, ...]:
+def _cells(step: Step, kernel: str) -> tuple[str, ...]:
     in_place = "yes" if step.in_place else ""
-    return (step.name, describe(step.op), server, in_place, step.where)
+    return (step.name, describe(step.op), kernel, in_place, step.where)
 
 
-def _row(step: Step, server: str) -> dict[str, Any]:
+def _row(step: Step, kernel: str) -> dict[str, Any]:
     op = {} if isinstance(step.op, Call) else asdict(step.op)
     return {
         "name": step.name,
         "what": describe(step.op),
-        "served_by": server,
+        "served_by": kernel,
         "inputs": list(step.inputs),
         "in_place": step.in_place,
         "frees": list(step.frees),

@@ -35,12 +35,12 @@ Clock = Callable[[Sequence[Callable[[], Any]]], float]
 Progress = Callable[[int, int], None]
 
 DEFAULT = "conv2d"
-JUDGED = 4  # images at each end of a batch
+CHECKED_IMAGES = 4  # images at each end of a batch
 COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
 
 
 @dataclass(frozen=True)
-class Trial:
+class Candidate:
     """A piece of a network and the ways to serve it, the plainest first."""
 
     workload: Workload
@@ -60,7 +60,9 @@ class Trial:
         }
 
 
-def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tuple[Trial, ...]:
+def candidates_of(
+    whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype
+) -> tuple[Candidate, ...]:
     """The distinct pieces of a plan on which a kernel has to be chosen, small ones first.
 
     Args:
@@ -69,7 +71,7 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
     """
     shapes = {name: s for name, s in whole.shapes(shape).items() if s is not None}
     math_mode = conv_precision() if dtype is torch.float32 else "half"
-    found: dict[str, Trial] = {}
+    found: dict[str, Candidate] = {}
     options = ops.candidates(whole, dtype, torch.device("cpu"))
     in_question = {step.name for group in options for step in group.steps}
     single = [g for g in ungrouped(whole.steps) if g.steps[0].name in in_question]
@@ -78,9 +80,11 @@ def trials(whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype) -> tup
         if workload is None or isinstance(group.steps[0].op, Flatten):
             continue
         plainest = DEFAULT if len(group.steps) == 1 else UNFUSED
-        trial = found.setdefault(workload.key, Trial(workload, dtype, group, shapes, (plainest,)))
-        if group.kernel and group.kernel not in trial.kernels:
-            found[workload.key] = replace(trial, kernels=(*trial.kernels, group.kernel))
+        candidate = found.setdefault(
+            workload.key, Candidate(workload, dtype, group, shapes, (plainest,))
+        )
+        if group.kernel and group.kernel not in candidate.kernels:
+            found[workload.key] = replace(candidate, kernels=(*candidate.kernels, group.kernel))
     return tuple(found.values())
 
 
@@ -90,22 +94,23 @@ class Tuned:
 
     machine: str
     path: str
-    results: tuple[tuple[Trial, Measurement], ...]
+    results: tuple[tuple[Candidate, Measurement], ...]
 
     @property
     def wrong(self) -> tuple[str, ...]:
         """Kernels that were excluded, with the reason, in words."""
         return tuple(
-            f"{kernel} at batch {trial.workload.batch}, {trial.workload.work[0]}: {reason}"
-            for trial, found in self.results
+            f"{kernel} at batch {candidate.workload.batch}, {candidate.workload.work[0]}: {reason}"
+            for candidate, found in self.results
             for kernel, reason in found.excluded.items()
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         cases = [
-            trial.to_dict() | {"choice": m.fastest(), "seconds": m.seconds, "excluded": m.excluded}
-            for trial, m in self.results
+            candidate.to_dict()
+            | {"choice": m.fastest(), "seconds": m.seconds, "excluded": m.excluded}
+            for candidate, m in self.results
         ]
         return {"machine": self.machine, "path": self.path, "cases": cases}
 
@@ -139,62 +144,64 @@ def tune(
     path = cache or cache_path()
     check_target(path, makes_folder=True)
     whole = plan.of_module(module.eval())
-    results: list[tuple[Trial, Measurement]] = []
+    results: list[tuple[Candidate, Measurement]] = []
     for dtype in dtypes:
         for shape in shapes:
             title = f"batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
             tell = progress(title) if progress else None
             session = _Session(module, device, clock or _gpu_seconds)
-            found = session.run(trials(whole, shape, TritonOps(cudnn=True), dtype), tell)
+            found = session.run(candidates_of(whole, shape, TritonOps(cudnn=True), dtype), tell)
             store(path, machine(device), _by_case(found))
             results += found
     return Tuned(machine(device), str(path), tuple(results))
 
 
-def _by_case(found: Iterable[tuple[Trial, Measurement]]) -> dict[str, dict[int, Measurement]]:
+def _by_case(found: Iterable[tuple[Candidate, Measurement]]) -> dict[str, dict[int, Measurement]]:
     workloads: dict[str, dict[int, Measurement]] = {}
-    for trial, measurement in found:
-        if len(trial.kernels) > 1:
-            workloads.setdefault(trial.workload.key, {})[trial.workload.batch] = measurement
+    for candidate, measurement in found:
+        if len(candidate.kernels) > 1:
+            workloads.setdefault(candidate.workload.key, {})[candidate.workload.batch] = measurement
     return workloads
 
 
 class _Session:
-    """The trials of one batch size and dtype; larger pieces build on what smaller ones took."""
+    """The candidates of one batch size and dtype; larger pieces build on what smaller ones took."""
 
     def __init__(self, module: nn.Module, device: torch.device, clock: Clock) -> None:
         self.module = module
         self.device = device
         self.clock = clock
-        self.found: list[tuple[Trial, Measurement]] = []
+        self.found: list[tuple[Candidate, Measurement]] = []
         self._best: dict[tuple[str, ...], float] = {}
 
-    def run(self, cases: Sequence[Trial], tell: Progress | None) -> list[tuple[Trial, Measurement]]:
-        for done, trial in enumerate(cases):
+    def run(
+        self, cases: Sequence[Candidate], tell: Progress | None
+    ) -> list[tuple[Candidate, Measurement]]:
+        for done, candidate in enumerate(cases):
             if tell:
                 tell(done, len(cases))
-            measurement = self._measure(trial)
-            self.found.append((trial, measurement))
+            measurement = self._measure(candidate)
+            self.found.append((candidate, measurement))
             if measurement.seconds:
-                self._best[trial.workload.work] = min(measurement.seconds.values())
+                self._best[candidate.workload.work] = min(measurement.seconds.values())
         if tell:
             tell(len(cases), len(cases))
         return self.found
 
-    def _measure(self, trial: Trial) -> Measurement:
+    def _measure(self, candidate: Candidate) -> Measurement:
         seconds: dict[str, float] = {}
         excluded: dict[str, str] = {}
         with torch.no_grad():
-            inputs = _inputs(trial, self.device)
-            exact, error = self._reference(trial, inputs)
-            for kernel in trial.kernels:
-                unfused = self._unfused(trial.workload.work) if kernel == UNFUSED else None
+            inputs = _inputs(candidate, self.device)
+            exact, error = self._reference(candidate, inputs)
+            for kernel in candidate.kernels:
+                unfused = self._unfused(candidate.workload.work) if kernel == UNFUSED else None
                 if unfused is not None:
                     seconds[kernel] = unfused
                     continue
                 try:
-                    executor = self._executor(trial, kernel)
-                    wrong = _judge(executor.run(inputs), exact, error, trial.dtype)
+                    executor = self._executor(candidate, kernel)
+                    wrong = _judge(executor.run(inputs), exact, error, candidate.dtype)
                     if wrong:
                         excluded[kernel] = wrong
                         continue
@@ -223,20 +230,22 @@ class _Session:
         view = len(work) == 1 and work[0].startswith(Flatten.__name__)
         return 0.0 if view else self._best.get(work)
 
-    def _executor(self, trial: Trial, kernel: str) -> Executor:
+    def _executor(self, candidate: Candidate, kernel: str) -> Executor:
         """Runs the piece by one kernel."""
         selector = only(*(() if kernel in (DEFAULT, UNFUSED) else (kernel,)))
         ops = TritonOps(cudnn=True, selector=selector)
-        return Executor(_piece(trial.group), self.module, ops, trial.dtype)
+        return Executor(_piece(candidate.group), self.module, ops, candidate.dtype)
 
-    def _reference(self, trial: Trial, inputs: Sequence[Tensor]) -> tuple[list[Tensor], float]:
+    def _reference(
+        self, candidate: Candidate, inputs: Sequence[Tensor]
+    ) -> tuple[list[Tensor], float]:
         """The exact outputs for the images that are judged, and the error of plain PyTorch's."""
-        piece = _piece(trial.group)
+        piece = _piece(candidate.group)
         some = [_judged(x) for x in inputs]
-        weights = _Upcast(self.module, trial.dtype)
+        weights = _Upcast(self.module, candidate.dtype)
         wide = Executor(piece, self.module, AtenOps(), torch.float64, weights)
         exact = list(wide.run([x.double() for x in some]))
-        plain = Executor(piece, self.module, AtenOps(), trial.dtype).run(some)
+        plain = Executor(piece, self.module, AtenOps(), candidate.dtype).run(some)
         return exact, _error(plain, exact)
 
 
@@ -259,22 +268,24 @@ def _piece(group: FusionGroup) -> Plan:
     return Plan(steps, parameters, tuple(Ref(name) for name in group.outputs))
 
 
-def _inputs(trial: Trial, device: torch.device) -> list[Tensor]:
+def _inputs(candidate: Candidate, device: torch.device) -> list[Tensor]:
     """Random images or, behind a convolution, what a ReLU leaves of them, in channels_last."""
     generator = torch.Generator().manual_seed(0)
-    first = trial.group.steps[0].op
+    first = candidate.group.steps[0].op
     raw = isinstance(first, Conv2d) and first.in_channels <= 4
     found = []
-    for name in trial.group.inputs:
-        x = torch.randn(trial.shapes[name], generator=generator)
-        x = (x if raw else x.relu()).to(device, trial.dtype)
+    for name in candidate.group.inputs:
+        x = torch.randn(candidate.shapes[name], generator=generator)
+        x = (x if raw else x.relu()).to(device, candidate.dtype)
         found.append(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
     return found
 
 
 def _judged(x: Tensor) -> Tensor:
     """The images at both ends of a batch."""
-    return x if len(x) <= 2 * JUDGED else torch.cat([x[:JUDGED], x[-JUDGED:]])
+    return (
+        x if len(x) <= 2 * CHECKED_IMAGES else torch.cat([x[:CHECKED_IMAGES], x[-CHECKED_IMAGES:]])
+    )
 
 
 def _judge(

@@ -75,7 +75,7 @@ def forecast(
     return tuple(
         Forecast(
             group.steps[0].where or group.steps[0].name,
-            ops.serves_group(group) if group.kernel else ops.serves(group.steps[0].op),
+            ops.group_kernel_name(group) if group.kernel else ops.kernel_name(group.steps[0].op),
             why,
             len(group.steps),
             cost(group, shapes, dtype.itemsize, H200).seconds,

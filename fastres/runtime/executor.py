@@ -46,7 +46,7 @@ class _Schedule:
     """How the plan runs on inputs of one kind."""
 
     grouping: Grouping
-    plan: Plan  # with what serves each step
+    plan: Plan  # with the kernel of each step
     as_given: frozenset[str]  # parameters that are read in any memory order
 
 
@@ -62,7 +62,7 @@ class Executor:
         names: other paths below ``module`` than the plan's, by these.
 
     Attributes:
-        plan: with what serves each step: for the last inputs, at first for one common image.
+        plan: with the kernel of each step: for the last inputs, at first for one common image.
         folds: how often the weights have been folded.
     """
 
@@ -181,7 +181,7 @@ class Executor:
         return substitute(self.plan.output, lambda name: restore(values[name]))
 
     def plan_for(self, *shapes: Shape) -> Plan:
-        """The plan with what serves each step for inputs of these shapes, one per parameter."""
+        """The plan with the kernel of each step for inputs of these shapes, one per parameter."""
         names = (parameter.name for parameter in self.plan.parameters)
         return self._schedule(dict(zip(names, map(tuple, shapes), strict=True))).plan
 
@@ -252,7 +252,7 @@ class Executor:
             grouping = self.ops.group_steps(plan, shapes, self.dtype, device or self._device)
         served = replace(
             plan,
-            served_by=_servers(grouping.groups, self.ops),
+            kernels=_kernel_names(grouping.groups, self.ops),
             reasons=_reasons(grouping) if any(grouping.why) else (),
             chosen_for=tuple(given.values()) if any(grouping.why) else (),
         )
@@ -404,10 +404,10 @@ def _read_as_given(groups: Sequence[FusionGroup], plan: Plan, ops: AtenOps) -> f
     )
 
 
-def _servers(groups: Sequence[FusionGroup], ops: AtenOps) -> tuple[str, ...]:
+def _kernel_names(groups: Sequence[FusionGroup], ops: AtenOps) -> tuple[str, ...]:
     """What computes each step, for the plan's table."""
     return tuple(
-        ops.serves_group(group) if group.kernel else _server(ops, step.op)
+        ops.group_kernel_name(group) if group.kernel else _kernel_name(ops, step.op)
         for group in groups
         for step in group.steps
     )
@@ -421,11 +421,11 @@ def _reasons(grouping: Grouping) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _server(ops: AtenOps, op: Operation) -> str:
+def _kernel_name(ops: AtenOps, op: Operation) -> str:
     if isinstance(op, (Call, BatchNorm2d)):
         return ""
     slow = ops.emulated and isinstance(op, (Conv2d, Linear))
-    return f"{ops.serves(op)}, emulated" if slow else ops.serves(op)
+    return f"{ops.kernel_name(op)}, emulated" if slow else ops.kernel_name(op)
 
 
 def _settle(tensors: Iterable[Tensor]) -> None:

@@ -219,7 +219,7 @@ class _Draws:
         that layout counts too."""
         actual = list(chain(*self.actual))
         truth = None if self.exact is None else list(chain(*self.truth))
-        found = judge(list(chain(*self.expected)), actual, truth, shape, self.coarse)
+        found = compare_outputs(list(chain(*self.expected)), actual, truth, shape, self.coarse)
         if found[0].ok or truth is None:
             return found
         with unfused(), cudnn_benchmarking(False):
@@ -230,7 +230,7 @@ class _Draws:
                     self.reordered_coarse.append(self._exact(nhwc) or [])
         if self.coarse:
             truth = list(chain(*self.reordered_coarse))
-        other = judge(list(chain(*self.reordered)), actual, truth, shape, self.coarse)
+        other = compare_outputs(list(chain(*self.reordered)), actual, truth, shape, self.coarse)
         return max(found, other, key=lambda verdict: verdict[1])
 
     def _exact(self, arguments: tuple[Any, ...]) -> list[Tensor] | None:
@@ -244,7 +244,7 @@ class _Draws:
             return None
 
 
-def judge(
+def compare_outputs(
     expected: Sequence[Tensor],
     actual: Sequence[Tensor],
     exact: Sequence[Tensor] | None,

@@ -84,7 +84,7 @@ def assert_whole_network(model, size, device, launches, convolutions):
         out, seen, plan = run(model, x)
     assert not plan.left
     assert set(seen) <= MEMORY, "PyTorch computed something"
-    assert all(s == "view" or s.startswith("triton ") for s in plan.served_by)
+    assert all(s == "view" or s.startswith("triton ") for s in plan.kernels)
     # One for most convolutions, though a kernel may serve two; pools and the classifier besides.
     assert 0.75 * convolutions <= sum(launches.values()) <= convolutions + 4
     exact = plain(copy.deepcopy(model).double(), x.double())
@@ -172,7 +172,7 @@ def test_every_kind_of_step(device, launches):
     launches.clear()
     assert_close(fast(x), source, x)
     assert fast.verification.ok
-    served = {s for s in fast.plan().served_by if s}
+    served = {s for s in fast.plan().kernels if s}
     assert {"triton conv2d", "triton max_pool2d", "triton avg_pool2d", "triton linear"} <= served
     assert sum(launches.values()) >= 6
 

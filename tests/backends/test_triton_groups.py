@@ -81,7 +81,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     LAUNCHES.clear()
     assert_right(made, model, x)
     assert LAUNCHES[launched] == times
-    served = set(made.plan.served_by)
+    served = set(made.plan.kernels)
     assert any(kernel in name.lower() for name in served), served
     assert set(made.plan.reasons) == {"", "asked for", "as above"} - (
         set() if kernel in ("stem", "head", "dual_gemm", "b2b_gemm") else {"as above"}
@@ -106,7 +106,7 @@ def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
     ops = triton_ops(selector=only("stem", "conv2d_hwnc", "gemm", "dual_gemm"))
     made = Executor(built, model, ops, HALF)
     x = real_images(2, 32).to(device, HALF)
-    assert made.plan.served_by.count("triton stem") == 2
+    assert made.plan.kernels.count("triton stem") == 2
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(x.double())
         for view in (x, x.contiguous(memory_format=torch.channels_last)):
@@ -208,7 +208,7 @@ def test_whole_networks(name, size, forced, others, device, monkeypatch):
 
 
 def served(made):
-    return [name for name in made.plan.served_by if name and name != "view"]
+    return [name for name in made.plan.kernels if name and name != "view"]
 
 
 @pytest.mark.parametrize(

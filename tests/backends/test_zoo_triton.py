@@ -104,7 +104,7 @@ def test_models_of_the_zoo(name):
         # The rule of two by means, not maxima: of few outputs the largest error is one draw.
         own = max(rms(y - ref) for y in pt)
         assert rms(out - ref) <= allowed_error(own, rms(ref), out.dtype)
-    served = fast.plan().served_by
+    served = fast.plan().kernels
     assert "_gn" in name or any("triton" in server for server in served), served
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastres.bench import run
-from fastres.bench.run import BASELINE, Judge, calibrate_, compare, eager, random_images
+from fastres.bench.run import BASELINE, AccuracyCheck, calibrate_, compare, eager, random_images
 from fastres.models.resnet import create_model
 from fastres.perf.timing import Method
 
@@ -35,7 +35,7 @@ def judge(model, images):
         "eager bf16": eager(model, torch.bfloat16, NCHW),
     }
     with torch.inference_mode():
-        return Judge(model, contenders, images)
+        return AccuracyCheck(model, contenders, images)
 
 
 def test_an_honest_output_passes_and_its_error_is_kept(judge, model, images):
@@ -108,7 +108,7 @@ def test_the_deepest_network_stays_inside_half_precision():
     x = random_images(1, 3, 224)[:1]
     with torch.inference_mode():
         plain = {BASELINE: eager(built, torch.float32, NCHW)}
-        judge = Judge(built, plain, x)
+        judge = AccuracyCheck(built, plain, x)
         output = eager(built, torch.bfloat16, torch.channels_last)(x[0])
         judge("bf16", 0, output)
         assert judge.errors["bf16"].rms < run.SANE_ERROR * judge.errors["bf16"].reference_rms

@@ -13,7 +13,7 @@ from fastres.backends.triton import TritonOps
 from fastres.errors import BackendError
 from fastres.graph.plan import of_module
 from fastres.perf import autotune
-from fastres.perf.autotune import trials, tune
+from fastres.perf.autotune import candidates_of, tune
 from fastres.runtime.executor import Executor
 
 kernels = pytest.importorskip("fastres.kernels")
@@ -52,12 +52,12 @@ def run(cheap, model=None, batch=2, **kwargs):
 
 
 def test_equal_pieces_are_tried_once_and_small_ones_first():
-    found = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
-    keys = [trial.workload.key for trial in found]
+    found = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
+    keys = [candidate.workload.key for candidate in found]
     assert len(keys) == len(set(keys))
-    lengths = [len(trial.group.steps) for trial in found]
+    lengths = [len(candidate.group.steps) for candidate in found]
     assert lengths == sorted(lengths)
-    alternatives = {name for trial in found for name in trial.kernels}
+    alternatives = {name for candidate in found for name in candidate.kernels}
     assert {"conv2d", "gemm", "unfused", "dual_gemm", "b2b_gemm", "head"} <= alternatives
     assert "cudnn" not in alternatives
 
@@ -76,13 +76,13 @@ def test_the_plan_shows_what_was_measured(tuned_file, cheap, expected, unwanted)
     found = run(cheap, model)
     assert not found.wrong
     after = served(model)
-    assert expected in after.served_by
-    assert unwanted not in after.served_by
-    assert after.served_by != before.served_by
+    assert expected in after.kernels
+    assert unwanted not in after.kernels
+    assert after.kernels != before.kernels
     assert any(why.startswith("measured here: ") for why in after.reasons)
     assert "measured here: " in str(after)
     assert {"reason", "served_by"} <= set(after.to_dict()["steps"][0])
-    assert served(model, 5).served_by == far.served_by, "more than twice the batch measured"
+    assert served(model, 5).kernels == far.kernels, "more than twice the batch measured"
 
 
 def test_what_is_timed_has_the_workspace_that_a_captured_network_has(tuned_file, monkeypatch):
@@ -127,12 +127,12 @@ def test_a_wrong_kernel_gets_no_time_and_is_never_chosen(tuned_file, monkeypatch
     found = run(("gemm_kernel", "b2b_gemm_kernel"), model)
     assert found.wrong
     assert all(sentence.startswith("gemm at batch 2, Conv2d") for sentence in found.wrong)
-    for trial, measurement in found.results:
-        if "gemm" in trial.kernels:
+    for candidate, measurement in found.results:
+        if "gemm" in candidate.kernels:
             assert measurement.excluded["gemm"].startswith("wrong: error ")
             assert "gemm" not in measurement.seconds
     monkeypatch.setattr(kernels.gemm, "gemm", gemm)
-    assert "triton gemm" not in served(model).served_by
+    assert "triton gemm" not in served(model).kernels
 
 
 def test_a_kernel_that_fails_is_excluded_with_its_error(tuned_file, monkeypatch):
@@ -153,12 +153,12 @@ def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     made = autotune._inputs
-    monkeypatch.setattr(autotune, "_inputs", lambda trial, device: made(trial, CPU))
+    monkeypatch.setattr(autotune, "_inputs", lambda candidate, device: made(candidate, CPU))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    trial = trials(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
+    candidate = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
     session = autotune._Session(network(), torch.device("cuda"), lost)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        session._measure(trial)
+        session._measure(candidate)
 
 
 def test_nan_is_wrong(tuned_file, monkeypatch):

@@ -243,7 +243,7 @@ def test_steps_are_plain_data():
     built = build(model, "_forward_impl")
     made = Executor(built, model, AtenOps(), torch.float32)
     assert made.plan.steps == built.steps
-    assert dataclasses.replace(made.plan, served_by=()) == built
-    assert made.plan.served_by.count("aten conv2d") == sum(
+    assert dataclasses.replace(made.plan, kernels=()) == built
+    assert made.plan.kernels.count("aten conv2d") == sum(
         isinstance(step.op, Conv2d) for step in built.steps
     )

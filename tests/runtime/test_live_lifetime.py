@@ -274,7 +274,7 @@ def test_the_plan_can_be_read_before_and_after_use():
     after = model.plan()
     assert before.steps == after.steps
     assert not before.left
-    assert after.served_by[0]
+    assert after.kernels[0]
     with pytest.raises(RuntimeError, match="there is no fused plan: a submodule is in training"):
         model.train().plan()
     assert isinstance(model.layer1[0], resnet.BasicBlock)

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.runtime.verify import judge, product_eps, verify_steps
+from fastres.runtime.verify import compare_outputs, product_eps, verify_steps
 
 
 def rounded(values, dtype=torch.float32):
@@ -38,7 +38,7 @@ def test_what_is_measured():
     exact = [torch.tensor([[3.0, 4.0], [0.0, 5.0]], dtype=torch.float64)]
     expected = [torch.tensor([[3.0, 4.0], [0.0, 5.0 + 1e-6]])]
     actual = [torch.tensor([[4.0, 3.0], [0.0, 5.0]])]
-    found, _ = judge(expected, actual, exact, (2, 7))
+    found, _ = compare_outputs(expected, actual, exact, (2, 7))
     assert not found.ok
     assert found.agreement == 0.5
     assert found.max_abs == 1.0
@@ -58,7 +58,7 @@ def test_the_rule_of_two(factor):
     off = 100 * torch.finfo(torch.float32).eps * rms(exact[0])
     expected = [(exact[0] + off).float()]
     actual = [(exact[0] - factor * off).float()]
-    assert judge(expected, actual, exact)[0].ok == (factor < 2)
+    assert compare_outputs(expected, actual, exact)[0].ok == (factor < 2)
 
 
 def test_the_floor():
@@ -66,16 +66,16 @@ def test_the_floor():
     exact = [torch.linspace(1, 2, 100, dtype=torch.float64).float().double()]
     unit = torch.finfo(torch.float32).eps * rms(exact[0])
     same = [exact[0].float()]
-    assert judge(same, [(exact[0] + 3 * unit).float()], exact)[0].ok
-    assert not judge(same, [(exact[0] + 5 * unit).float()], exact)[0].ok
+    assert compare_outputs(same, [(exact[0] + 3 * unit).float()], exact)[0].ok
+    assert not compare_outputs(same, [(exact[0] + 5 * unit).float()], exact)[0].ok
 
 
 def test_infinities_and_nan_must_be_in_the_same_places():
     exact = [torch.tensor([1.0, float("inf"), 3.0, 4.0], dtype=torch.float64)]
     expected = [exact[0].float()]
-    assert judge(expected, [exact[0].float()], exact)[0].ok
+    assert compare_outputs(expected, [exact[0].float()], exact)[0].ok
     holes = [torch.tensor([1.0, 2.0, float("nan"), 4.0])]
-    found, _ = judge(expected, holes, exact)
+    found, _ = compare_outputs(expected, holes, exact)
     assert not found.ok
     assert not found.finite
     assert "infinite or NaN outputs in different places" in found.reason
