@@ -173,7 +173,7 @@ class HwncOps(TritonOps):
         nhwc = TritonOps(cudnn=Cudnn.name in self.by_name, selector=self.selector)
         wanted = {name for name in EXPERIMENTAL if self._selector(device).forced.get(name)}
         found = self.candidates(plan, dtype, device)
-        if plan.left or not any(group.kernel in wanted for group in found):
+        if plan.fallbacks or not any(group.kernel in wanted for group in found):
             return nhwc.group_steps(plan, shapes, dtype, device)
         return super().group_steps(plan, shapes, dtype, device)
 

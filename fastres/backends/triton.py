@@ -73,7 +73,7 @@ class TritonOps(AtenOps):
         def choose(group: FusionGroup) -> str | None:
             kernel = self.by_name[group.kernel]
             # Launching with descriptors takes tens of microseconds where no CUDA graph hides them.
-            if kernel.needs_tma and plan.left and kernel.name not in selector.forced:
+            if kernel.needs_tma and plan.fallbacks and kernel.name not in selector.forced:
                 return None
             if not self._supports(group, dtype, device):
                 return None

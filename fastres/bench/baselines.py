@@ -99,8 +99,8 @@ class Plain(nn.Module):
 
 def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Model:
     """PyTorch as it comes, from a copy of the model."""
-    twin = _twin(model, dtype, memory_format)
-    return lambda x: twin(x.to(dtype=dtype, memory_format=memory_format))
+    copied = _copied(model, dtype, memory_format)
+    return lambda x: copied(x.to(dtype=dtype, memory_format=memory_format))
 
 
 def contenders(
@@ -175,10 +175,10 @@ def _seconds(call: Callable[[], Any]) -> float:
     return median_high(call_seconds(call, torch.device("cuda"), TRIALS))
 
 
-def _twin(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Any:
+def _copied(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_format) -> Any:
     """A copy as PyTorch runs it."""
-    twin: Any = Plain(copy.deepcopy(model))
-    return twin.eval().to(dtype=dtype, memory_format=memory_format)
+    copied: Any = Plain(copy.deepcopy(model))
+    return copied.eval().to(dtype=dtype, memory_format=memory_format)
 
 
 def _executor(model: nn.Module, dtype: torch.dtype, ops: AtenOps) -> Executor:
@@ -200,9 +200,9 @@ def _inductor(**settings: Any) -> Callable[[nn.Module, torch.dtype, Tensor], Mod
         from torch._inductor import config
 
         form: Any = {"dtype": dtype, "memory_format": torch.channels_last}
-        twin = _twin(model, dtype, torch.channels_last)
+        copied = _copied(model, dtype, torch.channels_last)
         # fullgraph also refuses to fall back to eager once dynamo's limit of variants is reached.
-        compiled = torch.compile(twin, dynamic=False, fullgraph=True)
+        compiled = torch.compile(copied, dynamic=False, fullgraph=True)
         # Freezing is looked up while dynamo traces, so that torch.compile(options=) is too late.
         with config.patch(settings), torch.inference_mode():
             compiled(example.to(**form))
@@ -223,9 +223,9 @@ def _tensorrt(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
     _require("torch_tensorrt", "torch-tensorrt")
     import torch_tensorrt
 
-    twin = _twin(model, dtype, torch.contiguous_format)
+    copied = _copied(model, dtype, torch.contiguous_format)
     built = torch_tensorrt.compile(
-        twin, ir="dynamo", inputs=[example.to(dtype)], enabled_precisions={dtype}
+        copied, ir="dynamo", inputs=[example.to(dtype)], enabled_precisions={dtype}
     )
     return lambda x: built(x.to(dtype))
 
@@ -241,10 +241,10 @@ def _onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model
         raise Unavailable(f"the installed onnxruntime has no {provider} (onnxruntime-gpu has it)")
     if dtype is torch.bfloat16 or (dtype is torch.float16 and not cuda):
         raise Unavailable(f"onnxruntime has no {SHORT[dtype]} convolution for {provider}")
-    twin = _twin(model, dtype, torch.contiguous_format)
+    copied = _copied(model, dtype, torch.contiguous_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
-        exported: Any = torch.onnx.export(twin, (example.to(dtype),), dynamo=True, verbose=False)
+        exported: Any = torch.onnx.export(copied, (example.to(dtype),), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
@@ -283,8 +283,8 @@ def _openvino(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
     import openvino
 
     hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-    twin = _twin(model, torch.float32, torch.contiguous_format)
-    converted = openvino.convert_model(twin, example_input=example)
+    copied = _copied(model, torch.float32, torch.contiguous_format)
+    converted = openvino.convert_model(copied, example_input=example)
     settings = {
         "INFERENCE_PRECISION_HINT": hints[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),

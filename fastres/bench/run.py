@@ -448,6 +448,6 @@ def parse_device(name: torch.device | str) -> torch.device:
 
 def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """The logits of each input from a float64 copy of the model, a few images at a time."""
-    twin = eager(model, torch.float64, torch.contiguous_format)
+    plain = eager(model, torch.float64, torch.contiguous_format)
     with cudnn_benchmarking(False):
-        return [torch.cat([twin(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]
+        return [torch.cat([plain(part) for part in x.split(REFERENCE_CHUNK)]) for x in inputs]

@@ -47,8 +47,8 @@ def convert(
     fast = _fused(source, dtype, size, weights, checkpoint)
     save(fast, target)
     plan = fast.plan()
-    found = {"path": str(target), "fused": len(plan.fused), "left_to_pytorch": len(plan.left)}
-    steps = f"{len(plan.fused)} fused steps, {len(plan.left)} left to PyTorch"
+    found = {"path": str(target), "fused": len(plan.fused), "left_to_pytorch": len(plan.fallbacks)}
+    steps = f"{len(plan.fused)} fused steps, {len(plan.fallbacks)} left to PyTorch"
     _say(found, f"wrote {target}: {steps}", as_json)
 
 

@@ -443,8 +443,8 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
         elif hasattr(module, name):
             arguments[name] = encode(getattr(module, name))
     spec = {"type": kind.__name__, "arguments": arguments}
-    twin = decode_module(spec)
-    if repr(twin) != repr(module) or module._forward_hooks or module._forward_pre_hooks:
+    decoded = decode_module(spec)
+    if repr(decoded) != repr(module) or module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(f"this {kind.__name__} is not what its arguments say")
     return spec
 

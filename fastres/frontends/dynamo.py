@@ -97,7 +97,9 @@ class _Folded:
         self.paths = [path for step in self.plan.steps for path in plan.parameter_paths(step.op)]
         self.verified = self.wrong = False
         self._fold()
-        LOG.info("graph of %d steps, %d left to PyTorch", len(self.plan.steps), len(self.plan.left))
+        LOG.info(
+            "graph of %d steps, %d left to PyTorch", len(self.plan.steps), len(self.plan.fallbacks)
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         program = self.program
@@ -324,7 +326,7 @@ def _check_context(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
 def _check_plan(fused: Plan) -> None:
     if not any(isinstance(step.op, Conv2d) for step in fused.steps):
         raise _Leave("it has no convolution")
-    for step, reason in fused.left:
+    for step, reason in fused.fallbacks:
         if isinstance(step.op, Call) and step.op.mutates:
             raise _Leave(f"{step.name} {reason}")
 

@@ -142,7 +142,7 @@ def _warn_of_nothing(model: nn.Module, fast: FastModel | FastShell) -> None:
     if any(p.fuses_convolutions or (p.fuses and not convolutions) for p in plans):
         return
     what = "no convolution" if any(p.fuses for p in plans) else "nothing"
-    reasons = Counter(reason for p in plans for _, reason in p.left).most_common(2)
+    reasons = Counter(reason for p in plans for _, reason in p.fallbacks).most_common(2)
     why = f" ({'; '.join(reason for reason, _ in reasons)})" if reasons else ""
     warnings.warn(
         f"{what} of {type(model).__name__} could be fused{why}; plan() shows each step",

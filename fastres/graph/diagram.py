@@ -20,7 +20,7 @@ from ..errors import MissingDependencyError
 from ..files import atomic_write, check_target
 from . import fold, plan, trace
 from .ir import Call, Graph, Input, Operation
-from .plan import Plan, Shape, describe, left_to_torch, output_shape
+from .plan import Plan, Shape, describe, fallback_reason, output_shape
 
 Point: TypeAlias = tuple[float, float]
 
@@ -126,7 +126,7 @@ def _plan_boxes(found: Plan, input_size: Sequence[int] | None) -> Iterator[Box]:
     for step in found.steps:
         if isinstance(step.op, Call) and step.op.kind == "get_attr":
             continue
-        fill = LEFT if left_to_torch(step.op) else FUSED
+        fill = LEFT if fallback_reason(step.op) else FUSED
         detail = _detail(step.where or step.name, shapes.get(step.name))
         yield Box(step.name, describe(step.op), detail, fill, step.inputs)
 

@@ -80,12 +80,12 @@ class Plan:
     @property
     def fused(self) -> tuple[Step, ...]:
         """The steps that fastres runs itself."""
-        return tuple(step for step in self.steps if not left_to_torch(step.op))
+        return tuple(step for step in self.steps if not fallback_reason(step.op))
 
     @property
-    def left(self) -> tuple[tuple[Step, str], ...]:
+    def fallbacks(self) -> tuple[tuple[Step, str], ...]:
         """The steps that stay PyTorch calls, each with the reason."""
-        return tuple((s, left_to_torch(s.op)) for s in self.steps if left_to_torch(s.op))
+        return tuple((s, fallback_reason(s.op)) for s in self.steps if fallback_reason(s.op))
 
     @property
     def fuses(self) -> bool:
@@ -136,7 +136,9 @@ class Plan:
             ],
             "chosen_for": [list(shape) for shape in self.chosen_for],
             "fused": len(self.fused),
-            "left_to_pytorch": [{"step": s.where or s.name, "reason": r} for s, r in self.left],
+            "left_to_pytorch": [
+                {"step": s.where or s.name, "reason": r} for s, r in self.fallbacks
+            ],
         }
 
     def _kernel_name(self, index: int) -> str:
@@ -154,7 +156,7 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        left = [f"  {s.where or s.name}: {reason}" for s, reason in self.left]
+        left = [f"  {s.where or s.name}: {reason}" for s, reason in self.fallbacks]
         lines.append(f"{len(self.steps)} steps, {len(left)} left to PyTorch" + ":" * bool(left))
         if not self.fuses:
             left.append("nothing is fused: each step is one layer")
@@ -296,7 +298,7 @@ def _may_overwrite(node: Node, frees: tuple[str, ...], owned: set[str]) -> bool:
     return False
 
 
-def left_to_torch(op: Operation) -> str:
+def fallback_reason(op: Operation) -> str:
     """Why a step stays a PyTorch call; empty for the steps that fastres runs."""
     if isinstance(op, Call):
         return "" if op.kind == "get_attr" else op.reason

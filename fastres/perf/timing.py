@@ -123,7 +123,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Timings from one interleaved run; ``twin`` is the baseline measured a second time."""
+    """Timings from one interleaved run; ``a_a`` is the baseline measured a second time."""
 
     baseline: str
     device: str
@@ -131,7 +131,7 @@ class Comparison:
     method: Method
     rounds: int
     timings: tuple[Timing, ...]
-    twin: Timing
+    a_a: Timing
 
     def __getitem__(self, name: str) -> Timing:
         for timing in self.timings:
@@ -146,8 +146,8 @@ class Comparison:
 
     @property
     def noise(self) -> Samples:
-        """The baseline over its twin, per round: what a ratio of 1 looks like here."""
-        return _ratios(self.twin, self[self.baseline])
+        """The baseline over itself (A/A), per round: what a ratio of 1 looks like here."""
+        return _ratios(self.a_a, self[self.baseline])
 
     def speedup(self, name: str, over: str | None = None) -> Samples:
         """How many times faster ``name`` is than ``over`` (by default the baseline), per round."""
@@ -165,7 +165,7 @@ class Comparison:
             "timings": [
                 {**t.to_dict(), "speedup": self.speedup(t.name).to_dict()} for t in self.timings
             ],
-            "twin": self.twin.to_dict(),
+            "twin": self.a_a.to_dict(),
         }
 
 
@@ -214,9 +214,9 @@ def measure(
     for runner in runners:
         runner.check_last()
 
-    *timed, twin = (runner.result() for runner in runners)
+    *timed, a_a = (runner.result() for runner in runners)
     clock = "cuda events" if device.type == "cuda" else "time.perf_counter"
-    return Comparison(baseline, str(device), clock, method, rounds, tuple(timed), twin)
+    return Comparison(baseline, str(device), clock, method, rounds, tuple(timed), a_a)
 
 
 def _run_rounds(

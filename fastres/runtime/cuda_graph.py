@@ -50,7 +50,7 @@ class GraphRunner:
         self.executor = executor
         self.limit = limit
         self.casts = casts
-        self._whole = not executor.plan.left
+        self._whole = not executor.plan.fallbacks
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
         self._seen: set[Key] = set()
         self._lock = RLock()

@@ -250,13 +250,13 @@ class Executor:
         else:
             shapes = plan.shapes(*(given.get(p.name) for p in plan.parameters))
             grouping = self.ops.group_steps(plan, shapes, self.dtype, device or self._device)
-        served = replace(
+        planned = replace(
             plan,
             kernels=_kernel_names(grouping.groups, self.ops),
             reasons=_reasons(grouping) if any(grouping.why) else (),
             chosen_for=tuple(given.values()) if any(grouping.why) else (),
         )
-        return _Schedule(grouping, served, _read_as_given(grouping.groups, plan, self.ops))
+        return _Schedule(grouping, planned, _read_as_given(grouping.groups, plan, self.ops))
 
     def _lookup(self, path: str) -> Any:
         return attribute(self.module, self._names.get(path, path))

@@ -82,7 +82,7 @@ def assert_whole_network(model, size, device, launches, convolutions):
     x = real_images(1, size).to(device)
     with torch.inference_mode():
         out, seen, plan = run(model, x)
-    assert not plan.left
+    assert not plan.fallbacks
     assert set(seen) <= MEMORY, "PyTorch computed something"
     assert all(s == "view" or s.startswith("triton ") for s in plan.kernels)
     # One for most convolutions, though a kernel may serve two; pools and the classifier besides.

@@ -272,7 +272,7 @@ def test_descriptors_only_where_a_graph_hides_their_launch(left, device):
     layers = [nn.Conv2d(64, 64, 1), nn.ReLU(), *([nn.GELU()] if left else [])]
     built = plan.build(fold.fold(trace.trace(nn.Sequential(*layers).eval())))
     shapes = built.shapes((32, 64, 56, 56))
-    assert bool(built.left) is left
+    assert bool(built.fallbacks) is left
     for selector, expected in ((KernelSelector("sm_90"), not left), (only("gemm"), True)):
         groups = TritonOps(selector=selector).group_steps(built, shapes, HALF, device).groups
         assert ("gemm" in [group.kernel for group in groups]) is expected

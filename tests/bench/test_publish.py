@@ -16,14 +16,14 @@ from fastres.perf.timing import Comparison, Method, Samples, Timing
 ERROR = OutputError(2e-6, 5e-6, 1.0, 3e-6, 1.0)
 
 
-def report(ours=(0.1, 0.2, 0.4), twin=(0.4, 0.8, 1.6), **changes):
+def report(ours=(0.1, 0.2, 0.4), a_a=(0.4, 0.8, 1.6), **changes):
     eager = Timing("eager fp32", Samples((0.4, 0.8, 1.6)), 1, 0.9, 3, 1.5)
     other = Timing("onnxruntime fp32", Samples((0.2, 0.5, 0.6)), 1, 0.9, 3, 1.5)
     fast = Timing("fastres fp32", Samples(ours), 2, 1.9, 4, 2.0)
     lost = Timing("OpenVINO fp32", failure="Unavailable: openvino is not installed")
-    twin = Timing("eager fp32", Samples(twin), 1, 0.9, 3, 1.5)
+    a_a = Timing("eager fp32", Samples(a_a), 1, 0.9, 3, 1.5)
     timings = (eager, fast, other, lost)
-    comparison = Comparison(eager.name, "cpu", "clock", Method(), 3, timings, twin)
+    comparison = Comparison(eager.name, "cpu", "clock", Method(), 3, timings, a_a)
     case = Case("resnet50", (8, 3, 224, 224), "random", comparison, {fast.name: ERROR})
     return json.loads(Report.now("a title", cases=(case,)).to_json()) | changes
 
@@ -87,7 +87,7 @@ def test_changes_count_beyond_the_spread(ours, verdict):
 
 def test_changes_within_the_noise_do_not_count():
     """Tight samples a fifth apart, in runs whose baseline differs from itself by half."""
-    old = report((0.20, 0.20, 0.20), twin=(0.6, 1.2, 2.4))
+    old = report((0.20, 0.20, 0.20), a_a=(0.6, 1.2, 2.4))
     new = report((0.16, 0.16, 0.16))
     verdicts = {c.contender: c.verdict for c in compare(old, new)}
     assert verdicts["fastres fp32"] == "same"

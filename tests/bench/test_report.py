@@ -148,11 +148,11 @@ def test_markdown_gives_median_spread_ratio_and_error_in_one_row():
     ]
 
 
-@pytest.mark.parametrize(("twin", "busy"), [((0.41, 0.5, 0.6), False), ((0.2, 0.5, 1.2), True)])
-def test_a_noisy_run_says_so(twin, busy):
+@pytest.mark.parametrize(("a_a", "busy"), [((0.41, 0.5, 0.6), False), ((0.2, 0.5, 1.2), True)])
+def test_a_noisy_run_says_so(a_a, busy):
     full = report(EAGER, FAST)
     noisy = dataclasses.replace(
-        full.cases[0].comparison, twin=dataclasses.replace(EAGER, seconds=Samples(twin))
+        full.cases[0].comparison, a_a=dataclasses.replace(EAGER, seconds=Samples(a_a))
     )
     case = dataclasses.replace(full.cases[0], comparison=noisy)
     assert ("The machine was busy" in footnote(case)) is busy

@@ -90,7 +90,7 @@ def test_outputs_are_keras(name, tmp_path):
     fast = fastres.optimize(imported, verify=False)
     check(fast, images, wanted)
     if name not in ("odd", "global pool"):
-        assert {reason for _, reason in fast.plan().left} <= {"Softmax is not fused"}
+        assert {reason for _, reason in fast.plan().fallbacks} <= {"Softmax is not fused"}
 
 
 def check(run, images, wanted):

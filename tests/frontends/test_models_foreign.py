@@ -68,7 +68,7 @@ class TestFolding:
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images))
         assert len(fast.plan().steps) == (2 if act is nn.Hardswish else 1)
-        left = [why for _, why in fast.plan().left]
+        left = [why for _, why in fast.plan().fallbacks]
         assert left == (["Hardswish is not fused"] if act is nn.Hardswish else [])
 
     @pytest.mark.parametrize("convert", [convert_sync_batchnorm, freeze_batch_norm_2d])
@@ -92,7 +92,7 @@ class TestFolding:
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images))
-        assert [why for _, why in fast.plan().left] == ["has hooks or a forward of its own"]
+        assert [why for _, why in fast.plan().fallbacks] == ["has hooks or a forward of its own"]
 
     def test_a_networks_children_in_a_sequential(self, images):
         source = adversarial_(torchvision.models.resnet18()).double()
@@ -101,7 +101,7 @@ class TestFolding:
         with torch.no_grad():
             torch.testing.assert_close(fast(images), headless(images))
         assert fast(images).shape == (2, 512, 1, 1)
-        assert not fast.plan().left
+        assert not fast.plan().fallbacks
 
     @pytest.mark.parametrize("channels", [1, 4, 12])
     @pytest.mark.parametrize("classes", [0, 1, 7])

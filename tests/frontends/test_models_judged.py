@@ -72,7 +72,7 @@ def judge_float32(model, x):
     with executions() as ran, torch.inference_mode():
         out = model(x)
     assert len(ran) == 1
-    assert not ran[0].left
+    assert not ran[0].fallbacks
     assert rms(out - exact) <= allowed_error(max(errors), rms(exact), torch.float32, ulps=1)
     assert torch.equal(out.argmax(1), exact.argmax(1))
 

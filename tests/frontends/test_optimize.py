@@ -67,7 +67,7 @@ def test_torchvision_models(name, left):
     assert_close(fast(x), source, x)
     assert {
         reason.split(" ")[0] if "norm" not in reason else "batch norm"
-        for _, reason in fast.plan().left
+        for _, reason in fast.plan().fallbacks
     } == left
     assert len(fast.plan().fused) > 20
 
@@ -77,7 +77,7 @@ def test_our_own_models():
     before = snapshot(source)
     fast = fastres.optimize(source, example_input=x)
     assert_unchanged(before, source)
-    assert not fast.plan().left
+    assert not fast.plan().fallbacks
     assert_close(fast(x), source, x)
 
 

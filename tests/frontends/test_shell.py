@@ -74,7 +74,7 @@ def test_attributes_and_methods_are_the_copys(source, images):
 
 def test_the_plan_lists_parts_and_rest(source, images):
     plan = fastres.optimize(source, example_input=images).plan()
-    left = {step.where: reason for step, reason in plan.left}
+    left = {step.where: reason for step, reason in plan.fallbacks}
     assert list(left) == ["head"]
     assert "Optional cannot be traced" in left["head"]
     assert all(step.where.startswith("trunk") for step in plan.fused)
@@ -275,7 +275,7 @@ def test_wrappers_are_looked_through(images):
     fast = fastres.optimize(wrapped.eval(), example_input=images)
     with torch.no_grad():
         torch.testing.assert_close(fast(images), source(images))
-    assert not fast.plan().left
+    assert not fast.plan().fallbacks
 
 
 def test_a_shell_is_not_optimized_again(source, images):

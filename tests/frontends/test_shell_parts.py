@@ -225,7 +225,7 @@ def test_a_part_that_was_changed_says_so(source, images):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fast(images)
-    reasons = {step.where: reason for step, reason in fast.plan().left}
+    reasons = {step.where: reason for step, reason in fast.plan().fallbacks}
     assert "it was changed" in reasons["a.0"]
     assert "around the fused parts" in reasons["fc"]
     assert not fast.plan().fused
@@ -537,7 +537,7 @@ def test_a_part_that_is_wrong_is_not_fused(images, form):
     same(copy.deepcopy(fast).cpu(), source, images)
     assert fast.verification.ok
     assert {step.where for step in fast.plan().fused} == {"right.0"}
-    assert all("differ" in why for step, why in fast.plan().left)
+    assert all("differ" in why for step, why in fast.plan().fallbacks)
 
 
 @pytest.mark.fault(84)

@@ -47,13 +47,13 @@ def test_layers_whose_weight_is_a_result(change):
     change(source.conv)
     assert not source.conv.weight.is_leaf
     plan = compare(source, image())
-    assert [step.where for step, why in plan.left if why == "has forward hooks"] == ["conv"]
+    assert [step.where for step, why in plan.fallbacks if why == "has forward hooks"] == ["conv"]
 
 
 def test_a_scripted_layer_is_called_whole():
     source = module(lambda self, x: self.next(self.norm(self.conv(x))))
     source.norm = torch.jit.script(source.norm)
-    (left,) = [step for step, why in compare(source, image()).left if step.where == "norm"]
+    (left,) = [step for step, why in compare(source, image()).fallbacks if step.where == "norm"]
     assert left.op.reason == "is of torch.jit, which torch.fx cannot look into"
     assert all(p.requires_grad for p in source.parameters())
 

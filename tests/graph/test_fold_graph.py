@@ -122,7 +122,7 @@ def test_only_a_convolution_of_its_own_takes_a_norm(module, inside, apart):
     out, built = run(module, x)
     assert sum(op.norm is not None for op in operations(built, Conv2d)) == inside
     assert len(operations(built, BatchNorm2d)) == apart
-    assert sum("batch norm" in reason for _, reason in built.left) == apart
+    assert sum("batch norm" in reason for _, reason in built.fallbacks) == apart
     with torch.no_grad():
         expected = module(x)
     if not isinstance(expected, dict):
@@ -148,7 +148,7 @@ def test_other_norms_are_left_to_pytorch(kind):
         expected = module(x)
     out, built = run(module, x)
     assert [type(step.op) for step in built.steps] == [Conv2d, Call]
-    assert len(built.left) == 1
+    assert len(built.fallbacks) == 1
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)  # float64
 
 
@@ -214,5 +214,5 @@ def test_a_whole_network_in_float64():
     out, built = run(module, x)
     with torch.no_grad():
         exact = module._forward_impl(x)
-    assert not built.left
+    assert not built.fallbacks
     assert rms(out - exact) <= 1e-12 * rms(exact)  # float64 over 20 layers

@@ -145,7 +145,7 @@ X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 
 
 def left(fast):
-    return {step.where: reason for step, reason in fast.plan().left}
+    return {step.where: reason for step, reason in fast.plan().fallbacks}
 
 
 def convolutions(fast):
@@ -232,7 +232,7 @@ def test_a_layer_called_twice_and_one_inside_another():
             return self.middle(self.norm3(self.conv3(x)))
 
     fast = check(adversarial(Twice(middle=Outer)), X)
-    assert [step.where for step, _ in fast.plan().left] == ["middle", "middle"]
+    assert [step.where for step, _ in fast.plan().fallbacks] == ["middle", "middle"]
     assert all(op.norm for op in convolutions(fast))
 
 
@@ -421,7 +421,9 @@ def test_a_fused_shell_inside_another_module(kind):
     for model in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         with torch.no_grad():
             torch.testing.assert_close(model(X), outer(X), rtol=1e-4, atol=1e-4)
-    reasons = [reason for step, reason in fast.plan().left if step.where.startswith(("inner", "2"))]
+    reasons = [
+        reason for step, reason in fast.plan().fallbacks if step.where.startswith(("inner", "2"))
+    ]
     assert set(reasons) == {"is fused already"}
     assert fast.plan().fused
     assert list(shell.parts) == ["before", "inner", "after"]  # the user's own is as it was

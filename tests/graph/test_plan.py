@@ -56,7 +56,7 @@ def test_everything_is_fused(name, convolutions, blocks, relus):
     assert len(residuals) == blocks
     assert all(step.op.relu and step.in_place for step in residuals)
     assert len(built.steps) == convolutions + 4  # max pool, global pool, flatten, linear
-    assert not built.left
+    assert not built.fallbacks
     assert built.fused == built.steps
 
 
@@ -209,7 +209,7 @@ def test_shapes_are_foretold(name, size):
     known = [name for name in seen if foretold[name] is not None]
     assert len(known) > 3
     assert all(foretold[name] == tuple(seen[name].shape) for name in known)
-    if not built.left:
+    if not built.fallbacks:
         assert len(known) == len(built.steps)
 
 
@@ -232,7 +232,7 @@ def test_the_table_can_be_read():
     model = adversarial_(fastres.resnet18())
     text = str(model.plan())
     lines = text.splitlines()
-    assert lines[0].split() == ["step", "what", "served", "by", "in", "place", "source"]
+    assert lines[0].split() == ["step", "what", "kernel", "in", "place", "source"]
     assert "conv 7x7/2 3->64 + bias + ReLU" in text
     assert "conv 3x3 64->64 + bias + residual + ReLU" in text
     assert "conv 1x1/2 64->128 + bias" in text

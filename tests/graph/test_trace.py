@@ -139,7 +139,9 @@ def test_spellings(name):
     fused_away = [s.op for s in plan.steps if getattr(s.op, "relu", False) or _residual(s.op)]
     assert wanted in ours or fused_away
     allowed = {"flip", "size", "getattr", "getitem", "permute"}
-    assert {str(getattr(s.op.target, "__name__", s.op.target)) for s, _ in plan.left} <= allowed
+    assert {
+        str(getattr(s.op.target, "__name__", s.op.target)) for s, _ in plan.fallbacks
+    } <= allowed
 
 
 def _residual(op):
@@ -185,7 +187,7 @@ LEFT = {
 def test_what_is_not_understood_is_left_and_listed(name):
     forward, reason = LEFT[name]
     plan = compare(module(forward), image())
-    reasons = [why for _, why in plan.left]
+    reasons = [why for _, why in plan.fallbacks]
     assert any(why.startswith(reason) for why in reasons), reasons
     assert reason.split()[0] in str(plan)
 
@@ -224,7 +226,7 @@ def test_convolutions(name):
 def test_layers_that_are_left(layer, reason):
     source = nn.Sequential(nn.Conv2d(3, 3, 1), layer).double().eval()
     plan = compare(source, image())
-    assert [why for _, why in plan.left] == [reason]
+    assert [why for _, why in plan.fallbacks] == [reason]
 
 
 def test_dropout_and_identity_are_removed():
@@ -241,7 +243,7 @@ def test_dropout_and_identity_are_removed():
 def test_dropout_that_is_always_on_is_kept():
     source = module(lambda self, x: F.dropout(self.conv(x), 0.5, True))
     fast = fastres.optimize(source, verify=False)
-    assert [why for _, why in fast.plan().left] == ["dropout is not fused"]
+    assert [why for _, why in fast.plan().fallbacks] == ["dropout is not fused"]
     out = fast(image())
     assert 0.3 < float((out == 0).double().mean()) < 0.7
 
@@ -261,7 +263,7 @@ def test_opaque_modules_are_called_whole(kind):
         source.conv.parametrizations.weight.original0.data.mul_(2)
         source.eval()
     plan = compare(source, image())
-    (left,) = [step for step, why in plan.left if "batch norm" not in why]
+    (left,) = [step for step, why in plan.fallbacks if "batch norm" not in why]
     assert left.where == ("conv" if kind == "parametrized" else "norm")
     assert (
         "hooks" in left.op.reason

@@ -241,14 +241,14 @@ def test_writes_in_place(forward):
 )
 def test_made_functional_where_nobody_can_tell(forward):
     plan = check(module(forward))
-    assert not plan.left
+    assert not plan.fallbacks
     assert not plan.source_layout
 
 
 @pytest.mark.fault(34)
 @pytest.mark.parametrize("forward", [view_then_in_place, item_assignment, functional_silu_in_place])
 def test_left_in_place_elsewhere(forward):
-    assert any(step.op.mutates for step, _ in check(module(forward)).left)
+    assert any(step.op.mutates for step, _ in check(module(forward)).fallbacks)
 
 
 def test_only_writes_that_a_layout_could_hide_cost_the_layout():
@@ -274,6 +274,6 @@ def test_torchvision_style_blocks_lose_nothing():
     """``out += identity`` and in-place ReLU everywhere, and every sum is fused."""
     graph = trace(ResNet(fastres.BasicBlock, [1, 1], stem="cifar").eval(), "_forward_impl")
     plan = build(fold(graph))
-    assert not plan.left
+    assert not plan.fallbacks
     assert kinds(plan).count(Conv2d) == 6
     assert sum(getattr(step.op, "residual", False) for step in plan.steps) == 2

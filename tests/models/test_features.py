@@ -67,7 +67,7 @@ def test_numbers_are_timms(images, layout):
     assert body.feature_info.channels() == [8, 32, 64, 128, 256]
     assert body.feature_info.reduction() == [2, 4, 8, 16, 32]
     assert body.feature_info.module_name() == ["relu", "layer1", "layer2", "layer3", "layer4"]
-    assert not body.plan().left
+    assert not body.plan().fallbacks
     with torch.no_grad():
         torch.testing.assert_close(fastres.features(model, [-1, 2])(images), [wanted[4], wanted[2]])
 

@@ -60,7 +60,7 @@ def test_folded_it_is_exact(pixels, layout, stem):
     with torch.no_grad():
         wanted = model[1](torchvisions(pixels, torch.float64))
     torch.testing.assert_close(fast(x), wanted, rtol=1e-11, atol=1e-11)
-    assert not fast.plan().left
+    assert not fast.plan().fallbacks
     conv = next(step for step in fast.plan().steps if step.where.endswith("conv1"))
     assert (conv.op.images.module, conv.op.padding) == ("0", (0, 0))
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_folded_is_still_right(pixels, build):
     fast = fastres.optimize(model, example_input=pixels)
     with torch.no_grad():
         torch.testing.assert_close(fast(pixels), model(pixels))
-    assert "normalisation" in fast.plan().left[0][1]
+    assert "normalisation" in fast.plan().fallbacks[0][1]
 
 
 def test_saved_compiled_and_exported(pixels, tmp_path):

@@ -59,7 +59,7 @@ def test_inference_is_fused():
         out = model(x)
     assert len(ran) == 1
     assert out.is_inference()
-    assert not ran[0].left
+    assert not ran[0].fallbacks
 
 
 def test_without_parameters_that_want_gradients_no_context_is_needed():

@@ -273,7 +273,7 @@ def test_the_plan_can_be_read_before_and_after_use():
     assert_fused(model, images())
     after = model.plan()
     assert before.steps == after.steps
-    assert not before.left
+    assert not before.fallbacks
     assert after.kernels[0]
     with pytest.raises(RuntimeError, match="there is no fused plan: a submodule is in training"):
         model.train().plan()

@@ -33,7 +33,7 @@ def test_special_values_go_where_torch_lets_them(value, dtype):
     with torch.no_grad():
         source.low.bias -= 100
     fast = fastres.optimize(source, verify=False)
-    assert [reason for _, reason in fast.plan().left] == []
+    assert [reason for _, reason in fast.plan().fallbacks] == []
     x = torch.randn(2, 6, 9, 9).to(dtype)
     x[0, :, 3, 4] = value
     for out, expected in zip(fast(x), plain(source, x), strict=True):
@@ -74,7 +74,7 @@ def test_a_mean_keeps_its_divisor(options):
     pool = nn.AvgPool2d(3, 2, **{"padding": 1, **options})
     source = adversarial_(nn.Sequential(nn.Conv2d(3, 6, 1), pool))
     fast = fastres.optimize(source, verify=False)
-    assert not fast.plan().left
+    assert not fast.plan().fallbacks
     assert_close(fast(images()), source, images())
 
 

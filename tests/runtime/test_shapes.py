@@ -157,7 +157,7 @@ x = torch.randn(2, 16, 7, 1)
 fast = fastres.optimize(net, example_input=x)
 for _ in range(20):
     torch.testing.assert_close(fast(x), net(x))
-print(len(fast.plan().left))
+print(len(fast.plan().fallbacks))
 """
 
 

@@ -58,7 +58,7 @@ class Case:
 
 def left_names(plan: Plan) -> Counter[str]:
     """How often each kind of step was left to PyTorch."""
-    return Counter(_left_name(step, reason) for step, reason in plan.left)
+    return Counter(_left_name(step, reason) for step, reason in plan.fallbacks)
 
 
 def _left_name(step: Step, reason: str) -> str:
