@@ -24,7 +24,7 @@ SOURCES = ("fastres", "kernels", "tests", "benchmarks", "docs", "examples", ".ci
     *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "SECURITY.md", "CITATION.cff"),
 )
 CACHES = shutil.ignore_patterns("__pycache__", "*.egg-info")
-LIGHT = ("numpy", "safetensors", "filelock", "typer", "rich")
+LIGHT = ("numpy", "safetensors", "filelock", "jinja2", "typer", "rich")
 """What is installed quickly enough to be tried at its lowest version as well."""
 
 
@@ -128,6 +128,7 @@ def test_the_wheel_holds_each_module_once_and_nothing_outside_fastres(built):
     assert {n for n in names if not n.endswith(".py")} == {
         "fastres/py.typed",
         "fastres/assets/digits.safetensors",
+        "fastres/bench/report.html.jinja",
     }
 
 
@@ -140,6 +141,7 @@ def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
     assert not [n for n in modules if n.startswith("fastres/kernels")]
     roots = {Path(name).parts[0] for name in names if name}
     assert set(SOURCES) <= roots
+    assert "fastres/bench/report.html.jinja" in names
 
 
 @pytest.mark.fault(78)
@@ -196,7 +198,8 @@ def test_the_installed_wheel_runs_away_from_the_checkout(built, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import fastres, pathlib;"
         "print(pathlib.Path(fastres.__file__).parents[1].name, fastres.__version__);"
-        "from fastres.models.digits import load_digits_model; load_digits_model()"
+        "from fastres.models.digits import load_digits_model; load_digits_model();"
+        "from fastres.bench.report import Report; Report.now('t').to_html()"
     )
     done = subprocess.run(
         [sys.executable, "-I", "-c", code],

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastres.bench.results import (
     footnote,
     milliseconds,
 )
-from fastres.perf.environment import environment
+from fastres.perf.environment import Environment, environment
 from fastres.perf.roofline import Ceilings
 from fastres.perf.timing import Comparison, Method, Samples, Timing
 
@@ -199,13 +200,54 @@ def test_html_is_one_well_formed_file_that_loads_nothing():
     assert "prefers-color-scheme: dark" in "".join(document.texts)
 
 
-def test_html_escapes_what_it_is_given():
-    adversarial = dataclasses.replace(FAST, name='fastres <script>alert("x")</script>')
-    html = report(EAGER, adversarial, title="<img src=x>", notes=("a & b",)).to_html()
-    document = Document(html)
-    assert "script" not in document.tags
-    assert "img" not in document.tags
-    assert "a &amp; b" in html
+PAYLOAD = """ <script>x</script>"><img src=x onerror='x'>&lt;{{ 7 * 7 }}{% raw %}</title></style>"""
+
+
+def poisoned(value):
+    """The same with the payload behind each string, and behind the keys of results."""
+    if isinstance(value, str):
+        return value + PAYLOAD
+    if isinstance(value, Environment):  # its summary looks for some keys
+        return dataclasses.replace(value, **{k: extended(v) for k, v in vars(value).items()})
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{k: poisoned(v) for k, v in vars(value).items()})
+    if isinstance(value, dict):
+        return {poisoned(key): poisoned(item) for key, item in value.items()}
+    return tuple(map(poisoned, value)) if isinstance(value, tuple) else value
+
+
+def extended(value):
+    """The payload behind what a field of the environment holds, and in one key more."""
+    if isinstance(value, dict):
+        return {k: extended(v) for k, v in value.items()} | {f"key{PAYLOAD}": "value"}
+    return tuple(map(extended, value)) if isinstance(value, tuple) else poisoned(value)
+
+
+def test_html_escapes_every_string():
+    """Model names, notes, environment and the rest arrive as text; the tags are ours alone."""
+    full = full_report(
+        pictures=(Picture(((0.0,),), "three", "eight", 0.6), Picture(((1.0,),), "5", "5", 0.9)),
+        checks=(Check("agreement", True, "all"), Check("digits", False, "none")),
+        notes=("a note",),
+    )
+    comparison = dataclasses.replace(full.cases[0].comparison, timings=(EAGER, FAST, BROKEN))
+    odd = {"comparison": comparison, "form": "cold"}
+    cases = tuple(dataclasses.replace(case, **odd) for case in full.cases)
+    machine = dataclasses.replace(full.environment, gpus=({"name": "a GPU"},), commit="a commit")
+    full = dataclasses.replace(full, cases=cases, environment=machine)
+    plain, hostile = Document(full.to_html()), Document(poisoned(full).to_html())
+    added = 5  # keys: of versions, cpu, the GPU, flags and variables
+    assert Counter(hostile.tags) - Counter(plain.tags) == dict.fromkeys(("tr", "th", "td"), added)
+    assert {name for name, _ in hostile.attributes} == {name for name, _ in plain.attributes}
+    shown = "\n".join([*hostile.texts, *(value or "" for _, value in hostile.attributes)])
+    for text in (
+        *(full.title, full.command, full.created, machine.python, machine.cpu["name"], "a commit"),
+        *("a GPU", "cpu.key", "versions.key", "gpus.0.key", machine.versions["torch"], "a note"),
+        *("agreement", "all", "digits", "none", "three", "eight", "resnet50", "cold", "random"),
+        *(EAGER.name, FAST.name, BROKEN.name, BROKEN.failure, "floor fp32", "clock"),
+        *("layer1.conv2", LAYERS[0].what, "empty", "no answer", CEILINGS[0].name),
+    ):
+        assert text + PAYLOAD in shown, text
 
 
 def test_the_chart_names_every_bar_and_stays_inside_its_frame():
