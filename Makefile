@@ -26,12 +26,13 @@ endif
 TEST_ENV := OMP_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check quick lint types docs bench publish gpu clean
+.PHONY: help setup demo test sweep check quick lint types docs bench publish gpu clean
 .PHONY: ptx fuzz mutants fault-matrix gpu-kernels gpu-sanitize
 
 help:
 	@echo "make demo    classify real digits in eager PyTorch and in fastres, time both, write report.html"
-	@echo "make test    every test that this machine can run"
+	@echo "make test    every test that this machine can run, a sample of each sweep"
+	@echo "make sweep   the sweeps whole: every shipped configuration compiled, every network"
 	@echo "make check   formatting, lint, types and the CPU tests that are not slow"
 	@echo "make quick   one pass through each front door, in under a minute"
 	@echo "make docs    these pages and the API reference as a site, $(OUT)/site; warnings are errors"
@@ -64,6 +65,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
+
+sweep: $(READY)
+	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) --sweep -m sweep $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .

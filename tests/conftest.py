@@ -39,24 +39,27 @@ torch.set_num_threads(1)
 torch.backends.cuda.matmul.allow_tf32 = False  # references are full float32
 torch.backends.cudnn.allow_tf32 = False
 
-SECONDS = 10.0  # of CPU time that a test without the mark slow may take
+SECONDS = 10.0  # of CPU time that a test without one of these marks may take
+LONG = ("slow", "sweep")
 GIGABYTES = 2.0  # that a test process may take; make test starts no more than memory holds
 GUARD = 64  # elements on each side of a guarded tensor
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault", type=int, help="only tests of this row of docs/fault-matrix.md")
+    parser.addoption("--sweep", action="store_true", help="tests with the mark sweep too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if row := config.getoption("--fault"):
-        marks = {item: item.get_closest_marker("fault") for item in items}
-        config.hook.pytest_deselected(items=[i for i in items if not serves(marks[i], row)])
-        items[:] = [item for item in items if serves(marks[item], row)]
+    row, sweeps = config.getoption("--fault"), config.getoption("--sweep")
 
+    def wanted(item: pytest.Item) -> bool:
+        fault = item.get_closest_marker("fault")
+        serves = not row or (fault is not None and row in fault.args)
+        return serves and (sweeps or not item.get_closest_marker("sweep"))
 
-def serves(mark: pytest.Mark | None, row: int) -> bool:
-    return mark is not None and row in mark.args
+    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
+    items[:] = [item for item in items if wanted(item)]
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -108,11 +111,11 @@ def slowness() -> float:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
-    """A test without the mark ``slow`` fails where it takes too much CPU time, on any machine."""
+    """A test that is not marked as long fails where it takes too much CPU time, on any machine."""
     report: pytest.TestReport = yield
     if call.when == "setup":
         item.stash[STARTED] = cpu_seconds()
-    elif call.when == "call" and report.passed and not item.get_closest_marker("slow"):
+    elif call.when == "call" and report.passed and not any(map(item.get_closest_marker, LONG)):
         taken = cpu_seconds() - item.stash[STARTED]
         if taken > SECONDS and taken > SECONDS * (slower := slowness()):
             report.outcome = "failed"

@@ -102,7 +102,7 @@ def test_resnet18(device, launches):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_resnet50(device, launches):
     assert_whole_network(
         shallow("resnet50", 2, planes=32, backend="triton"), 32, device, launches, 29

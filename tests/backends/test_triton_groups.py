@@ -71,6 +71,7 @@ SERVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", SERVED)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_one_kernel_at_a_time(kernel, batch, device):
@@ -88,6 +89,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     )
 
 
+@pytest.mark.slow
 def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
     """The layout is the network's own affair: outputs have the strides of the source's."""
 
@@ -179,13 +181,13 @@ def test_experimental_kernels_are_loaded_only_where_they_are_named():
 
 
 FLAT = "stem,head,gemm"
-SLOW = pytest.mark.slow
+SWEEP = pytest.mark.sweep
 NETWORKS = [
     pytest.param("resnet18", 32, FLAT, 11, id="resnet18"),
     pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc"),
-    pytest.param("resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm", 8, id="resnet50", marks=SLOW),
+    pytest.param("resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm", 8, id="resnet50", marks=SWEEP),
     pytest.param(
-        "resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SLOW
+        "resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SWEEP
     ),
 ]
 
@@ -212,7 +214,9 @@ def served(made):
 
 
 @pytest.mark.parametrize(
-    ("batch", "planes"), [(33, 64), (100, 16), (255, 16)], ids=["hwnc", "nhwc", "nhwc-most"]
+    ("batch", "planes"),
+    [(33, 64), (100, 16), pytest.param(255, 16, marks=SWEEP)],
+    ids=["hwnc", "nhwc", "nhwc-most"],
 )
 def test_ragged_batches(batch, planes, device):
     """More images than a tile has rows, in no multiple of it.

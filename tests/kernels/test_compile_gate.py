@@ -56,7 +56,7 @@ def passed(*arguments: str, script: Path = GATE) -> list[dict]:
 
 
 @pytest.mark.fault(19)
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_convolution_compiles(target):
     verdicts = passed("--target", target, "--kernel", "conv2d")
@@ -72,7 +72,7 @@ def test_every_convolution_compiles(target):
 
 
 @pytest.mark.fault(19)
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_kernel_of_images_compiles():
     verdicts = passed(*(word for kernel in IMAGE_KERNELS for word in ("--kernel", kernel)))
     assert {v["target"] for v in verdicts} == set(TARGETS)
@@ -81,7 +81,7 @@ def test_every_kernel_of_images_compiles():
 
 
 @pytest.mark.fault(19)
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("kernel", FUSED_KERNELS + EXPERIMENTAL)
 def test_every_fused_kernel_compiles_for_hopper(kernel):
     verdicts = passed("--target", "sm_90", "--kernel", kernel, script=FUSED)

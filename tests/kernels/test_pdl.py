@@ -157,7 +157,7 @@ def test_the_gate_sees_an_access_before_the_wait():
     assert [bool(problems) for problems in sass] == [False, True, True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_compiled_kernels_touch_nothing_before_the_wait():
     """The first row of each kernel, both forms."""
     verdicts = []

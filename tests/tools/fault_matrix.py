@@ -235,7 +235,9 @@ def main() -> int:
     wanted = [test for test in all_tests() if test not in known]
     files = sorted({test.partition("::")[0] for test in wanted})
     outcomes = Outcomes(frozenset(wanted))
-    code = pytest.main(["-q", "-p", "no:cacheprovider", *files], [outcomes]) if files else 0
+    code = (
+        pytest.main(["-q", "--sweep", "-p", "no:cacheprovider", *files], [outcomes]) if files else 0
+    )
     results = known | {test: outcomes.of(test) for test in wanted}
     PAGE.write_text(page(results, f"{ran_on()}; then {machine()}" if known else machine()))
     return int(code)

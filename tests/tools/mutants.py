@@ -122,6 +122,7 @@ def copy_checkout(target: Path) -> None:
 def first_failure(root: Path, tests: list[str], limit: float = LIMIT) -> tuple[str, str]:
     """The first test that fails, or ``""``; and what else ended the run: an error, the limit."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider"]
+    command.append("--sweep")
     command.append("--hypothesis-profile=unshrunk")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     try:
