@@ -18,10 +18,10 @@ from fastres import BasicBlock, ResNet, create_model, optimize
 from fastres.backends.aten import cudnn_benchmarking
 from fastres.backends.kernel_choice import FORCE_VARIABLE
 from fastres.bench import run
+from fastres.bench.accuracy import calibrate_, random_images
 from fastres.bench.baselines import CHEAP, eager
 from fastres.bench.presets import AUTOTUNED, Spec
 from fastres.bench.probes import cold_starts, peak_bytes
-from fastres.bench.run import calibrate_, random_images
 from fastres.frontends.fast_model import FastModel
 from fastres.kernels import _common
 from fastres.perf.timing import Method, measure

@@ -24,19 +24,11 @@ from ..frontends.optimize import optimize
 from ..models.digits import digits_split, load_digits_model
 from ..models.resnet import ResNet, create_model
 from ..perf.timing import Method, Progress, one_line
+from .accuracy import AccuracyCheck, calibrate_
+from .baselines import Model, eager
 from .report import Report
 from .results import Case, Check, Picture
-from .run import (
-    BASELINE,
-    AccuracyCheck,
-    Model,
-    calibrate_,
-    compare,
-    eager,
-    fast_dtypes,
-    ours,
-    parse_device,
-)
+from .run import BASELINE, compare, fast_dtypes, ours, parse_device
 
 ACCURACY = 0.98
 INTERPRETED = 32

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from . import plots, results
 
 if TYPE_CHECKING:
@@ -14,6 +12,8 @@ if TYPE_CHECKING:
 
 def page(report: Report) -> str:
     """The whole document, from ``report.html.jinja``."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # import fastres is light
+
     templates = Environment(
         loader=PackageLoader("fastres", "bench"),
         autoescape=True,

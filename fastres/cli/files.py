@@ -158,7 +158,7 @@ def _refuse_size(network: nn.Module, shape: tuple[int, int, int]) -> None:
 
 
 def _images(count: int, network: nn.Module, size: int | None) -> Tensor:
-    from ..bench.run import random_images
+    from ..bench.accuracy import random_images
 
     channels, height, width = image_shape(network, size)
     return random_images(count, channels, max(height, width))[0][:, :, :height, :width]
@@ -168,7 +168,8 @@ def _fused(
     source: str, dtype: str | None, size: int | None, weights: str | None, checkpoint: Path | None
 ) -> FastModel:
     """The network, folded in ``dtype`` and compared with its source on images of this size."""
-    from ..bench.run import calibrate_, parse_dtype
+    from ..bench.accuracy import calibrate_
+    from ..bench.run import parse_dtype
     from ..frontends.fast_model import FastModel
     from ..frontends.optimize import optimize
     from ..models.resnet import ResNet

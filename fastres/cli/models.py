@@ -63,7 +63,9 @@ def verify(
         return _verify_keras(model, batch, size, device, backend, images, as_json)
     if images:
         raise ValueError(f"--images go with a Keras file; got {model!r}")
-    from ..bench.run import Plain, calibrate_, parse_device, parse_dtype, random_images
+    from ..bench.accuracy import calibrate_, random_images
+    from ..bench.baselines import Plain
+    from ..bench.run import parse_device, parse_dtype
     from ..frontends.optimize import optimize
     from ..runtime.verify import verify as compare
     from ..runtime.verify import verify_steps
@@ -97,7 +99,8 @@ def _verify_keras(
     photographs: list[Path] | None,
     as_json: bool,
 ) -> int:
-    from ..bench.run import parse_device, random_images
+    from ..bench.accuracy import random_images
+    from ..bench.run import parse_device
     from ..formats.keras_check import compare_with_keras, input_shapes
 
     shapes = input_shapes(path, size, batch)

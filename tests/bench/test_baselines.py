@@ -11,10 +11,11 @@ import torch
 from fastres import cli
 from fastres.backends.select import AtenOps, CudnnOps, conv_precision, matmul_precision
 from fastres.bench import baselines, presets, probes, run
+from fastres.bench.accuracy import calibrate_, random_images
 from fastres.bench.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench.presets import Spec
 from fastres.bench.report import started
-from fastres.bench.run import calibrate_, compare, random_images
+from fastres.bench.run import compare
 from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from fastres.bench import run
-from fastres.bench.run import BASELINE, AccuracyCheck, calibrate_, compare, eager, random_images
+from fastres.bench.accuracy import SANE_ERROR, AccuracyCheck, calibrate_, random_images
+from fastres.bench.baselines import eager
+from fastres.bench.run import BASELINE, compare
 from fastres.models.resnet import create_model
 from fastres.perf.timing import Method
 
@@ -77,9 +79,9 @@ def test_the_worst_output_of_a_contender_is_the_one_reported(judge, model, image
 
 def test_rounding_that_overflows_allows_no_more_than_the_sane_error(judge):
     judge.rounding[torch.float16] = math.nan
-    assert judge._allowed(torch.float16, 4, scale=2.0) == run.SANE_ERROR * 2.0
+    assert judge._allowed(torch.float16, 4, scale=2.0) == SANE_ERROR * 2.0
     judge.rounding[torch.float16] = 1e9
-    assert judge._allowed(torch.float16, 4, scale=2.0) == run.SANE_ERROR * 2.0
+    assert judge._allowed(torch.float16, 4, scale=2.0) == SANE_ERROR * 2.0
 
 
 @pytest.mark.parametrize("forgotten", ["weight", "bias", "running_mean", "running_var"])
@@ -111,7 +113,7 @@ def test_the_deepest_network_stays_inside_half_precision():
         judge = AccuracyCheck(built, plain, x)
         output = eager(built, torch.bfloat16, torch.channels_last)(x[0])
         judge("bf16", 0, output)
-        assert judge.errors["bf16"].rms < run.SANE_ERROR * judge.errors["bf16"].reference_rms
+        assert judge.errors["bf16"].rms < SANE_ERROR * judge.errors["bf16"].reference_rms
         assert eager(built, torch.float16, torch.channels_last)(x[0]).isfinite().all()
 
 
