@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastres.models.checkpoint import save_checkpoint
 from fastres.models.digits import digits_split
-from fastres.models.resnet import create_model
+from fastres.models.registry import create_model
 
 ARCHITECTURE = {"name": "resnet20", "in_chans": 1, "num_classes": 10}
 

@@ -15,10 +15,7 @@ from .graph.diagram import plot_model
 from .models.checkpoint import load_checkpoint, save_checkpoint
 from .models.features import Features, features
 from .models.preprocess import Normalize
-from .models.resnet import (
-    BasicBlock,
-    Bottleneck,
-    ResNet,
+from .models.registry import (
     create_model,
     list_models,
     resnet18,
@@ -38,6 +35,7 @@ from .models.resnet import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from .models.resnet import BasicBlock, Bottleneck, ResNet
 from .models.summary import Summary, summary
 from .runtime.verify import Verification, verify
 from .version import __version__ as __version__

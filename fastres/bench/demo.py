@@ -22,7 +22,8 @@ from torch import Tensor
 from ..errors import MissingDependencyError
 from ..frontends.optimize import optimize
 from ..models.digits import digits_split, load_digits_model
-from ..models.resnet import ResNet, create_model
+from ..models.registry import create_model
+from ..models.resnet import ResNet
 from ..perf.timing import Method, Progress, one_line
 from .accuracy import AccuracyCheck, calibrate_
 from .baselines import Model, eager

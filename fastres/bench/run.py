@@ -14,7 +14,8 @@ from ..backends.aten import cudnn_benchmarking
 from ..errors import UnknownModelError
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
-from ..models.resnet import ResNet, create_model
+from ..models.registry import create_model
+from ..models.resnet import ResNet
 from ..perf.ceilings import measured_ceilings
 from ..perf.environment import native_bf16
 from ..perf.roofline import Ceilings, roofline

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..errors import MissingDependencyError
 from .checkpoint import load_checkpoint, read_metadata
-from .resnet import ResNet, create_model
+from .registry import create_model
+from .resnet import ResNet
 
 __all__ = ["digits_split", "load_digits_model"]
 

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import load_state_dict, odd_form, state_dict_from_file
-from .resnet import ResNet, create_model
+from .registry import create_model
+from .resnet import ResNet
 
 PREFIXES = ("module.", "_orig_mod.")
 

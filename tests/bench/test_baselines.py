@@ -19,7 +19,7 @@ from fastres.bench.run import compare
 from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
-from fastres.models.resnet import create_model, list_models
+from fastres.models.registry import create_model, list_models
 from fastres.perf.roofline import Ceilings, roofline
 from fastres.perf.timing import Method
 

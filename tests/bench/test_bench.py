@@ -11,7 +11,7 @@ from fastres.bench import run
 from fastres.bench.accuracy import SANE_ERROR, AccuracyCheck, calibrate_, random_images
 from fastres.bench.baselines import eager
 from fastres.bench.run import BASELINE, compare
-from fastres.models.resnet import create_model
+from fastres.models.registry import create_model
 from fastres.perf.timing import Method
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)

@@ -11,7 +11,7 @@ from helpers import adversarial_
 from fastres import cli
 from fastres.models.classify import classify, read_image
 from fastres.models.pretrained import load_network
-from fastres.models.resnet import create_model
+from fastres.models.registry import create_model
 
 torchvision = pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import feature_extraction
 
 from fastres import errors
-from fastres.models import resnet
+from fastres.models import registry, resnet
 
 TORCHVISION = [
     "resnet18",
@@ -40,7 +40,7 @@ CIFAR = {
 
 def seeded_pair(name, **kwargs):
     torch.manual_seed(11)
-    ours = getattr(resnet, name)(**kwargs)
+    ours = getattr(registry, name)(**kwargs)
     torch.manual_seed(11)
     return ours, getattr(torchvision.models, name)(**kwargs)
 
@@ -85,7 +85,7 @@ def test_training_equals_torchvisions_bit_for_bit(name, kwargs):
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_adversarial_eval_equals_torchvisions(name):
-    ours = adversarial_(getattr(resnet, name)(backend="torch"), seed=2)
+    ours = adversarial_(getattr(registry, name)(backend="torch"), seed=2)
     theirs = adversarial_(getattr(torchvision.models, name)(), seed=2)
     assert_equal_states(ours, theirs)
     images = real_images(2, 64)
@@ -95,7 +95,7 @@ def test_adversarial_eval_equals_torchvisions(name):
 def test_builders_take_torchvisions_arguments():
     for name in TORCHVISION:
         theirs = inspect.signature(getattr(torchvision.models, name)).parameters
-        ours = inspect.signature(getattr(resnet, name)).parameters
+        ours = inspect.signature(getattr(registry, name)).parameters
         assert list(ours) == list(theirs)
         assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
     ours = list(inspect.signature(resnet.ResNet).parameters)
@@ -105,7 +105,7 @@ def test_builders_take_torchvisions_arguments():
 
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_family_has_the_papers_size(name):
-    model = getattr(resnet, name)().eval()
+    model = getattr(registry, name)().eval()
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters / 1e6 == pytest.approx(CIFAR[name], rel=0.03)  # the table has two digits
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
@@ -122,7 +122,7 @@ def test_shortcut_a_pads_the_subsampled_input_with_zeros():
     assert torch.equal(y[:, 2:5], x[:, :, ::2, ::2])
     assert not y[:, :2].any()
     assert not y[:, 5:].any()
-    projected = resnet.resnet20(shortcut="B")
+    projected = registry.resnet20(shortcut="B")
     assert isinstance(projected.layer2[0].downsample[0], nn.Conv2d)
 
 
@@ -133,8 +133,8 @@ def test_shortcut_a_pads_the_subsampled_input_with_zeros():
 def test_dilation_only_adds_pixels_between_those_of_the_strided_network(name, stride_on, size):
     """Dilated features at every 4th pixel are the strided ones (a trous); exact in float64."""
     torch.manual_seed(0)
-    strided = adversarial_(resnet.create_model(name, stride_on=stride_on)).double()
-    dilated = resnet.create_model(
+    strided = adversarial_(registry.create_model(name, stride_on=stride_on)).double()
+    dilated = registry.create_model(
         name, stride_on=stride_on, replace_stride_with_dilation=[False, True, True]
     )
     adversarial_(dilated).double()
@@ -149,8 +149,8 @@ def test_dilation_only_adds_pixels_between_those_of_the_strided_network(name, st
 
 @pytest.mark.fault(39)
 def test_stride_placements_are_told_apart():
-    v15 = adversarial_(resnet.resnet50())
-    v1 = adversarial_(resnet.resnet50(stride_on="1x1"))
+    v15 = adversarial_(registry.resnet50())
+    v1 = adversarial_(registry.resnet50(stride_on="1x1"))
     assert_equal_states(v1, v15)
     assert v1.layer2[0].conv1.stride == v15.layer2[0].conv2.stride == (2, 2)
     assert v1.layer2[0].conv2.stride == v15.layer2[0].conv1.stride == (1, 1)
@@ -160,23 +160,23 @@ def test_stride_placements_are_told_apart():
 
 
 def test_stem_and_channels():
-    model = resnet.resnet18(stem="cifar", in_chans=1, num_classes=10).eval()
+    model = registry.resnet18(stem="cifar", in_chans=1, num_classes=10).eval()
     assert model.conv1.weight.shape == (64, 1, 3, 3)
     assert isinstance(model.maxpool, nn.Identity)
     assert model.forward_features(real_images(1, 32, channels=1)).shape == (1, 512, 4, 4)
-    five = resnet.resnet18(in_chans=5, num_classes=2).eval()
+    five = registry.resnet18(in_chans=5, num_classes=2).eval()
     assert five(real_images(2, 40, channels=5)).shape == (2, 2)
 
 
 def test_norms_without_parameters():
-    model = resnet.resnet18(norm_layer=lambda c: nn.BatchNorm2d(c, affine=False), num_classes=2)
+    model = registry.resnet18(norm_layer=lambda c: nn.BatchNorm2d(c, affine=False), num_classes=2)
     assert model(real_images(2, 32)).isfinite().all()
-    frozen = resnet.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d, num_classes=2)
+    frozen = registry.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d, num_classes=2)
     assert frozen.eval()(real_images(1, 32)).shape == (1, 2)
 
 
 def test_classifier_can_be_replaced():
-    model = adversarial_(resnet.resnet18()).to(torch.float64)
+    model = adversarial_(registry.resnet18()).to(torch.float64)
     images = real_images(2, 64).double()
     features = model.forward_features(images).mean((2, 3))
     assert model.get_classifier() is model.fc
@@ -235,7 +235,7 @@ def test_subclasses_keep_their_forward():
 
 @pytest.mark.parametrize("name", ["resnet20", "resnet50"])
 def test_script_fx_pickle_and_deepcopy_give_the_same_logits(name):
-    model = adversarial_(resnet.create_model(name))
+    model = adversarial_(registry.create_model(name))
     images = real_images(2, 32)
     reference = model._forward_impl(images)
     # Compared bit for bit: each runs the very same operations.
@@ -247,7 +247,7 @@ def test_script_fx_pickle_and_deepcopy_give_the_same_logits(name):
 
 
 def test_torchvisions_feature_extractor():
-    model = adversarial_(resnet.resnet18())
+    model = adversarial_(registry.resnet18())
     extractor = feature_extraction.create_feature_extractor(model, ["layer2", "layer4"])
     images = real_images(1, 64)
     features = extractor(images)
@@ -273,7 +273,7 @@ def test_torchvisions_feature_extractor():
 )
 def test_wrong_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        resnet.resnet18(**kwargs)
+        registry.resnet18(**kwargs)
 
 
 def test_stages_are_counted():
@@ -283,17 +283,17 @@ def test_stages_are_counted():
 
 def test_variants_cannot_be_contradicted():
     with pytest.raises(ValueError, match="'groups' expected value 32 but got 8"):
-        resnet.resnext50_32x4d(groups=8)
+        registry.resnext50_32x4d(groups=8)
 
 
 def test_models_are_found_by_name():
-    assert resnet.list_models() == TORCHVISION + list(CIFAR)
-    assert resnet.list_models("wide_*") == ["wide_resnet50_2", "wide_resnet101_2"]
-    for name in resnet.list_models():
-        builder = getattr(resnet, name)
+    assert registry.list_models() == TORCHVISION + list(CIFAR)
+    assert registry.list_models("wide_*") == ["wide_resnet50_2", "wide_resnet101_2"]
+    for name in registry.list_models():
+        builder = getattr(registry, name)
         assert builder.__name__ == name
-        assert builder.__module__ == "fastres.models.resnet"
+        assert builder.__module__ == "fastres.models.registry"
     with pytest.raises(errors.UnknownModelError, match=r"'resnet51'; did you mean resnet5[06]"):
-        resnet.create_model("resnet51")
+        registry.create_model("resnet51")
     with pytest.raises(ValueError, match="unknown model 'vgg'; known: resnet18"):
-        resnet.create_model("vgg")
+        registry.create_model("vgg")

@@ -12,7 +12,7 @@ from torchvision.models import ResNet18_Weights, ResNet50_Weights, get_model_wei
 from torchvision.models._api import Weights, WeightsEnum
 
 from fastres import errors
-from fastres.models import resnet, weights
+from fastres.models import registry, weights
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_every_way_of_naming_weights_finds_the_same(given):
 )
 def test_wrong_weights_are_refused(model, given, error, message):
     with pytest.raises(error, match=message):
-        resnet.create_model(model, weights=given)
+        registry.create_model(model, weights=given)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_wrong_weights_are_refused(model, given, error, message):
 )
 def test_arguments_that_contradict_the_weights_are_refused_before_any_download(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        resnet.resnet50(weights="DEFAULT", **kwargs)
+        registry.resnet50(weights="DEFAULT", **kwargs)
 
 
 def test_download_with_the_right_hash(source, published):
@@ -177,7 +177,7 @@ def test_weights_reach_the_model(source, published):
     images = real_images(2, 64)
     expected = source(images)
     for given in (OwnWeights.V1, Offer(source.state_dict())):
-        model = resnet.resnet18(weights=given, progress=False)
+        model = registry.resnet18(weights=given, progress=False)
         # The fixture's epsilons are attributes, which no file carries.
         for ours, theirs in zip(model.modules(), source.modules(), strict=True):
             if hasattr(theirs, "eps"):
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_are_listed(source):
     del state["layer3.1.conv2.weight"]
     state["conv1.weight"] = torch.full((64, 3, 7, 7), float("nan"))
     with pytest.raises(errors.CheckpointError) as caught:
-        resnet.resnet18(weights=Offer(state))
+        registry.resnet18(weights=Offer(state))
     assert "missing: layer3.1.conv2.weight" in str(caught.value)
     assert "not finite: conv1.weight has 9408" in str(caught.value)
 
@@ -206,14 +206,14 @@ def test_pretrained_is_taken_with_a_warning(monkeypatch):
     monkeypatch.setattr(weights.ImageNetWeights, "get_state_dict", get_state_dict)
     for arguments in ({"pretrained": True}, {"weights": True}):
         with pytest.warns(UserWarning, match="weights=ResNet18_Weights.IMAGENET1K_V1") as caught:
-            resnet.resnet18(**arguments)
+            registry.resnet18(**arguments)
         assert caught[0].filename == __file__
         assert state.pop("asked") == "ResNet18_Weights.IMAGENET1K_V1"
     with pytest.warns(UserWarning, match="'pretrained' is deprecated"):
-        resnet.resnet18(pretrained=False)
+        registry.resnet18(pretrained=False)
     assert state == {}
     with pytest.raises(TypeError, match="both 'weights' and the deprecated 'pretrained'"):
-        resnet.resnet18(weights="DEFAULT", pretrained=True)
+        registry.resnet18(weights="DEFAULT", pretrained=True)
 
 
 def test_rows_are_immutable():
