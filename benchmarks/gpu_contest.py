@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastres.perf.clocks import captured
 from fastres.perf.timing import Method, measure, one_line
-from fastres.runtime.verify import allowed_error, rms
+from fastres.runtime.tolerance import allowed_error, rms
 
 Operands = tuple[Any, ...]
 Call = Callable[..., Any]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..backends.aten import cudnn_benchmarking
 from ..models.resnet import BasicBlock, Bottleneck, ResNet
-from ..runtime.verify import allowed_error, rms
+from ..runtime.tolerance import allowed_error, rms
 from .baselines import Model, eager
 from .results import OutputError
 

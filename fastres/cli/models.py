@@ -68,7 +68,7 @@ def verify(
     from ..bench.run import parse_device, parse_dtype
     from ..frontends.optimize import optimize
     from ..runtime.verify import verify as compare
-    from ..runtime.verify import verify_steps
+    from ..runtime.verify_steps import verify_steps
 
     where, kind = parse_device(device), parse_dtype(dtype)
     network = _network(model, weights, checkpoint)

@@ -31,7 +31,8 @@ from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
 from ..runtime.guards import WEIGHT_GUARDS, Change, WeightGuard
 from ..runtime.live import LiveModule
-from ..runtime.verify import Recast, check_steps, compare, undisturbed
+from ..runtime.verify import Recast, compare, undisturbed
+from ..runtime.verify_steps import check_steps
 from .fast_model import FastModel
 from .fast_shell import FastShell
 

@@ -33,7 +33,8 @@ from ..graph.plan import Plan, Step
 from ..graph.trace import TraceError, opaque_reason
 from ..runtime.cuda_graph import warm_up
 from ..runtime.guards import Change, WeightGuard
-from ..runtime.verify import Verification, rms
+from ..runtime.tolerance import rms
+from ..runtime.verify import Verification
 from .fast_model import FastModel, forward_showing
 
 MAX_KINDS = 64

@@ -23,7 +23,8 @@ from ..graph.ir import Conv2d, Linear, attribute
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan, parameter_paths
 from ..runtime.guards import Change, WeightGuard, heeds_training
-from ..runtime.verify import Verification, check_steps, copied, undisturbed, verify
+from ..runtime.verify import Verification, copied, undisturbed, verify
+from ..runtime.verify_steps import check_steps
 from .fast_model import FastModel, can_show_errors, with_signature
 from .fast_shell import FastShell
 

@@ -27,7 +27,7 @@ from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
 from ..graph.patterns import FusionGroup, Workload, ungrouped, workload_of
 from ..graph.plan import Plan, Shape, Step
 from ..runtime.executor import Executor
-from ..runtime.verify import allowed_error, rms
+from ..runtime.tolerance import allowed_error, rms
 from .clocks import graph_seconds
 from .timing import one_line
 

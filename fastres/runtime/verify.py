@@ -18,47 +18,27 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from itertools import chain
-from math import ceil, sqrt
-from typing import Any, TypeVar
+from math import ceil
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from ..backends.aten import conv_precision, cudnn_benchmarking, matmul_precision
+from ..backends.aten import cudnn_benchmarking
 from ..backends.memory_format import images_to_channels_last
 from ..errors import VerificationError
-from ..graph.fold import unnormalised_conv
-from ..graph.ir import BatchNorm2d, Conv2d, Linear, attribute
 from ..graph.modules import duplicate, uncopiable
-from ..graph.plan import Step, describe
-from .executor import Executor
 from .guards import unfused
+from .tolerance import ENOUGH, HALF_EPS, UNMEASURED_ULPS, allowed_error, eps_of, product_eps, rms
 
-# Draws of a rounding error: of fewer, an estimate of its size can be wrong by two; and how many are
-# tried first, which settles nearly all.
-ENOUGH = 64
-FEW = 8
+FEW = 8  # draws that are tried first, which settles nearly all
 # An error this many times what is allowed is no chance: after one look, and after a few draws.
 HOPELESS = 1000.0
 CLEAR = 5.0
-RULE_OF_TWO = 2.0
-# Rounding the result itself costs up to half a unit; sums of a few roundings stay within four.
-FLOOR_ULPS = 4.0
-# One step in half precision, with float32 sums, is 0.4 units from float64, like PyTorch: a floor is
-# needed for exact results alone, and a larger one would hide a wrong eps.
-HALF_FLOOR_ULPS = 0.5
-HALF_EPS = 2.0**-12  # half precision and TF32 are coarser than this
-# Seven sigma: the roundings of a channel may all be one draw, that of its folded weights, and a
-# network has tens of thousands of channels.
-CHANNEL = 7.0
-# Without a more exact answer, two roundings of every one of ~100 layers may add up at random.
-UNMEASURED_ULPS = 20.0
 
 Answer = Callable[..., Any]
-Size = TypeVar("Size", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -277,10 +257,10 @@ def compare_outputs(
     own = None if other is None else rms(reference - other)
     allowed = UNMEASURED_ULPS * product_eps(dtype, expected[0].device) * scale
     if own is not None and coarse:
-        own *= _eps(torch.float64) / _eps(torch.float32)
+        own *= eps_of(torch.float64) / eps_of(torch.float32)
         allowed = max(allowed, 3 * own)  # of which the reference has one itself
     elif own is not None:
-        allowed = allowed_error(own, scale, _eps(dtype))
+        allowed = allowed_error(own, scale, eps_of(dtype))
     against = "the reference" if own is None or coarse else "float64"
     bound = f"error {error:.3g} against {against}, allowed {allowed:.3g}"
     verification = Verification(
@@ -296,185 +276,6 @@ def compare_outputs(
         dtype=str(dtype).removeprefix("torch."),
     )
     return verification, allowed
-
-
-def allowed_error(own: Size, scale: Size, eps: float, ulps: float = FLOOR_ULPS) -> Size:
-    """How far from float64 a candidate may be, by the rule of two.
-
-    Args:
-        own: the reference's error in its own precision.
-        scale: size of the exact answer, by the same norm as ``own``.
-        eps: relative unit in the last place of the candidate's dtype.
-        ulps: such units that are allowed besides, where the reference happens to round well.
-    """
-    return RULE_OF_TWO * own + ulps * eps * scale
-
-
-def product_eps(dtype: torch.dtype, device: torch.device) -> float:
-    """The unit that operands of products are rounded to: TF32's where float32 may be made so."""
-    may = "tf32" in (conv_precision(), matmul_precision())
-    tf32 = dtype is torch.float32 and device.type == "cuda" and may
-    return 2.0**-10 if tf32 else _eps(dtype)
-
-
-def _eps(dtype: torch.dtype) -> float:
-    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-@dataclass(frozen=True)
-class StepError:
-    """One step's error on that step's own inputs, against float64 without folding."""
-
-    step: str
-    what: str
-    rms: float
-    allowed: float
-
-    @property
-    def ok(self) -> bool:
-        """Whether the step keeps the rule of two."""
-        return self.rms <= self.allowed
-
-
-def verify_steps(executor: Executor, source: nn.Module, inputs: Sequence[Any]) -> list[StepError]:
-    """Judge every convolution and linear step on its own inputs, batch norm unfolded in float64.
-
-    A whole model's output hides a dropped bias or a wrong eps below its rounding in half precision,
-    and below chance where it is a single number. Each channel is judged by itself too.
-
-    Args:
-        executor: the plan with the weights under test.
-        source: the module whose parameters the plan names.
-        inputs: the positional arguments of the model.
-    """
-    found: list[StepError] = []
-
-    def observe(step: Step, operands: list[Any], result: Any) -> None:
-        if isinstance(step.op, (Conv2d, Linear)):
-            with cudnn_benchmarking(False):
-                found.append(_step_error(step, source, operands, result))
-
-    with torch.no_grad():
-        executor.run(inputs, observe)
-    return found
-
-
-def check_steps(executor: Executor, source: nn.Module, inputs: Sequence[Any]) -> None:
-    """As :func:`verify_steps`.
-
-    Raises:
-        VerificationError: a step is wrong; the message names the worst.
-    """
-    wrong = [error for error in verify_steps(executor, source, inputs) if not error.ok]
-    if wrong:
-        worst = max(wrong, key=lambda e: e.rms / max(e.allowed, 1e-300))
-        raise VerificationError(
-            f"step {worst.step} ({worst.what}) is wrong: "
-            f"error {worst.rms:.3g}, allowed {worst.allowed:.3g}"
-        )
-
-
-def _step_error(step: Step, source: nn.Module, operands: list[Tensor], result: Tensor) -> StepError:
-    """The step's error as a whole, or that of its worst channel where only that is too large.
-
-    The unit of each element is the spread of its terms, not what is left of them when they cancel.
-    PyTorch's own error is pooled over all channels in that unit.
-    """
-    many = result.dim() == 4 and result[0].numel() >= ENOUGH * result.shape[1]
-    if many:  # an image is enough, each with its own answer
-        operands, result = [v[:1] for v in operands], result[:1]
-    exact, spread = _exact_step(step, source, operands)
-    if result.dtype is torch.float64:
-        less = [v.float() for v in operands]
-        plain = _unfolded(step, source, less, torch.float32).double()
-        finer = _eps(torch.float64) / _eps(torch.float32)
-    else:
-        same = [v.to(result.dtype) for v in operands]
-        plain, finer = _unfolded(step, source, same, result.dtype).double(), 1.0
-    keep = torch.isfinite(exact) & torch.isfinite(plain)
-    zero = exact.new_zeros(())
-    errors = torch.where(keep, result.double() - exact, zero)
-    own = torch.where(keep, plain - exact, zero) * finer
-    unit = torch.where(keep, spread, zero)
-
-    eps = product_eps(result.dtype, result.device)
-    ulps = FLOOR_ULPS if eps < HALF_EPS else HALF_FLOOR_ULPS
-    few = 1 + 4 / sqrt(max(1, result.numel()))  # the rounding of a single element is one draw
-    error, allowed = rms(errors), allowed_error(rms(own), few * rms(unit), eps, ulps)
-    dim = 1 if isinstance(step.op, Conv2d) else result.dim() - 1
-    each, own_each, unit_each = (_rms_by_channel(v, dim) for v in (errors, own, unit))
-    typical = rms((own_each / unit_each)[unit_each > 0])
-    own_each = torch.maximum(own_each, typical * unit_each)
-    limits = CHANNEL * allowed_error(own_each, unit_each, eps, ulps)
-    what = describe(step.op)
-    if error <= allowed and result.numel() and not bool((each <= limits).all()):
-        worst = int((each / limits.clamp(min=1e-300)).argmax())
-        error, allowed = float(each[worst]), float(limits[worst])
-        what = f"{what}, channel {worst}"
-    return StepError(step.where or step.name, what, error, allowed)
-
-
-def _rms_by_channel(x: Tensor, dim: int) -> Tensor:
-    return x.movedim(dim, 0).flatten(1).square().mean(1).sqrt()
-
-
-def _exact_step(step: Step, source: nn.Module, operands: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The step in float64, and the root of the squares of the terms that each element adds up."""
-    operands = [v.double() for v in operands]
-    exact = _unfolded(step, source, operands, torch.float64)
-    squares = _unfolded(step, source, operands, torch.float64, squared=True)
-    return exact, (exact.square() + squares).sqrt()
-
-
-def _unfolded(
-    step: Step, source: nn.Module, operands: list[Tensor], dtype: torch.dtype, squared: bool = False
-) -> Tensor:
-    """A convolution or linear step as the source computes it, all parameters cast to ``dtype``.
-
-    ``squared`` adds up the squares of all terms instead.
-    """
-
-    def get(path: str | None) -> Tensor | None:
-        return None if path is None else attribute(source, path).detach().to(dtype)
-
-    def term(value: Tensor | None) -> Any:
-        return value.square() if squared and value is not None else value
-
-    op = step.op
-    x, *residual = map(term, operands)
-    if isinstance(op, Linear):
-        y = F.linear(x, term(get(op.weight)), term(get(op.bias)))
-        return y.relu() if op.relu else y
-    assert isinstance(op, Conv2d)
-    geometry = (op.stride, op.padding, op.dilation, op.groups)
-    weight, bias = get(op.weight), get(op.bias)
-    if op.images is not None:
-        found = unnormalised_conv(op, lambda path: attribute(source, path))
-        weight, bias = (None if v is None else v.to(dtype) for v in found)
-    y = F.conv2d(x, term(weight), term(bias), *geometry)
-    norm = op.norm
-    if isinstance(norm, BatchNorm2d):
-        mean, var, gamma, beta = map(get, (norm.mean, norm.var, norm.weight, norm.bias))
-        assert mean is not None
-        assert var is not None
-        if squared:
-            y = _squared_norm(y, mean, var, gamma, beta, norm.eps)
-        else:
-            y = F.batch_norm(y, mean, var, gamma, beta, False, 0.0, norm.eps)
-    for other in residual:
-        y = y + other
-    return y.relu() if op.relu else y
-
-
-def _squared_norm(
-    y: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
-) -> Tensor:
-    def shaped(v: Tensor) -> Tensor:
-        return v.reshape(-1, 1, 1)
-
-    scale = (1 if gamma is None else gamma.square()) / (var + eps)
-    y = (y + shaped(mean.square())) * shaped(scale)
-    return y if beta is None else y + shaped(beta.square())
 
 
 @contextmanager
@@ -617,11 +418,6 @@ def _first_float(values: Sequence[Any]) -> torch.dtype | None:
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
-
-
-def rms(x: Tensor) -> float:
-    """Root mean square in float64; 0 of no elements."""
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0
 
 
 def _agreement(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> float | None:

@@ -116,7 +116,7 @@ def test_cifar_network_with_projections(device, launches):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_by_steps(device, launches, dtype):
-    from fastres.runtime.verify import verify_steps
+    from fastres.runtime.verify_steps import verify_steps
 
     model = small(backend="triton").to(device, dtype)
     x = real_images(1, 16).to(device, dtype)

@@ -10,7 +10,7 @@ from tolerance import allowed_error
 
 import fastres
 from fastres.graph import fold
-from fastres.runtime.verify import verify_steps
+from fastres.runtime.verify_steps import verify_steps
 
 # Steps: convolutions and the classifier.
 CASES = {

@@ -18,7 +18,7 @@ from helpers import adversarial_, real_images
 
 import fastres
 from fastres.backends.select import _has_triton
-from fastres.runtime.verify import verify_steps
+from fastres.runtime.verify_steps import verify_steps
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from helpers import adversarial_
 from torch import nn
 
 import fastres
-from fastres.runtime.verify import verify_steps
+from fastres.runtime.verify_steps import verify_steps
 
 
 class Kept(nn.Module):

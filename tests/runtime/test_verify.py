@@ -11,7 +11,9 @@ from torch import nn
 
 import fastres
 from fastres.errors import VerificationError
-from fastres.runtime.verify import compare_outputs, product_eps, verify_steps
+from fastres.runtime.tolerance import product_eps
+from fastres.runtime.verify import compare_outputs
+from fastres.runtime.verify_steps import verify_steps
 
 
 def rounded(values, dtype=torch.float32):
