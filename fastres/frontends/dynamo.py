@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..backends.select import check_backend, select_ops
 from ..errors import FoldError, VerificationError
-from ..graph import fold, plan, trace
+from ..graph import fold, fx_graph, plan
 from ..graph.ir import Call, Conv2d, Ref, attribute
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan
@@ -92,7 +92,7 @@ class _Folded:
         self.eager: Compiled = graph_module.forward
         self.backend = backend
         self.program = _Program(graph_module, example_inputs)
-        graph = trace.from_fx(self.program.holder, self.program.graph)
+        graph = fx_graph.from_fx(self.program.holder, self.program.graph)
         self.plan, self.single = _single_output(plan.build(fold.fold(graph)))
         _check_plan(self.plan)
         self.paths = [path for step in self.plan.steps for path in plan.parameter_paths(step.op)]
@@ -230,7 +230,7 @@ class _Program:
 
     Attributes:
         holder: owns them as ``w{index of the input}``.
-        graph: the rest, to be read by :func:`fastres.graph.trace.from_fx`.
+        graph: the rest, to be read by :func:`fastres.graph.fx_graph.from_fx`.
         dynamic: indices of the inputs that are left.
         scalars: values of the inputs that are numbers of the modules (eps and the like), by index;
             with ``dynamic=True`` Dynamo passes them on in tensors.
@@ -320,7 +320,7 @@ def _check_context(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) 
     if any(torch.is_autocast_enabled(device) for device in devices):
         raise _Leave("autocast is on")
     for node in graph_module.graph.nodes:
-        if trace.has_unknown_effect(node):
+        if fx_graph.has_unknown_effect(node):
             raise _Leave(f"{node.target} may have a side effect")
 
 

@@ -27,10 +27,11 @@ from ..backends.memory_format import (
 )
 from ..errors import FrozenError, VerificationError
 from ..graph.effects import outside_owners
+from ..graph.fx_graph import opaque_reason
 from ..graph.ir import Call
 from ..graph.modules import duplicate, trace_copy
 from ..graph.plan import Plan, Step
-from ..graph.trace import TraceError, opaque_reason
+from ..graph.trace import TraceError
 from ..runtime.cuda_graph import warm_up
 from ..runtime.guards import Change, WeightGuard
 from ..runtime.tolerance import rms

@@ -20,6 +20,7 @@ from ..graph import plan, trace
 from ..graph.effects import hooks_into
 from ..graph.fold import fold_step
 from ..graph.ir import Conv2d, Linear, attribute
+from ..graph.match import has_hooks
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan, parameter_paths
 from ..runtime.guards import Change, WeightGuard, heeds_training
@@ -272,7 +273,7 @@ def _check_source(model: nn.Module, dtype: torch.dtype | None) -> None:
     if training:
         culprit = "the model" if model.training else training[0]
         raise ValueError(f"model must be in eval mode; {culprit} is in training mode")
-    if trace.has_hooks(model):
+    if has_hooks(model):
         raise ValueError("model has forward hooks of its own, which a fused copy would not run")
     if "forward" in vars(model):
         raise ValueError("model's forward was replaced on the instance, which tracing cannot see")

@@ -17,7 +17,7 @@ from ..graph.fold import unnormalised_conv
 from ..graph.ir import BatchNorm2d, Conv2d, Linear, attribute
 from ..graph.plan import Step, describe
 from .executor import Executor
-from .verify import (
+from .tolerance import (
     CHANNEL,
     ENOUGH,
     FLOOR_ULPS,

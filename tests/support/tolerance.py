@@ -8,7 +8,7 @@ def allowed_error(own: float, scale: float, dtype: torch.dtype, ulps: float = 4.
 
     The floor, so many units in the last place of ``scale``, the size of the exact answer, covers
     answers that PyTorch happens to round well. ``own`` and ``scale`` are of one norm, root mean
-    squares or maxima. A copy of fastres.runtime.tolerance.allowed_error on purpose: were tests to take
-    their tolerance from the code that they judge, one mistake there would loosen all of them.
+    squares or maxima. A copy of fastres.runtime.tolerance on purpose: were tests to take their
+    tolerance from the code that they judge, one mistake there would loosen all of them.
     """
     return 2 * own + ulps * torch.finfo(dtype).eps * scale
