@@ -17,8 +17,9 @@ else:
     from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
     from ._common import INTERPRETED, LAUNCHES
     from ._config import TileConfig, gpu_of
+    from ._split_k import new_workspace
     from ._tma import has_tma
-    from .conv import conv2d, conv2d_ref, new_workspace
+    from .conv import conv2d, conv2d_ref
     from .elementwise import add_relu, add_relu_ref, relu, relu_ref
     from .global_pool import global_avg_pool, global_avg_pool_ref
     from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref

@@ -27,14 +27,12 @@ from ._common import (
     await_producers,
     check_activation,
     check_channels_last,
-    check_contiguous,
     check_device,
     check_like,
     check_out_memory,
     check_precision,
     check_tensor,
     check_vector,
-    describe,
     dot,
     int_pair,
     launch,
@@ -43,7 +41,8 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import ProblemSize, TileConfig, gpu_of, select_config, split_elements
+from ._config import ProblemSize, TileConfig, gpu_of, select_config
+from ._split_k import split_workspace, sum_split_k
 
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
     "half": (
@@ -83,8 +82,6 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
 }
 """Tiles by arithmetic: float16 and bfloat16, float32 as TF32, float32 in full."""
 
-WORKSPACE_COUNTS = tl.constexpr(4096)  # the most tiles whose reduction can be split
-
 
 @triton.jit
 def _write(
@@ -117,26 +114,6 @@ def _write(
         if RELU:
             acc = relu_keeping_nan(acc)
         store_rounded(y_ptr + offset, acc, ok)
-
-
-@triton.jit
-def _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K):
-    """Leave ``acc`` in the workspace; (sum over the splits, whether this program, the last of
-    its tile to arrive, holds it). The sum runs in the order of the splits, so it is always the
-    same. ``workspace_ptr`` begins with a count per tile, 0 before and after."""
-    SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
-    i = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    first = workspace_ptr + WORKSPACE_COUNTS + tile * SPLIT_K * SIZE + i
-    tl.store(first + split * SIZE, acc)
-    tl.debug_barrier()  # all of the partial sum is written before the arrival is announced
-    count_ptr = workspace_ptr.to(tl.pointer_type(tl.int32)) + tile
-    last = tl.atomic_add(count_ptr, 1, sem="acq_rel") == SPLIT_K - 1
-    acc = tl.zeros_like(acc)
-    if last:
-        for other in range(SPLIT_K):
-            acc += tl.load(first + other * SIZE, cache_modifier=".cg")
-        tl.store(count_ptr, 0)
-    return acc, last
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLIT_K"])
@@ -265,7 +242,7 @@ def conv2d_kernel(
     if workspace_ptr is None:
         _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
     else:
-        acc, last = _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
+        acc, last = sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
         if last:
             _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
 
@@ -355,46 +332,6 @@ def math_mode_of(dtype: torch.dtype, precision: str) -> str:
 @lru_cache(maxsize=4096)
 def _select(problem: ProblemSize, math_mode: str, device: torch.device) -> TileConfig:
     return select_config(CONFIGS[math_mode], problem, math_mode, gpu_of(device))
-
-
-def workspace_size(problem: ProblemSize, config: TileConfig) -> int:
-    """Elements of float32 that this tile needs as ``workspace``; 0 without a split reduction."""
-    return _workspace_size(problem.tiles(config), config.split_k, config.block_m * config.block_n)
-
-
-def _workspace_size(tiles: int, split_k: int, block: int) -> int:
-    return WORKSPACE_COUNTS.value + tiles * split_k * block if split_k > 1 else 0
-
-
-def new_workspace(device: torch.device) -> Tensor:
-    """To be passed as ``workspace`` to any number of calls in a row, whatever tiles they select."""
-    size = WORKSPACE_COUNTS.value + split_elements(gpu_of(device))
-    return torch.zeros(size, dtype=torch.float32, device=device)
-
-
-def split_workspace(
-    given: Tensor | None, tiles: int, split_k: int, block: int, device: torch.device
-) -> Tensor | None:
-    """Workspace for ``tiles`` of ``block`` elements in ``split_k`` parts: ``given``, or new."""
-    size = _workspace_size(tiles, split_k, block)
-    if not size:
-        return None
-    if tiles > WORKSPACE_COUNTS.value:
-        raise ValueError(
-            f"config splits the reduction of {tiles} tiles; at most "
-            f"{WORKSPACE_COUNTS.value} can be split"
-        )
-    if given is None:
-        given = torch.empty(size, dtype=torch.float32, device=device)
-        given[:tiles].zero_()
-    elif given.dtype != torch.float32 or given.device != device or given.numel() < size:
-        raise ValueError(
-            f"workspace must be {size} or more elements of float32 on {device}, "
-            f"got {describe(given)}"
-        )
-    else:
-        check_contiguous("workspace", given)
-    return given
 
 
 def conv2d(

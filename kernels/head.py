@@ -37,7 +37,7 @@ from ._common import (
     store_rounded,
 )
 from ._config import Gpu, gpu_of, split_elements
-from .conv import WORKSPACE_COUNTS, _sum_split_k, split_workspace
+from ._split_k import WORKSPACE_COUNTS, split_workspace, sum_split_k
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
 from .pool import check_image
@@ -147,7 +147,7 @@ def head_kernel(
 
     last = True
     if workspace_ptr is not None:
-        acc, last = _sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
+        acc, last = sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
     if last:
         if b_ptr is not None:
             acc += tl.load(b_ptr + k, mask=k_ok, other=0.0).to(tl.float32)[None, :]

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import operator
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -22,7 +20,6 @@ from reprlib import repr as brief
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import CheckpointError
@@ -30,83 +27,20 @@ from ..graph import ir
 from ..graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
 from ..graph.plan import Plan, Step, schedule
 from ..models.preprocess import Centered, Normalize
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-def _table(prefix: str, owner: Any, names: str) -> dict[str, Callable[..., Any]]:
-    return {f"{prefix}.{name}": getattr(owner, name) for name in names.split()}
-
-
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "builtins.getattr": getattr,
-    **_table(
-        "operator",
-        operator,
-        "add sub mul truediv floordiv mod neg pow matmul getitem setitem eq ne lt le gt ge "
-        "iadd isub imul itruediv and_ or_ not_",
-    ),
-    **_table(
-        "torch",
-        torch,
-        "add sub mul div neg pow exp sqrt rsqrt sigmoid tanh relu clamp maximum minimum mean sum "
-        "amax amin cat stack chunk split flatten reshape squeeze unsqueeze permute transpose "
-        "softmax matmul bmm zeros_like ones_like _assert conv1d conv2d max_pool2d",
-    ),
-    **_table(
-        "torch.nn.functional",
-        F,
-        "interpolate pad adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d max_pool2d conv1d "
-        "conv2d linear batch_norm group_norm layer_norm relu relu6 silu gelu elu leaky_relu "
-        "hardsigmoid hardswish mish softplus softmax log_softmax sigmoid tanh normalize dropout "
-        "pixel_shuffle pixel_unshuffle",
-    ),
-}
-METHODS = _words(
-    """add add_ sub sub_ mul mul_ div div_ neg pow exp sqrt sigmoid sigmoid_ tanh relu relu_ clamp
-    clamp_ clamp_min mean sum max min amax amin size dim numel view view_as reshape flatten permute
-    transpose t contiguous expand expand_as repeat squeeze unsqueeze chunk split unbind narrow
-    softmax log_softmax matmul bmm to float half bfloat16 double type_as masked_fill"""
+from .allowed import (
+    ATTRIBUTES,
+    CONSTANTS,
+    DEVICE,
+    FUNCTIONS,
+    METHODS,
+    MODULES,
+    NAMES,
+    OPERATIONS,
+    PARTS,
+    SPECIAL,
+    WORDS,
 )
-ATTRIBUTES = _words("shape ndim dtype device T mT")
-MODULES = _words(
-    """AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d BatchNorm1d BatchNorm2d ConstantPad2d Conv1d
-    Conv2d ConvTranspose2d Dropout ELU Flatten GELU GroupNorm Hardsigmoid Hardswish Hardtanh
-    Identity LayerNorm LeakyReLU Linear LogSoftmax MaxPool2d Mish PReLU PixelShuffle
-    ReflectionPad2d ReLU ReLU6 ReplicationPad2d SiLU Sigmoid Softmax Softplus Tanh Upsample
-    UpsamplingBilinear2d UpsamplingNearest2d ZeroPad2d"""
-)
-_NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
-_OPERATIONS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (
-        ir.Conv2d,
-        ir.BatchNorm2d,
-        ir.Linear,
-        ir.ReLU,
-        ir.Add,
-        ir.MaxPool2d,
-        ir.AvgPool2d,
-        ir.GlobalAvgPool,
-        ir.Flatten,
-        ir.Call,
-    )
-}
-_PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize}
-_SPECIAL = (torch.dtype, torch.memory_format, torch.device)
-_CONSTANTS = {
-    (kind.__name__, str(value).removeprefix("torch.")): value
-    for value in vars(torch).values()
-    for kind in _SPECIAL[:2]
-    if isinstance(value, kind)
-}
-_WORDS = _words(
-    """zeros reflect replicate circular same valid nearest nearest-exact linear bilinear bicubic
-    trilinear none tanh NCHW NHWC"""
-)  # that layers' arguments may be
-_DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")
+
 DEEPEST = 40  # levels of nesting: Python's parser and its stack bear more
 
 T = TypeVar("T")
@@ -141,7 +75,7 @@ _IS: dict[Any, Callable[[Any], bool]] = {  # by what a dataclass says of its fie
     "Callable[..., Any] | str": is_text,
     "BatchNorm2d | None": lambda v: v is None or type(v) is ir.BatchNorm2d,
     "Normalize | None": lambda v: v is None or type(v) is ir.Normalize,
-    "Operation": lambda v: type(v) in _OPERATIONS.values(),
+    "Operation": lambda v: type(v) in OPERATIONS.values(),
     "Any": lambda v: True,
 }
 
@@ -237,7 +171,7 @@ def encode(value: Any) -> Any:
         return {kind: [[encode(k), encode(v)] for k, v in value.items()]}
     if isinstance(value, slice):
         return {"slice": [encode(v) for v in (value.start, value.stop, value.step)]}
-    if isinstance(value, _SPECIAL):
+    if isinstance(value, SPECIAL):
         return {"torch": [type(value).__name__, str(value).removeprefix("torch.")]}
     if value is Ellipsis:
         return {"ellipsis": 1}
@@ -290,11 +224,11 @@ def _decode_special(content: Any) -> Any:
     """torch's small constants, out of a table."""
     pair = type(content) is list and len(content) == 2 and all(isinstance(v, str) for v in content)
     kind, name = content if pair else ("", "")
-    if kind == "device" and _DEVICE.fullmatch(name):
+    if kind == "device" and DEVICE.fullmatch(name):
         return torch.device(name)
-    if (kind, name) not in _CONSTANTS:
+    if (kind, name) not in CONSTANTS:
         raise CheckpointError(f"{brief(content)} is no dtype, device or memory format")
-    return _CONSTANTS[kind, name]
+    return CONSTANTS[kind, name]
 
 
 def _encode_step(step: Step) -> dict[str, Any]:
@@ -326,22 +260,22 @@ def _encode_operation(op: Operation) -> dict[str, Any]:
     values = {field.name: getattr(op, field.name) for field in fields(op)}
     if isinstance(op, Call):
         values["target"] = _encode_target(op)
-    for name, part in _PARTS.items():
+    for name, part in PARTS.items():
         if isinstance(values.get(name), part):
             values[name] = dict(vars(values[name]))
     return {"kind": type(op).__name__, "fields": {k: encode(v) for k, v in values.items()}}
 
 
 def _decode_operation(kind: Any, data: Any) -> Operation:
-    if not isinstance(kind, str) or kind not in _OPERATIONS:
+    if not isinstance(kind, str) or kind not in OPERATIONS:
         raise CheckpointError(f"unknown operation {brief(kind)}")
     if type(data) is not dict:
         raise CheckpointError(f"{kind} must have a JSON object of fields; got {brief(data)}")
     values = {name: decode(value) for name, value in data.items()}
-    for name, part in _PARTS.items():
+    for name, part in PARTS.items():
         if values.get(name) is not None:
             values[name] = typed(part, values[name])
-    op: Operation = typed(_OPERATIONS[kind], values)
+    op: Operation = typed(OPERATIONS[kind], values)
     if isinstance(op, Call):
         return _with_target(op)
     _check_geometry(op)
@@ -366,7 +300,7 @@ def _encode_target(op: Call) -> str:
     if op.kind == "call_method":
         _check_listed(str(op.target) in METHODS, f"the method {op.target}")
         return str(op.target)
-    name = _NAMES.get(id(op.target))
+    name = NAMES.get(id(op.target))
     _check_listed(name is not None, f"the function {getattr(op.target, '__name__', op.target)}")
     _check_getattr(op)
     return str(name)
@@ -460,7 +394,7 @@ def _is_setting(value: Any) -> bool:
     """Whether a layer of torch.nn may have this argument: a number, some, or one of its words."""
     if type(value) in (tuple, list):
         return all(v is None or _is_number(v) for v in value)
-    return value is None or type(value) is bool or _is_number(value) or value in _WORDS
+    return value is None or type(value) is bool or _is_number(value) or value in WORDS
 
 
 def decode_module(spec: Any) -> nn.Module:

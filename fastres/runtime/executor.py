@@ -446,6 +446,5 @@ def _relu_unfused(steps: Sequence[Step]) -> Iterator[Step]:
 
 def _is_finite(value: Any) -> bool:
     """Whether a tensor's sum is finite, which only NaN, infinities or huge numbers prevent."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return math.isfinite(value.sum().item())
-    return True
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return not floating or math.isfinite(value.sum().item())

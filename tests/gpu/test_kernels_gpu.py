@@ -28,7 +28,8 @@ from fastres.kernels import (
     max_pool2d_ref,
 )
 from fastres.kernels._config import ProblemSize, candidates, gpu_of
-from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op, workspace_size
+from fastres.kernels._split_k import workspace_size
+from fastres.kernels.conv import CONFIGS, conv2d_kernel, conv2d_op
 from fastres.kernels.linear import linear, linear_ref
 
 pytestmark = [

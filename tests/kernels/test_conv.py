@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 from fastres.kernels import LAUNCHES, TileConfig, conv2d, conv2d_ref
 from fastres.kernels import conv as conv_module
 from fastres.kernels._config import ProblemSize
-from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, math_mode_of, workspace_size
+from fastres.kernels._split_k import WORKSPACE_COUNTS, workspace_size
+from fastres.kernels.conv import CONFIGS, math_mode_of
 
 pytestmark = pytest.mark.interpreter
 

@@ -5,7 +5,8 @@ import torch
 
 from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_workspace
 from fastres.kernels._config import HOPPER, Gpu, ProblemSize, select_config, split_elements
-from fastres.kernels.conv import CONFIGS, WORKSPACE_COUNTS, workspace_size
+from fastres.kernels._split_k import WORKSPACE_COUNTS, workspace_size
+from fastres.kernels.conv import CONFIGS
 
 SMALL = Gpu(sms=20, shared_limit=99 * 1024)
 
