@@ -6,7 +6,7 @@ channels_last memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..graph.fold import Weights
 from ..graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
 from ..graph.patterns import FusionGroup, Grouping, ungrouped
-from ..graph.plan import Plan, Shape
+from ..graph.plan import Plan, Shape, window_output
 from .memory_format import to_contiguous, unchanged
 
 
@@ -227,16 +227,19 @@ class CudnnOps(AtenOps):
 
 def residual_fits(op: Conv2d, x: Tensor, residual: Any) -> bool:
     """Whether the sum neither broadcasts nor promotes, so that it can be fused."""
-    if not isinstance(residual, Tensor) or residual.dtype is not x.dtype or residual.dim() != 4:
+    return is_result(residual, x, op.out_channels, op.kernel, op.stride, op.padding, op.dilation)
+
+
+def is_result(y: Any, x: Tensor, channels: int, *geometry: Sequence[int]) -> bool:
+    """Whether ``y`` has the shape and dtype of a convolution's result on ``x`` (N, C, H, W).
+
+    ``geometry`` is kernel, stride, padding and dilation, a pair of each.
+    """
+    if not isinstance(y, Tensor) or y.dtype is not x.dtype or y.dim() != 4:
         return False
-    same_images = residual.shape[0] == x.shape[0] and residual.shape[1] == op.out_channels
-    return same_images and all(
-        (x.shape[i + 2] + 2 * op.padding[i] - op.dilation[i] * (op.kernel[i] - 1) - 1)
-        // op.stride[i]
-        + 1
-        == residual.shape[i + 2]
-        for i in (0, 1)
-    )
+    windows = zip(x.shape[2:], *geometry, strict=True)
+    wanted = (x.shape[0], channels, *(window_output(*window) for window in windows))
+    return all(a == b for a, b in zip(y.shape, wanted, strict=True))
 
 
 def conv_precision() -> str:

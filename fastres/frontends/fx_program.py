@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..backends.memory_format import CHANNELS_LAST, is_channels_last, to_contiguous
+from ..backends.aten import is_result
+from ..backends.memory_format import is_channels_last, to_channels_last, to_contiguous
 from ..backends.select import conv_precision, matmul_precision
 from ..graph.ir import (
     Add,
@@ -46,8 +47,7 @@ class Aten:
 
     def nhwc(self, value: Any) -> Any:
         """A 4-D tensor in channels_last memory; everything else as it is."""
-        is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-        return value.contiguous(memory_format=CHANNELS_LAST) if is_image else value
+        return to_channels_last(value)
 
     def wants_nchw(self, *arguments: Any) -> bool:
         """Whether 4-D results go back in NCHW: unless an argument came in channels_last."""
@@ -143,7 +143,9 @@ class CustomOps(Aten):
         groups: int,
         relu: bool,
     ) -> Tensor:
-        fits = residual is None or _is_result(residual, x, weight, stride, padding, dilation)
+        channels, _, *kernel = weight.shape
+        geometry = kernel, stride, padding, dilation
+        fits = residual is None or is_result(residual, x, channels, *geometry)
         y = torch.ops.fastres.conv2d(
             self.nhwc(x),
             weight,
@@ -194,21 +196,6 @@ class CustomOps(Aten):
             return super().global_avg_pool(x, dims, keepdim)
         y = torch.ops.fastres.global_avg_pool(self.nhwc(x))
         return y if keepdim else y.flatten(1)
-
-
-def _is_result(
-    residual: Any, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
-) -> bool:
-    """Whether the residual has the convolution's own shape and dtype, so that it can be fused."""
-    if not isinstance(residual, Tensor) or residual.dtype is not x.dtype or residual.dim() != 4:
-        return False
-    sizes = [
-        (x.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i]
-        + 1
-        for i in (0, 1)
-    ]
-    wanted = (x.shape[0], weight.shape[0], *sizes)
-    return all(a == b for a, b in zip(residual.shape, wanted, strict=True))
 
 
 def lower(plan: Plan) -> Program:
