@@ -87,6 +87,7 @@ def test_no_kernel_is_tuned_by_timing(path):
 
 @pytest.mark.fault(29)
 @pytest.mark.interpreter
+@pytest.mark.slow
 def test_what_the_sanitizer_runs_is_exact_and_holds_every_kernel():
     """In a process of its own: Triton's interpreter must be on before triton is imported."""
     pytest.importorskip("triton")
