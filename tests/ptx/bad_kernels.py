@@ -55,6 +55,23 @@ def split(x, part, count, y, WRONG: tl.constexpr):
 
 
 @triton.jit
+def exchanged(x, part, y, WRONG: tl.constexpr):
+    """Threads of two warps exchange numbers through global memory."""
+    i = tl.arange(0, 128)
+    tl.store(part + i, tl.load(x + i))
+    if not WRONG:
+        tl.debug_barrier()
+    tl.store(y + (i ^ 32), tl.load(part + (i ^ 32)))
+
+
+@triton.jit
+def tiles(x, y, WRONG: tl.constexpr):
+    """Each of two blocks copies a half of [128]; wrongly, the halves overlap."""
+    i = tl.program_id(0) * (32 if WRONG else 64) + tl.arange(0, 64)
+    tl.store(y + i, tl.load(x + i))
+
+
+@triton.jit
 def assembly(x, y, WRONG: tl.constexpr):
     """Threads of two warps exchange numbers through shared memory, which ``gather`` allocates."""
     i = tl.arange(0, 128)
@@ -185,6 +202,11 @@ def of_split() -> Tensors:
     return (x, torch.empty(4 * SIZE), count, y), y, x.view(4, SIZE).sum(0)
 
 
+def of_exchanged() -> Tensors:
+    x, y = numbers(SIZE), torch.full((SIZE,), float("nan"))
+    return (x, torch.empty(SIZE), y), y, x
+
+
 def of_copied() -> Tensors:
     x, y = numbers(101), torch.full((SIZE,), float("nan"))
     return (x, y, 101), y, torch.cat([x, torch.full((27,), 7.0)])
@@ -245,6 +267,8 @@ class Bad:
 BAD = (
     Bad("blocks race", split, "relaxed", "did not release", of_split, 4, "sm_80"),
     Bad("warps race to an atomic", split, "no barrier", "did not release", of_split, 4, "sm_80"),
+    Bad("warps race in global memory", exchanged, True, "did not release", of_exchanged),
+    Bad("blocks write one place", tiles, True, "by two warps at once", grid=2),
     Bad("warps race in shared memory", assembly, True, "without a barrier"),
     Bad("outside, no mask", copied, "no mask", "of x, which has 404", of_copied, target="sm_80"),
     Bad("outside, in front", copied, "before", "of x, which has 404", of_copied, target="sm_80"),

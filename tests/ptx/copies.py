@@ -8,29 +8,19 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from .flights import Flights
 from .machine import WARP, Fault, Group, Machine, Step
+from .operands import address, form, read, spread, write
 from .parse import Instruction, Program, registers_in
 from .shared_memory import AGENTS
 
-if TYPE_CHECKING:
-    from .instructions import Form
-
-FORMS: list[tuple[re.Pattern[str], Form]] = []
 SPAN = {0: 0, 1: 32, 2: 64, 3: 128}  # bytes of a swizzled row, by mode
 TURN = {0: 0, 1: 1, 2: 3, 3: 7}
 PLACE = 1 << 60  # where tensor maps are
-
-
-def form(pattern: str):
-    def add(make: Form) -> Form:
-        FORMS.append((re.compile(pattern), make))
-        return make
-
-    return add
 
 
 class TensorMap:
@@ -89,24 +79,8 @@ class TensorMap:
             self.view[inside] = data.reshape(-1).view(self.view.dtype).reshape(self.box)[there]
 
 
-@dataclass(eq=False)
-class Copy:
-    """cp.async of one instruction: group of each thread, -1 before its commit."""
-
-    lanes: np.ndarray
-    address: np.ndarray
-    data: np.ndarray
-    group: np.ndarray
-
-
-@dataclass(eq=False)
-class Arriving:
-    """A bulk load on its way."""
-
-    lanes: np.ndarray
-    address: np.ndarray
-    data: np.ndarray
-    pieces: np.ndarray
+Arriving = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+"""A bulk load on its way: lanes, addresses, data and pieces of shared memory."""
 
 
 @dataclass(eq=False)
@@ -126,53 +100,26 @@ class Barrier:
     done: tuple[np.ndarray, np.ndarray] | None = None  # clocks of the last complete phase
 
 
-@dataclass(eq=False)
-class Outgoing:
-    """A bulk store that still reads shared memory."""
-
-    lane: int
-    pieces: np.ndarray
-    group: int = -1
-
-
 class Copies:
     """What is on its way in a machine."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.copies: list[Copy] = []
-        self.groups = np.zeros(machine.lanes, np.int64)  # committed by each thread
+        self.coming, self.outgoing = Flights(machine), Flights(machine)  # cp.async, bulk stores
         self.barriers: dict[tuple[int, int], Barrier] = {}
         self.agents = [0] * machine.count
         self.polled = np.zeros(machine.lanes // WARP, bool)  # warps whose last try_wait failed
-        self.outgoing: list[Outgoing] = []
-        self.stored = np.zeros(machine.lanes, np.int64)  # bulk groups committed by each thread
-
-    # cp.async
-
-    def commit(self) -> None:
-        for copy in self.copies:
-            mine = (copy.group < 0) & self.machine.on()[copy.lanes]
-            copy.group = np.where(mine, self.groups[copy.lanes], copy.group)
-        self.groups += self.machine.on()
 
     def settle(self, left: int) -> None:
-        """Of the groups that these threads committed all but the last ``left`` land."""
-        machine = self.machine
-        for copy in list(self.copies):
-            due = (copy.group >= 0) & (copy.group < self.groups[copy.lanes] - left)
-            due &= machine.on()[copy.lanes]
-            if not due.any():
-                continue
-            lanes, address = copy.lanes[due], copy.address[due]
-            pieces = machine.shared.pieces(lanes, address, copy.data.shape[1])
-            machine.shared.put(lanes, address, copy.data[due])
-            machine.shared.mark(lanes, pieces, stored=False)
-            if due.all():
-                self.copies.remove(copy)
-            else:
-                copy.lanes, copy.address = copy.lanes[~due], copy.address[~due]
-                copy.data, copy.group = copy.data[~due], copy.group[~due]
+        """Of the groups of cp.async of these threads all but the last ``left`` land."""
+        shared = self.machine.shared
+        for lanes, place, data in self.coming.settle(left):
+            shared.put(lanes, place, data)
+            shared.mark(lanes, shared.pieces(lanes, place, data.shape[1]), stored=False)
+
+    def settle_stores(self, left: int) -> None:
+        for lanes, pieces in self.outgoing.settle(left):
+            self.machine.shared.let_go(lanes, pieces)
 
     # mbarriers
 
@@ -233,30 +180,33 @@ class Copies:
     def land(self, barrier: Barrier) -> None:
         """All that is on its way to this barrier arrives."""
         shared = self.machine.shared
-        for copy in barrier.copies:
-            shared.put(copy.lanes, copy.address, copy.data)
+        for lanes, place, data, pieces in barrier.copies:
+            shared.put(lanes, place, data)
             barrier.landed += 1
-            barrier.bytes -= copy.data.size
-            shared.clock[copy.pieces] = barrier.landed
-            shared.written[copy.pieces] = self.machine.total
+            barrier.bytes -= data.size
+            shared.clock[pieces] = barrier.landed
+            shared.written[pieces] = self.machine.total
             barrier.seen[barrier.agent] = barrier.landed
         barrier.copies.clear()
         self.turn(barrier)
 
     def wait(self, group: Group, instruction: Instruction) -> bool:
         """try_wait: threads whose phase is not complete stay; nothing lands before it must."""
-        from .instructions import address, source, target
-
         machine, program = self.machine, self.machine.program
-        place = np.broadcast_to(address(program, instruction.operands[1])(machine), machine.lanes)
-        parity = source(program, instruction.operands[2], np.uint32)(machine)
-        parity = np.broadcast_to(parity, machine.lanes)
-        done, lanes = np.zeros(machine.lanes, bool), machine.active()
-        stay = done.copy()
-        for first in lanes[np.unique(lanes // WARP, return_index=True)[1]]:
-            self.wait_warp(int(first), place, parity, done, stay)
+        place = address(program, instruction.operands[1])(machine)
+        parity = spread(machine, read(program, instruction.operands[2], "u32")(machine))
         on = machine.on()
-        target(program, instruction.operands[0])(machine, done)
+        done, stay = np.zeros((2, machine.lanes), bool)
+        for warp in np.nonzero(on.reshape(-1, WARP).any(1))[0]:
+            lanes = warp * WARP + np.nonzero(on[warp * WARP : (warp + 1) * WARP])[0]
+            if len({*zip(place[lanes].tolist(), parity[lanes].tolist(), strict=True)}) > 1:
+                raise Fault("threads of a warp wait for different phases")
+            ready = self.poll(int(lanes[0]), int(place[lanes[0]]), int(parity[lanes[0]]))
+            if ready is None:
+                stay[lanes] = True
+            else:
+                done[lanes] = ready
+        write(program, instruction.operands[0])(machine, done)
         if not stay.any():
             return True
         if (on & ~stay).any():
@@ -266,39 +216,29 @@ class Copies:
         group.parked = True
         return False
 
-    def wait_warp(
-        self, first: int, place: np.ndarray, parity: np.ndarray, done: np.ndarray, stay: np.ndarray
-    ) -> None:
-        """The threads of the warp of ``first`` that wait: ``done``, told to try again, or to
-        ``stay`` until something happens. The first try fails where the phase is not complete."""
-        machine, shared = self.machine, self.machine.shared
-        warp_number = first // WARP
-        mine = np.zeros(machine.lanes, bool)
-        mine[warp_number * WARP : (warp_number + 1) * WARP] = True
-        mine &= machine.on()
-        if len({*zip(place[mine].tolist(), parity[mine].tolist(), strict=True)}) > 1:
-            raise Fault("threads of a warp wait for different phases")
-        barrier = self.barrier(first, int(place[first]))
-        complete = barrier.phase != parity[first] & 1
-        if not complete and not self.polled[warp_number]:
-            self.polled[warp_number] = True
-            return
-        if not complete and barrier.pending == 0:
-            self.land(barrier)
-            complete = barrier.phase != parity[first] & 1
-        if not complete:
-            stay |= mine
-            return
-        self.polled[warp_number] = False
-        done |= mine
+    def poll(self, lane: int, place: int, parity: int) -> bool | None:
+        """Whether the phase is complete, as the warp of ``lane`` is told; None: it must stay until
+        something happens. The first try fails where the phase is not complete."""
+        machine, shared, warp = self.machine, self.machine.shared, lane // WARP
+        barrier = self.barrier(lane, place)
+        if barrier.phase == parity & 1:
+            if not self.polled[warp]:
+                self.polled[warp] = True
+                return False
+            if barrier.pending == 0:
+                self.land(barrier)
+            if barrier.phase == parity & 1:
+                return None
+        self.polled[warp] = False
         if barrier.done is not None:
-            block, warp = machine.block[first], machine.warp[first]
+            mine = machine.block[lane], machine.warp[lane]
             for clocks, given in zip((shared.seen, shared.fenced), barrier.done, strict=True):
-                np.maximum(clocks[block, warp], given, out=clocks[block, warp])
+                np.maximum(clocks[mine], given, out=clocks[mine])
+        return True
 
     def check_end(self, lanes: np.ndarray) -> None:
         """These threads end; shared memory goes with the last of a block."""
-        if any(lanes[store.lane] for store in self.outgoing):
+        if any(store.touches(lanes) for store in self.outgoing.all):
             raise Fault("a thread ends while its bulk store still reads shared memory")
         ended = ~self.machine.live.reshape(self.machine.count, -1).any(1)
         if any(ended[block] and b.copies for (block, _), b in self.barriers.items()):
@@ -306,58 +246,43 @@ class Copies:
 
     # Bulk copies
 
+    def box(self, lane: int, to: int, map_: TensorMap, corner: list[int]) -> tuple[Any, ...]:
+        """Lanes, addresses and pieces of shared memory of a box that this thread moves."""
+        self.machine.check_waited(np.array([lane]))
+        if (profile := self.machine.memory.profile) is not None:
+            profile["copied bytes"] += map_.view[map_.overlap(corner)[0]].nbytes
+        place = map_.pieces(to)
+        lanes = np.full(len(place), lane)
+        return lanes, place, self.machine.shared.pieces(lanes, place, 16)
+
     def bulk_load(self, lane: int, to: int, map_: TensorMap, corner: list[int], at: int) -> None:
-        machine, shared = self.machine, self.machine.shared
-        machine.check_waited(np.array([lane]))
-        barrier, address = self.barrier(lane, at), map_.pieces(to)
-        lanes = np.full(len(address), lane)
-        pieces = shared.pieces(lanes, address, 16)
+        barrier, shared = self.barrier(lane, at), self.machine.shared
+        lanes, place, pieces = self.box(lane, to, map_, corner)
         shared.check_write(lanes, pieces, proxy=True)
         shared.expect(pieces, barrier.agent)
-        barrier.copies.append(Arriving(lanes, address, map_.load(corner), pieces))
+        barrier.copies.append((lanes, place, map_.load(corner), pieces))
 
     def bulk_store(self, lane: int, of: int, map_: TensorMap, corner: list[int]) -> None:
-        machine, shared = self.machine, self.machine.shared
-        machine.check_waited(np.array([lane]))
-        address = map_.pieces(of)
-        lanes = np.full(len(address), lane)
-        pieces = shared.pieces(lanes, address, 16)
+        shared = self.machine.shared
+        lanes, place, pieces = self.box(lane, of, map_, corner)
         shared.check_read(lanes, pieces, proxy=True)
         shared.hold(lanes, pieces)
-        numbers = (machine.block[lane] * shared.stride + address) // 16
+        numbers = (self.machine.block[lane] * shared.stride + place) // 16
         map_.store(corner, shared.views[16][numbers].view(np.uint8))
-        self.outgoing.append(Outgoing(lane, pieces))
-
-    def bulk_commit(self) -> None:
-        for store in self.outgoing:
-            if store.group < 0 and self.machine.on()[store.lane]:
-                store.group = self.stored[store.lane]
-        self.stored += self.machine.on()
-
-    def bulk_settle(self, left: int) -> None:
-        for store in list(self.outgoing):
-            done = 0 <= store.group < self.stored[store.lane] - left
-            if done and self.machine.on()[store.lane]:
-                self.outgoing.remove(store)
-                lanes = np.full(len(store.pieces), store.lane)
-                self.machine.shared.let_go(lanes, store.pieces)
+        self.outgoing.start(lanes, pieces)
 
 
 @form(r"cp\.async\.(ca|cg)\.shared(?:::cta)?\.global(?:\.L2::[\w:]+)?")
 def copy(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    from .instructions import address, source
-
     to, of = (address(program, text) for text in i.operands[:2])
     size = int(i.operands[2], 0)
     if size not in ((16,) if match[1] == "cg" else (4, 8, 16)):
         raise ValueError("bytes of a copy")
-    given = source(program, i.operands[3], np.uint32) if len(i.operands) > 3 else None
+    given = read(program, i.operands[3] if len(i.operands) > 3 else str(size), "s32")
 
     def step(m: Machine) -> None:
         lanes = m.active()
-        many = np.full(len(lanes), size)
-        if given is not None:
-            many = np.broadcast_to(given(m), m.lanes)[lanes].astype(np.int64)
+        many = spread(m, given(m))[lanes]
         if not np.isin(many, (0, size)).all():
             raise Fault("cp.async of part of its bytes")
         where, place = of(m)[lanes], to(m)[lanes]
@@ -370,45 +295,36 @@ def copy(program: Program, i: Instruction, match: re.Match[str]) -> Step:
         m.shared.check_write(lanes, pieces)
         m.shared.count_banks(lanes, place, size)
         m.shared.expect(pieces, m.warp[lanes][:, None])
-        m.copies.copies.append(Copy(lanes, place, data, np.full(len(lanes), -1)))
+        m.copies.coming.start(lanes, place, data)
 
     return step
 
 
-@form(r"cp\.async\.commit_group")
-def commit(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    return lambda m: m.copies.commit()
-
-
-@form(r"cp\.async\.wait_(group|all)")
-def settle(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    left = int(i.operands[0], 0) if match[1] == "group" else 0
+@form(r"cp\.async\.(bulk\.)?(commit_group|wait_all|wait_group(?:\.read)?)")
+def groups(program: Program, i: Instruction, match: re.Match[str]) -> Step:
+    left = int(i.operands[0], 0) if match[2].startswith("wait_group") else 0
 
     def step(m: Machine) -> None:
-        if match[1] == "all":
-            m.copies.commit()
-        m.copies.settle(left)
+        copies = m.copies
+        if not match[2].startswith("wait_group"):
+            (copies.outgoing if match[1] else copies.coming).commit()
+        if match[2] != "commit_group":
+            (copies.settle_stores if match[1] else copies.settle)(left)
 
     return step
 
 
 @form(r"mbarrier\.(init|inval)\.shared(?:::cta)?\.b64")
-@form(r"mbarrier\.(arrive)(\.expect_tx)?(?:\.release\.cta)?\.shared(?:::cta)?\.b64")
+@form(r"mbarrier\.(arrive(?:\.expect_tx)?)(?:\.release\.cta)?\.shared(?:::cta)?\.b64")
 def barrier(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    from .instructions import address, source
-
     place = next(text for text in i.operands if text.startswith("["))
-    at, number = address(program, place), i.operands[-1]
-    bytes_ = match[1] == "arrive" and match[2] is not None
-    value = None
-    if match[1] == "init" or bytes_:
-        value = source(program, number, np.uint32)
-    elif number != place:
+    counts = match[1] in ("init", "arrive.expect_tx")
+    if not counts and i.operands[-1] != place:
         raise ValueError("a form of mbarrier that nobody needed")
+    at, value = address(program, place), read(program, i.operands[-1] if counts else "0", "u32")
 
     def step(m: Machine) -> None:
-        where = np.broadcast_to(at(m), m.lanes)
-        given = np.broadcast_to(0 if value is None else value(m), m.lanes)
+        where, given = at(m), spread(m, value(m))
         for lane in m.active():
             if match[1] == "init":
                 m.copies.make(lane, int(where[lane]), int(given[lane]))
@@ -435,38 +351,26 @@ def proxy_fence(program: Program, i: Instruction, match: re.Match[str]) -> Step:
     r"\.mbarrier::complete_tx::bytes|global\.shared::cta(?:\.tile)?\.bulk_group)"
 )
 def bulk(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    from .instructions import address, source
-
     loads = match[2].startswith("shared")
     shared, tensor = i.operands[:2] if loads else i.operands[1::-1]
-    place = address(program, shared)
     name, _, corner = tensor.strip("[] ").partition(",")
-    map_ = source(program, name.strip(), np.uint64)
-    corners = [source(program, text, np.int32) for text in registers_in(corner.strip())][::-1]
-    if len(corners) != int(match[1]):
+    coordinates = registers_in(corner.strip())[::-1]
+    if len(coordinates) != int(match[1]):
         raise ValueError("as many coordinates as dimensions")
+    place, map_ = address(program, shared), read(program, name.strip(), "u64")
+    corners = [read(program, text, "s32") for text in coordinates]
     at = address(program, i.operands[2]) if loads else None
 
     def step(m: Machine) -> None:
-        def of(value: Any, lane: int) -> int:
-            return int(np.broadcast_to(value(m), m.lanes)[lane])
-
         for lane in m.active():
-            found = m.memory.maps.get(of(map_, lane))
+            of = lambda value, lane=lane: int(spread(m, value(m))[lane])  # noqa: E731
+            found = m.memory.maps.get(of(map_))
             if found is None:
                 raise Fault("no tensor map at this address")
-            box = [of(c, lane) for c in corners]
+            box = [of(c) for c in corners]
             if at is not None:
-                m.copies.bulk_load(lane, of(place, lane), found, box, of(at, lane))
+                m.copies.bulk_load(lane, of(place), found, box, of(at))
             else:
-                m.copies.bulk_store(lane, of(place, lane), found, box)
+                m.copies.bulk_store(lane, of(place), found, box)
 
     return step
-
-
-@form(r"cp\.async\.bulk\.(commit_group|wait_group(?:\.read)?)")
-def bulk_groups(program: Program, i: Instruction, match: re.Match[str]) -> Step:
-    if match[1] == "commit_group":
-        return lambda m: m.copies.bulk_commit()
-    left = int(i.operands[0], 0)
-    return lambda m: m.copies.bulk_settle(left)

@@ -47,7 +47,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.target.arch  # Triton keeps what it compiled by the device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -64,6 +64,8 @@ class Gpu:
     blocks: int | None = None  # at most so many of each launch, for counting
     launches: Counter[str] = field(default_factory=Counter)
     executed: Counter[str] = field(default_factory=Counter)
+    blocks_run: int = 0
+    moved: float = 0.0  # bytes of sectors and boxes, as if all blocks had run
 
     def host(self, early: bool = False) -> _common.Host:
         capability, sms, shared = TARGETS[self.target]
@@ -71,14 +73,24 @@ class Gpu:
 
     def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta)
+        assert compiled.metadata.target == triton.runtime.driver.active.target, "another GPU's code"
         self.launches[kernel.__name__] += 1
         memory = Memory(self.profile)
         values = list(arguments(memory, compiled, kernel, args))
         text = compiled.asm["ptx"] if self.edit is None else self.edit(compiled.asm["ptx"])
-        shared = compiled.metadata.shared
+        shared, before = compiled.metadata.shared, self.traffic()
         self.executed += launch(
             text, memory, values, grid=grid, shared=shared, seed=self.seed, blocks=self.blocks
         )
+        some = min(grid, self.blocks or grid)
+        self.blocks_run += some
+        self.moved += (self.traffic() - before) * grid / some
+
+    def traffic(self) -> int:
+        """Bytes that blocks have asked L2 for so far."""
+        p = self.profile or {}
+        sectors = p.get("load sectors", 0) + p.get("store sectors", 0)
+        return 32 * sectors + p.get("copied bytes", 0)
 
 
 def arguments(memory: Memory, compiled: Any, kernel: Any, args: tuple[Any, ...]) -> Iterator[int]:

@@ -43,7 +43,7 @@ class Memory:
         self.kept: list[Any] = []
         self.maps: dict[int, Any] = {}  # tensor maps, by their place
         self.profile = profile
-        self.order: Order | None = None  # where blocks exchange data through atomics
+        self.order = Order(1, 1, False)  # of the launch
 
     def add(self, name: str, tensor: torch.Tensor) -> int:
         """Make a tensor of the CPU known; its simulated address, as aligned as it is."""
@@ -79,30 +79,17 @@ class Memory:
         while len(left):
             at = address[left]
             low = int(at.min())
-            within = at < low + SPACING // 2
             region = self.region(low, low + size)
-            if not (inside := within & (at + size <= region.high)).any() or (
-                len(left) and not inside[within].all()
-            ):
-                inside = self.split(at, within, size, region)
-            found.append(
-                (region.raw.view(CELL[size]), (at[inside] - region.origin) // size, left[inside])
-            )
+            inside = at + size <= region.high
+            cells = region.raw.view(CELL[size])
+            found.append((cells, (at[inside] - region.origin) // size, left[inside]))
             left = left[~inside]
         return found
-
-    def split(self, at: np.ndarray, within: np.ndarray, size: int, region: Region) -> np.ndarray:
-        """Those inside ``region``, where others are in another tensor of the same storage."""
-        beyond = at[within & (at + size > region.high)]
-        self.region(int(beyond.min()), int(beyond.min()) + size)
-        return within & (at + size <= region.high)
 
     def check_order(
         self, machine: Machine, lanes: np.ndarray, address: np.ndarray, size: int, writes: bool
     ) -> None:
-        """Where blocks exchange data: what another warp wrote was released to this one."""
-        if self.order is None:
-            return
+        """What another warp wrote was released to this one."""
         piece = min(4, size)
         each = (address[:, None] + np.arange(0, size, piece)).ravel()
         whose = np.repeat(lanes, size // piece)
@@ -111,11 +98,6 @@ class Memory:
             if inside.any():
                 at = (each[inside] - region.origin) // piece
                 self.order.check(machine, region, piece, whose[inside], at, writes)
-
-    def meet(self, machine: Machine, lanes: np.ndarray) -> None:
-        """An acquiring and releasing atomic of these threads."""
-        if self.order is not None:
-            self.order.meet(machine, lanes)
 
     def load(self, address: np.ndarray, size: int) -> np.ndarray:
         """[n, size] bytes."""
@@ -144,21 +126,21 @@ class Memory:
         for first in range(0, len(address), 32):
             sectors = len(np.unique(address[first : first + 32] // 32))
             self.profile[f"{kind} sectors"] += max(sectors, -(-size // 32))
-            self.profile[f"{kind} requests"] += 1
 
 
 class Order:
-    """Which writes to global memory each warp may rely on, in kernels with atomics.
+    """Which writes to global memory each warp of a launch may rely on.
 
     ``released`` [grid, warps] holds the clocks that a block's atomics have made known; a machine's
-    ``known`` holds what each of its warps has acquired of them.
+    ``known`` holds what each of its warps has acquired of them, nothing without ``atomics``.
     """
 
-    def __init__(self, grid: int, warps: int) -> None:
-        self.released = np.zeros((grid, warps), np.int32)
+    def __init__(self, grid: int, warps: int, atomics: bool) -> None:
+        self.released, self.atomics = np.zeros((grid, warps), np.int32), atomics
         self.writes: dict[tuple[int, int], tuple[np.ndarray, ...]] = {}
 
     def meet(self, machine: Machine, lanes: np.ndarray) -> None:
+        """An acquiring and releasing atomic of these threads."""
         shared = machine.shared
         for block, warp in {(machine.block[n], machine.warp[n]) for n in lanes}:
             mine = self.released[machine.ctaid[block * machine.threads]]
@@ -184,14 +166,15 @@ class Order:
         writer, by, clock = self.writes[key]
         block, warp, own = machine.block[lanes], machine.warp[lanes], machine.ctaid[lanes]
         seen = machine.shared.seen[block, warp, by[at]]
-        known = machine.shared.known[block, warp, np.maximum(writer[at], 0) * self.width + by[at]]
+        known = np.int32(0)
+        if self.atomics:
+            whose = np.maximum(writer[at], 0) * self.released.shape[1] + by[at]
+            known = machine.shared.known[block, warp, whose]
         late = clock[at] > np.where(writer[at] == own.astype(np.int32), seen, known)
         if late.any():
             raise Fault("global memory that another warp wrote, and did not release to this one")
         if writes:
             writer[at], by[at] = own, warp
+            if ((writer[at] != own.astype(np.int32)) | (by[at] != warp)).any():
+                raise Fault("global memory written by two warps at once")
             clock[at] = machine.shared.seen[block, warp, warp]
-
-    @property
-    def width(self) -> int:
-        return self.released.shape[1]

@@ -41,8 +41,8 @@ def launch(
     given = itertools.chain(values, itertools.repeat(0))  # Triton's own workspace comes last
     named = dict(zip(program.parameters, given, strict=False))
     threads = program.threads
-    if any(i.opcode.startswith("atom") for i in program.code):
-        memory.order = Order(grid, threads // 32)
+    atomics = any(i.opcode.startswith("atom") for i in program.code)
+    memory.order = Order(grid, threads // 32, atomics)
     rng = np.random.default_rng(seed)
     order = rng.permutation(grid)[:blocks]
     executed: Counter[str] = Counter()

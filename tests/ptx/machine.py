@@ -113,6 +113,14 @@ class Machine:
         """Numbers of the threads that execute."""
         return np.arange(self.lanes) if self.mask is None else np.nonzero(self.mask)[0]
 
+    def scatter(self, lanes: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """The values of these threads, among zeros of all others."""
+        if self.mask is None:
+            return values
+        everyone = np.zeros(self.lanes, values.dtype)
+        everyone[lanes] = values
+        return everyone
+
     def on(self) -> np.ndarray:
         return np.ones(self.lanes, bool) if self.mask is None else self.mask
 

@@ -70,7 +70,6 @@ HARMLESS = {
     "bulk wait": "another wait follows before what the store reads is written again",
     "predicate of a load": "its address is clamped into the tensor, and what is computed from it "
     "lies beyond the edge, where nothing is stored",
-    "predicate of a store": "all threads of a block store the same number in the same place",
     "size of a copy": "its address is clamped into the tensor, and the other operand is zero "
     "there, or what is computed from it lies beyond the edge",
 }

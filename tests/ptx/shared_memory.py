@@ -43,7 +43,7 @@ class Shared:
         self.reads = np.zeros((pieces, warps), np.int32)
         self.seen = np.zeros((count, warps, warps + AGENTS), np.int32)
         self.fenced = np.zeros_like(self.seen)
-        grid = machine.grid if machine.memory.order is not None else 0
+        grid = machine.grid if machine.memory.order.atomics else 0
         self.known = np.zeros((count, warps, grid * warps), np.int32)  # see global_memory.Order
         self.own = np.arange(warps)
         self.seen[:, self.own, self.own] = 1

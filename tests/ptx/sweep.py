@@ -25,6 +25,7 @@ class Result:
     target: str
     problem: str
     seconds: float
+    config: str = ""
 
 
 def judge(case: cases.Case, target: str, seed: int = 0, early: bool = False) -> Result:
@@ -37,7 +38,7 @@ def judge(case: cases.Case, target: str, seed: int = 0, early: bool = False) -> 
         frames = "" if isinstance(error, (Fault, Unknown)) else traceback.format_exc(limit=-2)
         problem = f"{type(error).__name__}: {error} {frames}".strip()
     seconds = time.process_time() - started
-    return Result(case.kernel, case.name(), target, problem, round(seconds, 2))
+    return Result(case.kernel, case.name(), target, problem, round(seconds, 2), str(case.config))
 
 
 def sweep(options: argparse.Namespace) -> Iterator[Result]:
@@ -110,10 +111,14 @@ def table(results: list[Result]) -> str:
     rows: dict[tuple[str, str], list[Result]] = defaultdict(list)
     for result in results:
         rows[result.kernel, result.target].append(result)
-    lines = ["| kernel | target | cases | right | CPU s |", "|---|---|---:|---:|---:|"]
+    lines = ["| kernel | target | configurations | cases | right | CPU s |"]
+    lines.append("|---|---|---:|---:|---:|---:|")
     for (kernel, target), found in rows.items():
         good, seconds = sum(not r.problem for r in found), sum(r.seconds for r in found)
-        lines.append(f"| `{kernel}` | {target} | {len(found)} | {good} | {seconds:.0f} |")
+        rows_run = len({r.config for r in found})
+        lines.append(
+            f"| `{kernel}` | {target} | {rows_run} | {len(found)} | {good} | {seconds:.0f} |"
+        )
     return "\n".join(lines)
 
 

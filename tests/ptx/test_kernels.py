@@ -57,7 +57,7 @@ def test_a_case_of_each_kernel(target):
 
 def test_kernels_that_are_wrong_on_purpose_are_refused():
     """A race, a late wait, a misaligned vector, ... each beside the form that is right."""
-    assert len(passed("--bad")) == 18
+    assert len(passed("--bad")) == 20
 
 
 def test_a_case_of_each_kernel_with_tma():
