@@ -9,6 +9,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweep", action="store_true", help="tests with the mark sweep too")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m, which may ask for the marks given here
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    mark_sweeps(items)
     row, sweeps = config.getoption("--fault"), config.getoption("--sweep")
 
     def wanted(item: pytest.Item) -> bool:
@@ -60,6 +63,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
     items[:] = [item for item in items if wanted(item)]
+
+
+def mark_sweeps(items: list[pytest.Item]) -> None:
+    """``@pytest.mark.sample(5)``: of a test's cases all but each fifth are of the sweep."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("sample"):
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker("sweep")
+            seen[test] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -59,6 +59,8 @@ def assert_right(made, model, x):
     return out
 
 
+SWEEP = pytest.mark.sweep
+
 # kernel: network, dtype, name of what is launched, how often (a classifier is a conv2d as well)
 SERVED = {
     "stem": (basic, torch.float32, "stem_kernel", 1),
@@ -73,7 +75,7 @@ SERVED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", SERVED)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=SWEEP), 3])
 def test_one_kernel_at_a_time(kernel, batch, device):
     network, dtype, launched, times = SERVED[kernel]
     model = network().to(device)
@@ -181,7 +183,6 @@ def test_experimental_kernels_are_loaded_only_where_they_are_named():
 
 
 FLAT = "stem,head,gemm"
-SWEEP = pytest.mark.sweep
 NETWORKS = [
     pytest.param("resnet18", 32, FLAT, 11, id="resnet18"),
     pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc"),

@@ -25,6 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SMALL = TileConfig(16, 16, 16, 4, 2)
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("config", [None, *CONFIGS], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -89,6 +90,7 @@ def test_the_int64_path_is_exact(integers, monkeypatch):
     assert torch.equal(add_relu(a, b), add_relu_ref(a, b))
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("config", [None, SMALL], ids=["selected", "small"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -36,6 +36,7 @@ def _needs_tma(request, device):
         pytest.skip("no TMA before compute capability 9.0")
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 8, 8), (16, 16, 16), (37, 40, 24), (50, 8, 72)], ids=str)
@@ -51,6 +52,7 @@ def test_every_shape_is_exact(integers, poisoned, shape, dtype, config):
     assert torch.equal(guarded.out, gemm_ref(x, w, upcast=True).to(dtype))
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("with_residual", [False, True])
@@ -74,6 +76,7 @@ def test_every_epilogue_is_exact(integers, poisoned, dtype, bias, with_residual,
 ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
@@ -106,6 +109,7 @@ def test_every_config_is_exact(integers, poisoned, math_mode, row):
 IMAGES = [(2, 5, 7, 1), (1, 4, 6, 3), (3, 1, 1, 1), (1, 9, 2, 2)]
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("stride", [1, 2, 3])

@@ -32,6 +32,7 @@ def expected(x, w, b=None):
     return head_ref(x, w, b, upcast=True).to(x.dtype)
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16, 1, 1), (3, 40, 2, 8), (17, 33, 2, 1)], ids=str)

@@ -48,6 +48,7 @@ def guarded_call(poisoned, want, function, *args, **keywords):
     return guarded.out
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,6 +64,7 @@ def test_max_pool_equals_torch(device, poisoned, size, dtype, window):
     assert torch.equal(x, before)
 
 
+@pytest.mark.sample(7)
 @interpreter
 @pytest.mark.parametrize("window", [w for w in WINDOWS if w[3] == 1], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

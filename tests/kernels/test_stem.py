@@ -41,6 +41,7 @@ def expected(x, w, b=None, **keywords):
     return stem_ref(x, w, b, upcast=True, **keywords).to(w.dtype)
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT, FLOAT], ids=str)
 @pytest.mark.parametrize("inputs", [HALF, BFLOAT, FLOAT, BYTE], ids=str)
@@ -77,6 +78,7 @@ def test_every_size_is_exact(integers, size, planar):
 ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)

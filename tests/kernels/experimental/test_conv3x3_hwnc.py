@@ -51,6 +51,7 @@ def expected(x, w, b=None, **keywords):
     return conv2d_hwnc_ref(x, w, b, padding=1, upcast=True, **keywords).to(x.dtype)
 
 
+@pytest.mark.sample(5)
 @on_hopper
 @pytest.mark.parametrize("dtype", [HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("name", SHAPES)
@@ -67,6 +68,7 @@ def test_every_shape_is_exact(integers, poisoned, name, dtype):
     assert torch.equal(w, before[1])
 
 
+@pytest.mark.sample(5)
 @on_hopper
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias", ["none", "float32", "same"])
@@ -86,6 +88,7 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
     assert bool((want < 0).any()) != relu  # the ReLU has something to do
 
 
+@pytest.mark.sample(7)
 @on_hopper
 @pytest.mark.parametrize("row", ROWS, ids=str)
 @pytest.mark.parametrize("residual", [False, True])

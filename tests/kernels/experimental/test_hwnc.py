@@ -62,6 +62,7 @@ def expected(x, w, b=None, **keywords):
     return conv2d_hwnc_ref(x, w, b, upcast=True, **keywords).to(x.dtype)
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
@@ -80,6 +81,7 @@ def test_every_shape_is_exact(integers, poisoned, name, dtype):
     assert torch.equal(w, before[1])
 
 
+@pytest.mark.sample(5)
 @interpreter
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("bias", ["none", "float32", "same"])
@@ -102,6 +104,7 @@ def test_every_epilogue_is_exact_also_in_place(integers, poisoned, name, bias, r
 ROWS = [(math_mode, row) for math_mode, rows in CONFIGS.items() for row in rows]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.fault(19)
 @interpreter
 @pytest.mark.parametrize(("math_mode", "row"), ROWS, ids=str)
