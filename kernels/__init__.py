@@ -15,7 +15,7 @@ elif __name__ != "fastres.kernels":
     )
 else:
     from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
-    from ._common import INTERPRETED, LAUNCHES
+    from ._common import INTERPRETED, LAUNCHES, KernelError
     from ._config import TileConfig, gpu_of
     from ._split_k import new_workspace
     from ._tma import has_tma
@@ -27,6 +27,7 @@ else:
 __all__ = [
     "INTERPRETED",
     "LAUNCHES",
+    "KernelError",
     "TileConfig",
     "add_relu",
     "add_relu_ref",

@@ -22,6 +22,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
+
+class KernelError(RuntimeError):
+    """A kernel that cannot be compiled or launched on ``device``, with arguments that are right."""
+
+    def __init__(self, message: str, device: torch.device) -> None:
+        super().__init__(message)
+        self.device = device
+
+
 LAUNCHES: Counter[str] = Counter()
 """Kernel launches since the process began, by kernel name; tests read it."""
 
@@ -163,17 +172,27 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
 
     A kernel without the parameter PDL is always launched after the end of those before it, so it
     may stand among others.
+
+    Raises:
+        KernelError: Triton cannot compile or launch it; its own errors have no type in common.
     """
     LAUNCHES[kernel.__name__] += 1
     if launches_early(device) and "PDL" in kernel.arg_names:
         meta |= {"PDL": True, "launch_pdl": True}
-    if (stand_in := host(device)) is not None:
-        stand_in.run(kernel, grid, args, meta)
-    elif device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
+    try:
+        if (stand_in := host(device)) is not None:
+            stand_in.run(kernel, grid, args, meta)
+        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                _start(kernel, grid, args, meta)
+        else:
             _start(kernel, grid, args, meta)
-    else:
-        _start(kernel, grid, args, meta)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        why = (str(error).strip() or "no message").splitlines()[0]
+        message = f"{kernel.__name__} cannot run: {type(error).__name__}: {why}"
+        raise KernelError(message, device) from error
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
@@ -272,6 +291,12 @@ def check_precision(precision: str) -> None:
     """How products of float32 are rounded: not at all, or to TF32."""
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
+
+
+def product_precision(dtype: torch.dtype, precision: str) -> str:
+    """``precision`` as :func:`dot` takes it: a matter of float32, which is refused for others on
+    AMD's GPUs and would compile a second kernel elsewhere."""
+    return precision if dtype is torch.float32 else "ieee"
 
 
 def check_device(x: Tensor) -> None:

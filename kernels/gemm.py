@@ -31,6 +31,7 @@ from ._common import (
     dot,
     launch,
     needs_int64,
+    product_precision,
     relu_keeping_nan,
     rounded,
 )
@@ -394,7 +395,7 @@ def _run(
         STRIDE=stride,
         EVEN_C2=channels2 % bk == 0,
         RELU=relu,
-        PRECISION=precision,
+        PRECISION=product_precision(x.dtype, precision),
         INT64=needs_int64(x2),
         PERSISTENT=config.persistent,
         BLOCK_M=bm,

@@ -33,6 +33,7 @@ from ._common import (
     dot,
     launch,
     needs_int64,
+    product_precision,
     rounded,
     store_rounded,
 )
@@ -280,7 +281,7 @@ def head(
         shape[1],
         config.split_k,
         EVEN_C=channels % config.block_c == 0,
-        PRECISION=precision,
+        PRECISION=product_precision(x.dtype, precision),
         INT64=needs_int64(x),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

@@ -108,6 +108,10 @@ class AtenOps:
         """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
         return None
 
+    def instead(self, error: Exception) -> AtenOps | None:
+        """What computes the steps from now on, after this error of one; None: the error stands."""
+        return None
+
     def reads_any_layout(self, group: FusionGroup) -> bool:
         """Whether the group reads its inputs in NCHW memory as well as in NHWC."""
         return False
@@ -213,7 +217,7 @@ class CudnnOps(AtenOps):
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         weight, bias = prepared
-        if not op.relu or bias is None or x.dtype is torch.float64 or not x.is_cuda:
+        if not op.relu or bias is None or x.dtype is torch.float64 or not _has_cudnn(x):
             return super().conv(op, prepared, x, residual, in_place)
         geometry = (op.stride, op.padding, op.dilation, op.groups)
         if residual is None:
@@ -223,6 +227,11 @@ class CudnnOps(AtenOps):
     def kernel_name(self, op: Operation) -> str:
         fused = isinstance(op, Conv2d) and op.relu
         return "cuDNN fused conv" if fused else super().kernel_name(op)
+
+
+def _has_cudnn(x: Tensor) -> bool:
+    """Not on the CPU, nor on ROCm, whose tensors say that they are CUDA's."""
+    return x.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
 
 
 def residual_fits(op: Conv2d, x: Tensor, residual: Any) -> bool:

@@ -198,7 +198,8 @@ def cache_path() -> Path:
     given = os.environ.get(PATH_VARIABLE)
     if given:
         return Path(given)
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    # Without a home, as in containers of unknown users, "~" stays and is no file.
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(folder) / "fastres" / "tuned.json"
 
 

@@ -11,8 +11,9 @@ import torch
 from ..errors import BackendError
 from .aten import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
 from .fused import EXPERIMENTAL
-from .kernel_choice import FORCE_VARIABLE, KernelSelector, forced
-from .triton import TritonOps
+from .kernel_choice import FORCE_VARIABLE, KernelSelector, architecture_of, forced
+from .kernel_table import family
+from .triton import FAILED, TritonOps
 
 __all__ = [
     "BACKENDS",
@@ -53,8 +54,8 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
             )
         return triton_ops()
     if device.type == "cuda":
-        triton = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
-        return triton_ops(cudnn=True) if triton and _has_triton() else CudnnOps()
+        ours = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
+        return _triton_or_cudnn() if ours and _suits_triton(device) else CudnnOps()
     if device.type != "cpu" or dtype is torch.float64:
         return AtenOps()
     ops = OneDNNOps() if _onednn_takes(dtype) else AtenOps()
@@ -98,6 +99,35 @@ def triton_ops(*, cudnn: bool = False, selector: KernelSelector | None = None) -
 
         return HwncOps(cudnn=cudnn, selector=selector)
     return TritonOps(cudnn=cudnn, selector=selector)
+
+
+def _suits_triton(device: torch.device) -> bool:
+    """Whether there is a Triton, and matrix instructions that it uses on this GPU.
+
+    Before compute capability 8.0 it has none, and a GPU that no table knows may end the process.
+    """
+    if not _has_triton() or device in FAILED:
+        return False
+    return bool(family(architecture_of(device)))
+
+
+def _triton_or_cudnn() -> AtenOps:
+    """The Triton backend, or PyTorch's operators where the package is broken, with one warning."""
+    try:
+        return triton_ops(cudnn=True)
+    except ValueError:  # of FASTRES_KERNELS
+        raise
+    except Exception as error:
+        _warn_of_triton(f"{type(error).__name__}: {error}")
+        return CudnnOps()
+
+
+@cache
+def _warn_of_triton(reason: str) -> None:
+    warnings.warn(
+        f"fastres goes on without its Triton kernels, for triton cannot be imported: {reason}",
+        stacklevel=2,
+    )
 
 
 def _has_triton() -> bool:

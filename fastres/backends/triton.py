@@ -7,6 +7,7 @@ Which groups there are, and by which kernel, is decided for each size of the inp
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -19,17 +20,21 @@ from ..graph.fold import Weights
 from ..graph.ir import Add, AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU
 from ..graph.patterns import FusionGroup, Grouping, Pattern, candidates, group_steps, workload_of
 from ..graph.plan import Plan, Shape
-from .aten import AtenOps, conv_precision, matmul_precision
+from .aten import AtenOps, CudnnOps, conv_precision, matmul_precision
 from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
 from .kernel_choice import KernelSelector, standard
 from .memory_format import CHANNELS_LAST, NHWC, Layout
+
+FAILED: dict[torch.device, str] = {}
+"""Devices on which a kernel could not run, with the reason: ``backend="auto"`` avoids them."""
 
 
 class TritonOps(AtenOps):
     """fastres' own kernels: CUDA, or CPU tensors under Triton's interpreter.
 
     Args:
-        cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
+        cudnn: whether cuDNN and PyTorch may serve instead: a convolution where that was measured to
+            be faster, everything once a kernel has failed.
         selector: what decides between kernels; by default what is in force on the device.
 
     Raises:
@@ -45,6 +50,7 @@ class TritonOps(AtenOps):
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
+        self.cudnn = cudnn
         self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
         self.selector = selector
         self._held = threading.local()
@@ -100,6 +106,19 @@ class TritonOps(AtenOps):
     def layout_of(self, inputs: list[Any]) -> Layout:
         """The memory order in which a fused kernel runs on these inputs."""
         return NHWC
+
+    def instead(self, error: Exception) -> AtenOps | None:
+        """PyTorch and cuDNN, for this process and device, with one warning."""
+        if not (self.cudnn and isinstance(error, self.kernels.KernelError)) or _capturing():
+            return None
+        if error.device not in FAILED:
+            FAILED[error.device] = str(error)
+            warnings.warn(
+                f"fastres goes on without its Triton kernels on {error.device}, by PyTorch's: "
+                f"{error}{_advice(error.__cause__)}",
+                stacklevel=2,
+            )
+        return CudnnOps()
 
     def setting(self) -> Hashable:
         return conv_precision()
@@ -220,3 +239,24 @@ _TRITON_NAMES: dict[type, str] = {
 
 def _is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=CHANNELS_LAST))
+
+
+_REMEDIES = {
+    "C compiler": "install gcc or clang and Python's headers",
+    "CalledProcessError": "install Python's headers (python3-dev) beside gcc",
+    "libcuda": "let ldconfig find the driver's libcuda.so, or set TRITON_LIBCUDA_PATH",
+    "ldconfig": "set TRITON_LIBCUDA_PATH to the folder of libcuda.so",
+    "PermissionError": "set TRITON_CACHE_DIR to a folder that can be written",
+    "OSError": "set TRITON_CACHE_DIR to a folder that can be written",
+    "ptxas": "install a Triton that knows this GPU, or set TRITON_PTXAS_PATH",
+}
+
+
+def _advice(cause: BaseException | None) -> str:
+    """What the user may do about a failure of Triton, as far as its cause is known."""
+    text = f"{type(cause).__name__}: {cause}"
+    return next((f"; {remedy}" for sign, remedy in _REMEDIES.items() if sign in text), "")
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -275,7 +275,7 @@ def _inputs(candidate: Candidate, device: torch.device) -> list[Tensor]:
     raw = isinstance(first, Conv2d) and first.in_channels <= 4
     found = []
     for name in candidate.group.inputs:
-        x = torch.randn(candidate.shapes[name], generator=generator)
+        x = torch.randn(candidate.shapes[name], generator=generator, device="cpu")
         x = (x if raw else x.relu()).to(device, candidate.dtype)
         found.append(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
     return found

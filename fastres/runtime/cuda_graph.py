@@ -51,6 +51,7 @@ class GraphRunner:
         self.limit = limit
         self.casts = casts
         self._whole = not executor.plan.fallbacks
+        self._ops = executor.ops
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
         self._seen: set[Key] = set()
         self._lock = RLock()
@@ -97,6 +98,11 @@ class GraphRunner:
         """As :meth:`Executor.refold`, once no call uses the old weights any more."""
         with self._lock:
             self._finish()
+            if (
+                self.executor.ops is not self._ops
+            ):  # a kernel failed: other weights
+                self._graphs.clear()
+                self._ops = self.executor.ops
             self.executor.refold(changed)
 
     def free(self) -> None:
@@ -205,7 +211,7 @@ def warm_up(
     """
     generator = torch.Generator().manual_seed(0)
     for shape in shapes:
-        x = torch.randn(*shape, generator=generator).to(device, dtype)
+        x = torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
         for _ in range(2):
             run(x)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class Executor:
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
         self._unfused = ungrouped(_relu_unfused(plan.steps))
         self._schedules: dict[Hashable, _Schedule] = {}
+        self._falling_back = Lock()
         self.folds = 0
         self.refold()
         self.plan = self._schedule(common_shapes(plan)).plan
@@ -171,14 +173,35 @@ class Executor:
             if observe is None
             else ungrouped(self.plan.steps)
         )
-        for group in groups:
-            if not (group.kernel and self._run_group(group, values)):
+        ops = self.ops
+        try:
+            for group in groups:
+                if not (group.kernel and self._run_group(group, values)):
+                    for step in group.steps:
+                        self._run_step(step, values, restore, observe)
                 for step in group.steps:
-                    self._run_step(step, values, restore, observe)
-            for step in group.steps:
-                for name in step.frees:
-                    values.pop(name, None)
+                    for name in step.frees:
+                        values.pop(name, None)
+        except RuntimeError as error:
+            if not self._fall_back(ops, error):
+                raise
+            return self.run(arguments, observe, contiguous)
         return substitute(self.plan.output, lambda name: restore(values[name]))
+
+    def _fall_back(self, ops: AtenOps, error: RuntimeError) -> bool:
+        """Go on with what ``ops`` names instead of itself, if anything.
+
+        The steps before the failure wrote to values of that run alone, so it can be repeated.
+        """
+        with self._falling_back:
+            if self.ops is ops:
+                plainer = ops.instead(error)
+                if plainer is None:
+                    return False
+                self.ops, self._prepared, self._prepared_groups = plainer, {}, {}
+                self.refold()
+                self._schedules.clear()
+        return True
 
     def plan_for(self, *shapes: Shape) -> Plan:
         """The plan with the kernel of each step for inputs of these shapes, one per parameter."""
