@@ -98,9 +98,7 @@ class GraphRunner:
         """As :meth:`Executor.refold`, once no call uses the old weights any more."""
         with self._lock:
             self._finish()
-            if (
-                self.executor.ops is not self._ops
-            ):  # a kernel failed: other weights
+            if self.executor.ops is not self._ops:  # a kernel failed: other weights
                 self._graphs.clear()
                 self._ops = self.executor.ops
             self.executor.refold(changed)

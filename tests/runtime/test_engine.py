@@ -201,6 +201,7 @@ def test_who_serves_the_cpu(dtype, name, monkeypatch):
 )
 def test_who_serves_cuda(backend, dtype, triton, name, monkeypatch):
     monkeypatch.setattr(select, "_has_triton", lambda: triton)
+    monkeypatch.setattr(select, "architecture_of", lambda device: "sm_90")
     if name == "triton":
         pytest.importorskip("triton")
     assert select_ops(backend, torch.device("cuda"), dtype).name == name

@@ -109,6 +109,7 @@ ROWS = {
     85: "Networks for torch.jit.script, traced by fx or for features: as torchvision's",
     86: "float64 detectors: right copies are admitted",
     87: "Calls that read memory order: they get PyTorch's",
+    88: "A kernel that cannot run on this GPU: under auto one warning and PyTorch's answer",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix

@@ -1,0 +1,225 @@
+"""A kernel that cannot run: under auto one warning and PyTorch's answer, else the error."""
+
+import copy
+import os
+import pwd
+import subprocess
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from fused import rms
+from helpers import adversarial_, real_images
+from tolerance import allowed_error
+
+pytest.importorskip("triton")
+
+from fastres.backends import kernel_choice, select, triton
+from fastres.graph import fold, plan, trace
+from fastres.kernels import KernelError, _common, conv2d
+from fastres.models.resnet import BasicBlock, ResNet
+from fastres.runtime import cuda_graph
+from fastres.runtime.executor import Executor
+
+pytestmark = pytest.mark.interpreter
+CAUSES = {  # what Triton 3.6 raises, and what the user is told to do about it
+    "no compiler": (RuntimeError("Failed to find C compiler. Please specify via CC"), "gcc"),
+    "no headers": (subprocess.CalledProcessError(1, ["gcc"]), "python3-dev"),
+    "no ldconfig": (FileNotFoundError("No such file: '/sbin/ldconfig'"), "TRITON_LIBCUDA_PATH"),
+    "no libcuda": (AssertionError("libcuda.so cannot found!"), "TRITON_LIBCUDA_PATH"),
+    "no cache": (PermissionError("Permission denied: '/.triton'"), "TRITON_CACHE_DIR"),
+    "disk full": (OSError(28, "No space left on device"), "TRITON_CACHE_DIR"),
+    "no ptxas": (RuntimeError("Cannot find ptxas"), "TRITON_PTXAS_PATH"),
+    "shared memory": (ValueError("out of resource: shared memory"), ""),
+    "a pass": (RuntimeError("PassManager::run failed"), ""),
+    "no message": (TypeError(), "no message"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forgets():
+    triton.FAILED.clear()
+    yield
+    triton.FAILED.clear()
+
+
+@pytest.fixture
+def breaks():
+    """``breaks(error, at)``: a host whose launches raise from the ``at``-th one on."""
+
+    def make(error, at=0):
+        before = _common.host(torch.device("cpu"))
+        launched = []
+
+        def run(kernel, *rest):
+            launched.append(kernel.__name__)
+            if len(launched) > at:
+                raise error
+            before.run(kernel, *rest)
+
+        return _common.hosted(replace(before, run=run))
+
+    return make
+
+
+def network():
+    return adversarial_(ResNet(BasicBlock, [1, 1], num_classes=8, planes=8, stem="cifar"))
+
+
+def executor(model, *, auto):
+    built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
+    return Executor(built, model, select.triton_ops(cudnn=auto), torch.float32)
+
+
+@torch.no_grad()
+def assert_right(made, model, x):
+    exact = copy.deepcopy(model).double()(x.double())
+    error = rms(model(x) - exact)
+    assert rms(made.run([x]) - exact) <= allowed_error(error, rms(exact), torch.float32)
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("cause", CAUSES)
+def test_any_cause_is_one_warning_and_the_right_answer(breaks, cause):
+    error, remedy = CAUSES[cause]
+    model, x = network(), real_images(2, 8)
+    made = executor(model, auto=True)
+    with breaks(error), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        assert_right(made, model, x)
+        assert_right(made, model, real_images(3, 8))
+        assert_right(executor(model, auto=True), model, x)  # another model fails and says nothing
+    told = [w for w in told if w.category is UserWarning]
+    assert len(told) == 1
+    assert "goes on without its Triton kernels on cpu" in str(told[0].message)
+    assert remedy in str(told[0].message)
+    assert not any("triton" in name for name in made.plan.kernels)
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("at", range(1, 7))
+def test_wherever_a_run_breaks_off_it_is_repeated_from_its_inputs(breaks, at):
+    model, x = network(), real_images(2, 8)
+    made, given = executor(model, auto=True), x.clone()
+    error = RuntimeError("Triton Error [CUDA]: invalid device function")
+    with breaks(error, at), pytest.warns(UserWarning, match="goes on without"):
+        assert_right(made, model, x)
+    assert torch.equal(x, given)
+
+
+@pytest.mark.fault(88)
+def test_new_weights_reach_what_goes_on(breaks):
+    model, x = network(), real_images(2, 8)
+    made = executor(model, auto=True)
+    with (
+        breaks(RuntimeError("Cannot find ptxas")),
+        pytest.warns(UserWarning, match="goes on without"),
+    ):
+        made.run([x])
+    adversarial_(model, seed=3)
+    made.refold()
+    assert_right(made, model, x)
+
+
+@pytest.mark.fault(88)
+def test_triton_that_was_asked_for_raises(breaks):
+    made = executor(network(), auto=False)
+    with breaks(RuntimeError("Failed to find C compiler")), pytest.raises(KernelError) as caught:
+        made.run([real_images(1, 8)])
+    assert "_kernel cannot run: RuntimeError: Failed to find C compiler" in str(caught.value)
+    assert not triton.FAILED
+
+
+@pytest.mark.fault(88)
+def test_memory_that_runs_out_is_torchs_error(breaks):
+    made = executor(network(), auto=True)
+    with breaks(torch.OutOfMemoryError("full")), pytest.raises(torch.OutOfMemoryError):
+        made.run([real_images(1, 8)])
+    assert made.ops.name == "triton"
+
+
+@pytest.mark.fault(88)
+def test_wrong_arguments_are_no_failure_of_a_kernel():
+    made = executor(network(), auto=True)
+    with pytest.raises(ValueError, match="channels"):
+        made.run([torch.ones(1, 5, 8, 8)])
+    assert made.ops.name == "triton"
+
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [
+        ("sm_75", "cudnn"),
+        ("sm_80", "triton"),
+        ("sm_86", "triton"),
+        ("sm_90", "triton"),
+        ("sm_120", "triton"),
+        ("sm_130", "cudnn"),
+        ("gfx942", "triton"),
+        ("gfx1100", "cudnn"),
+    ],
+)
+def test_auto_takes_triton_where_a_table_knows_the_gpu(monkeypatch, architecture, name):
+    monkeypatch.setattr(select, "architecture_of", lambda device: architecture)
+    assert select.select_ops("auto", CUDA, torch.float16).name == name
+    assert select.select_ops("triton", CUDA, torch.float16).name == "triton"
+    triton.FAILED[CUDA] = "a kernel failed"
+    assert select.select_ops("auto", CUDA, torch.float16).name == "cudnn"
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize("error", [AttributeError("no jit"), OSError("libtriton"), ImportError()])
+def test_a_broken_triton_is_one_warning_under_auto(monkeypatch, error):
+    def broken(**_):
+        raise error
+
+    select._warn_of_triton.cache_clear()
+    monkeypatch.setattr(select, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(select, "triton_ops", broken)
+    with pytest.warns(UserWarning, match="triton cannot be imported") as told:
+        names = [select.select_ops("auto", CUDA, torch.float16).name for _ in range(2)]
+    assert (names, len(told)) == (["cudnn", "cudnn"], 1)
+    with pytest.raises(type(error)):
+        select.select_ops("triton", CUDA, torch.float16)
+
+
+@pytest.mark.fault(88)
+def test_an_unknown_user_without_a_home_has_no_measurements(monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME", "FASTRES_TUNED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert os.path.expanduser("~") == "~"
+    assert kernel_choice.load(kernel_choice.cache_path(), lambda: "a GPU") == {}
+
+
+@pytest.mark.fault(88)
+@pytest.mark.parametrize(
+    ("dtype", "wanted"),
+    [(torch.float16, "ieee"), (torch.bfloat16, "ieee"), (torch.float32, "tf32")],
+)
+def test_tf32_is_a_matter_of_float32(integers, dtype, wanted):
+    given, before = [], _common.host(torch.device("cpu"))
+
+    def run(kernel, grid, args, meta):
+        given.append(meta["PRECISION"])
+        before.run(kernel, grid, args, meta)
+
+    with _common.hosted(replace(before, run=run)):
+        conv2d(
+            integers(1, 8, 4, 4, dtype=dtype), integers(8, 8, 1, 1, dtype=dtype), precision="tf32"
+        )
+    assert given == [wanted]
+
+
+@pytest.mark.fault(88)
+def test_a_default_device_is_not_where_random_numbers_come_from():
+    given = []
+    with torch.device("meta"):
+        cuda_graph.warm_up(given.append, [(2, 3, 4, 4)], torch.device("cpu"), torch.float32)
+    assert all(x.isfinite().all() for x in given)
+    assert given
