@@ -70,6 +70,8 @@ HARMLESS = {
     "bulk wait": "another wait follows before what the store reads is written again",
     "predicate of a load": "its address is clamped into the tensor, and what is computed from it "
     "lies beyond the edge, where nothing is stored",
+    "predicate of a bulk copy": "all threads store the box that one should, the same bytes, and "
+    "all wait for it",
     "size of a copy": "its address is clamped into the tensor, and the other operand is zero "
     "there, or what is computed from it lies beyond the edge",
 }

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from .test_kernels import sweep
-
 pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
@@ -49,7 +47,6 @@ def test_each_is_exact_and_a_broken_one_is_noticed():
     assert passed(*ALL[:2], only=SAMPLE) == 3
 
 
-@sweep
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_all_are_exact_and_all_broken_are_noticed():
     assert passed(*ALL) >= 150
