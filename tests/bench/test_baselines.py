@@ -71,6 +71,7 @@ def test_half_precision_that_a_runtime_lacks_is_a_reason(model, images):
         BASELINES["onnxruntime"].build(model, torch.bfloat16, images[0])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["onnxruntime", "inductor freezing"])
 def test_other_compilers_are_right_in_float32(model, images, name):

@@ -85,6 +85,7 @@ def test_no_kernel_is_tuned_by_timing(path):
     assert not names & {"autotune", "Autotuner", "do_bench", "perf_counter", "elapsed_time"}
 
 
+@pytest.mark.sweep
 @pytest.mark.fault(29)
 @pytest.mark.interpreter
 @pytest.mark.slow

@@ -95,6 +95,7 @@ def test_a_fastres_that_does_not_run_is_a_failed_check(monkeypatch, without_inte
     assert found.cases == ()
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_the_kernels_read_digits_in_a_process_of_their_own():

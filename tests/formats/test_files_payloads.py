@@ -189,6 +189,7 @@ def use(model, images):
     return wanted
 
 
+@pytest.mark.sample(2)
 @pytest.mark.fault(64)
 @pytest.mark.parametrize("form", PAYLOADS)
 def test_a_payload_in_every_string_alone_does_not_run(form, good, unharmed):
@@ -207,6 +208,7 @@ def test_a_payload_in_every_string_alone_does_not_run(form, good, unharmed):
     assert count > 400
 
 
+@pytest.mark.sample(2)
 @pytest.mark.fault(64)
 @pytest.mark.parametrize("form", PAYLOADS)
 def test_a_payload_in_all_places_of_a_string_does_not_run(form, good, unharmed):

@@ -46,6 +46,7 @@ def test_a_right_copy_whose_reference_happens_to_be_exact_is_admitted(seed):
     assert found.rms <= 1e-4 * found.scale
 
 
+@pytest.mark.sample(3)
 @pytest.mark.fault(45)
 @pytest.mark.slow
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ def matched(a, b):
 NAMES = ["ssdlite", *CLASSES]
 
 
+@pytest.mark.sample(3)
 @pytest.mark.fault(84)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
@@ -110,6 +111,7 @@ def test_float32_detectors_find_the_sources_boxes(name, images):
         assert min(matched(want, got), matched(got, want)) > 0.9
 
 
+@pytest.mark.sample(3)
 @pytest.mark.fault(86)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)

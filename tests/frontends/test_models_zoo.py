@@ -22,6 +22,7 @@ def lighter(model: nn.Module) -> nn.Module:
     return model
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_copy_is_the_sources_function(case):
     """In float64, so that rounding hides nothing and a detector's order of boxes is certain."""

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from fastres import errors
 from fastres.models import checkpoint, digits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ASSET = ROOT / "fastres" / "assets" / "digits.safetensors"
 
 

@@ -51,6 +51,7 @@ def assert_equal_states(ours, theirs):
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_seeded_state_equals_torchvisions(name):
     ours, theirs = seeded_pair(name)

@@ -90,6 +90,7 @@ def test_odd_and_oblong_images(size):
     assert_fused(model, x.contiguous(memory_format=torch.channels_last))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.fault(3)
 @pytest.mark.interpreter
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (13, 6), (2, 17)], ids=str)

@@ -16,7 +16,7 @@ import fastres
 from fastres import cli, files
 from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import ungrouped
-from fastres.perf import forecast, roofline, timing
+from fastres.perf import clocks, forecast, roofline, timing
 from fastres.perf.timing import Method, Samples
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
@@ -53,7 +53,16 @@ add("Method: negative seconds", lambda: Method(budget=-1.0))
 add("Samples: none", lambda: Samples(()).quantile(0.5))
 add("measure: nothing to time", lambda: measure({}))
 add("measure: a baseline that is not there", lambda: measure({"a": torch.sin}, baseline="b"))
-add("measure: work outside of the stream", lambda: timing._refuse_missed_work(0.001, 2.0))
+
+
+@case("measure: work outside of the stream")
+def _() -> None:
+    with (
+        mock.patch.object(torch.cuda, "synchronize"),
+        mock.patch.object(clocks, "event_seconds", return_value=([0.001], None)),
+        mock.patch.object(clocks.time, "perf_counter", side_effect=[0.0, 2.0]),
+    ):
+        clocks._cuda_sample(torch.sin, [])
 
 
 @case("Comparison: a contender that is not there")
