@@ -75,7 +75,7 @@ class _Cuda:
     device = graph = staticmethod(lambda *_, **__: contextlib.nullcontext())
     current_stream = stream = staticmethod(lambda *_: _STREAM)
     is_current_stream_capturing = staticmethod(lambda: False)
-    init = graph_pool_handle = staticmethod(lambda: None)
+    init = graph_pool_handle = empty_cache = staticmethod(lambda: None)
 
 
 class _Torch:

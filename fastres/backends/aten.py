@@ -124,8 +124,8 @@ class AtenOps:
         """The name of what computes a group, for the plan's table."""
         return f"{self.name} {group.kernel}"
 
-    def workspace_held(self, device: torch.device) -> AbstractContextManager[Any]:
-        """Workspace that the calls inside share, handed out to be kept as long as they run."""
+    def workspace_held(self, device: torch.device, held: Any = None) -> AbstractContextManager[Any]:
+        """Workspace that the calls inside share: ``held``, or new, to be kept while they run."""
         return nullcontext()
 
     def kernel_name(self, op: Operation) -> str:

@@ -140,8 +140,8 @@ class TritonOps(AtenOps):
         return self.by_name[group.kernel].label(group)
 
     @contextmanager
-    def workspace_held(self, device: torch.device) -> Iterator[Any]:
-        self._held.workspace = self.kernels.new_workspace(device)
+    def workspace_held(self, device: torch.device, held: Any = None) -> Iterator[Any]:
+        self._held.workspace = self.kernels.new_workspace(device) if held is None else held
         try:
             yield self._held.workspace
         finally:

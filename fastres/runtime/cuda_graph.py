@@ -7,6 +7,7 @@ the end of the last one's copy-out, on whatever stream that was, and because the
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -40,12 +41,13 @@ class GraphRunner:
 
     Args:
         executor: a plan with weights, with one image tensor in; any nest of tensors out.
-        limit: graphs kept; the least recently used one goes first.
+        limit: graphs kept. Beyond them a shape gets one for the least recently used only when it
+            comes a second time before that is used again: shapes in turn capture nothing anew.
         casts: dtype of images that are taken as well as those in the executor's own.
     """
 
     def __init__(
-        self, executor: Executor, limit: int = 8, casts: torch.dtype | None = None
+        self, executor: Executor, limit: int = 64, casts: torch.dtype | None = None
     ) -> None:
         self.executor = executor
         self.limit = limit
@@ -53,7 +55,10 @@ class GraphRunner:
         self._whole = not executor.plan.fallbacks
         self._ops = executor.ops
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
-        self._seen: set[Key] = set()
+        self._asked: dict[Key, int] = {}  # the last call with each, counted
+        self._calls = 0
+        self._without: set[Key] = set()  # those whose graphs do not fit the memory
+        self._space: Any = None  # one workspace for all graphs, as their calls take turns
         self._lock = RLock()
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
@@ -81,14 +86,41 @@ class GraphRunner:
 
     def _run(self, x: Tensor) -> Any:
         key = _key(x)
+        before = self._ask(key)
         entry = self._graphs.get(key)
-        if entry is None and (key not in self._seen or not self._capturable(x)):
-            self._remember(key)
-            return self.executor.run([self._cast(x)])
+        if entry is None and self._capturable(x) and self._is_worth(key, before):
+            entry = self._try_capture(key, x)
         if entry is None:
-            entry = self._capture(key, x)
+            return self.executor.run([self._cast(x)])
         self._graphs.move_to_end(key)
         return self._replay(entry, x)
+
+    def _ask(self, key: Key) -> int:
+        """Count a call; the number of the last one with this key, 0 if there was none."""
+        if len(self._asked) > 64 * self.limit:
+            self._asked = {kept: self._asked[kept] for kept in self._graphs}
+        self._calls += 1
+        before, self._asked[key] = self._asked.get(key, 0), self._calls
+        return before
+
+    def _is_worth(self, key: Key, before: int) -> bool:
+        """Whether a key that has no graph should get one, for the oldest of them if need be."""
+        if not before or key in self._without:
+            return False
+        return len(self._graphs) < self.limit or before > self._asked[next(iter(self._graphs))]
+
+    def _try_capture(self, key: Key, x: Tensor) -> _Captured | None:
+        try:
+            return self._capture(key, x)
+        except torch.OutOfMemoryError:
+            self._without.add(key)
+            torch.cuda.empty_cache()
+            warnings.warn(
+                f"fastres runs images of shape {tuple(x.shape)} without a CUDA graph, "
+                "for which the GPU's memory does not suffice",
+                stacklevel=2,
+            )
+            return None
 
     def has_graph(self, x: Tensor) -> bool:
         """Whether a call with ``x`` replays a graph that exists already."""
@@ -108,18 +140,14 @@ class GraphRunner:
         with self._lock:
             self._finish()
             self._graphs.clear()
-            self._seen.clear()
-            self._pool = self._stream = None
+            self._asked.clear()
+            self._without.clear()
+            self._pool = self._stream = self._space = None
 
     def _capturable(self, x: Tensor) -> bool:
         if x.device.type != "cuda" or x.numel() == 0 or not self._whole:
             return False
         return not _is_capturing()
-
-    def _remember(self, key: Key) -> None:
-        if len(self._seen) > 64 * self.limit:
-            self._seen.clear()
-        self._seen.add(key)
 
     def _capture(self, key: Key, x: Tensor) -> _Captured:
         if len(self._graphs) >= self.limit:
@@ -145,6 +173,7 @@ class GraphRunner:
             ):
                 output = self.executor.run([source], contiguous=contiguous)
             torch.cuda.current_stream().wait_stream(stream)
+        self._space = workspace
         self._graphs[key] = _Captured(graph, source, output, workspace)
         return self._graphs[key]
 
@@ -158,8 +187,8 @@ class GraphRunner:
         return torch.empty_like(x, dtype=dtype, memory_format=order).copy_(x)
 
     def _workspace(self, x: Tensor) -> AbstractContextManager[Any]:
-        """Memory of the graph's own, so that its kernels need not clear any."""
-        return self.executor.ops.workspace_held(x.device)
+        """Memory of the graphs' own, so that their kernels need not clear any."""
+        return self.executor.ops.workspace_held(x.device, self._space)
 
     def _replay(self, entry: _Captured, x: Tensor) -> Any:
         entry.source.copy_(x)

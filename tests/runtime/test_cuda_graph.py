@@ -153,6 +153,57 @@ def test_models_in_threads_capture_one_after_the_other(runner_class, monkeypatch
     assert most == [1, 1, 1, 1]
 
 
+@pytest.fixture
+def captures(runner_class, monkeypatch):
+    """The shapes that runners have captured."""
+    found, capture = [], runner_class._capture
+
+    def recorded(self, key, x):
+        found.append(x.shape[0])
+        return capture(self, key, x)
+
+    monkeypatch.setattr(runner_class, "_capture", recorded)
+    return found
+
+
+@pytest.mark.fault(24)
+def test_more_shapes_in_turn_than_graphs_capture_nothing_anew(runner_class, captures):
+    model = small()
+    runner = runner_class(executor(model), limit=3)
+    images = [torch.randn(n, 3, 8, 8) for n in range(1, 6)]
+    with torch.no_grad():
+        for _ in range(5):
+            for x in images:
+                runner(x)
+        assert captures == [1, 2, 3]
+        assert [shape[0] for shape in runner.shapes] == [1, 2, 3]
+        for _ in range(2):
+            runner(images[4])
+    assert captures == [1, 2, 3, 5], "twice on end is more often than the oldest graph"
+    assert [shape[0] for shape in runner.shapes] == [2, 3, 5]
+
+
+@pytest.mark.fault(20)
+def test_memory_that_runs_out_in_a_capture_means_steps_one_by_one(runner_class, monkeypatch):
+    model, x = small(), torch.randn(2, 3, 8, 8)
+    runner = runner_class(executor(model))
+    tried = []
+
+    def full(*_):
+        tried.append(1)
+        raise torch.OutOfMemoryError("no room for the graph")
+
+    monkeypatch.setattr(runner, "_source", full)
+    with torch.no_grad():
+        first = runner(x)
+        with pytest.warns(UserWarning, match=r"shape \(2, 3, 8, 8\) without a CUDA graph"):
+            second = runner(x)
+        assert torch.equal(runner(x), first)
+    assert torch.equal(second, first)
+    assert tried == [1], "it is not tried again at every call"
+    assert not runner.shapes
+
+
 def test_a_forked_child_is_told_to_spawn(monkeypatch):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
     with pytest.raises(RuntimeError, match="forked subprocess.*'spawn'"):
