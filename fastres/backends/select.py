@@ -114,7 +114,9 @@ def _suits_triton(device: torch.device) -> bool:
 def _triton_or_cudnn() -> AtenOps:
     """The Triton backend, or PyTorch's operators where the package is broken, with one warning."""
     try:
-        return triton_ops(cudnn=True)
+        ops = triton_ops(cudnn=True)
+        ops.falls_back = True
+        return ops
     except ValueError:  # of FASTRES_KERNELS
         raise
     except Exception as error:

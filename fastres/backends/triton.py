@@ -33,15 +33,18 @@ class TritonOps(AtenOps):
     """fastres' own kernels: CUDA, or CPU tensors under Triton's interpreter.
 
     Args:
-        cudnn: whether cuDNN and PyTorch may serve instead: a convolution where that was measured to
-            be faster, everything once a kernel has failed.
+        cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
         selector: what decides between kernels; by default what is in force on the device.
+
+    Attributes:
+        falls_back: whether cuDNN and PyTorch go on once a kernel cannot run; else that is an error.
 
     Raises:
         BackendError: there is no Triton.
     """
 
     name = "triton"
+    falls_back = False
     fused: ClassVar[tuple[FusedKernel, ...]] = FUSED_KERNELS
 
     def __init__(self, *, cudnn: bool = False, selector: KernelSelector | None = None) -> None:
@@ -50,7 +53,6 @@ class TritonOps(AtenOps):
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
-        self.cudnn = cudnn
         self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
         self.selector = selector
         self._held = threading.local()
@@ -109,7 +111,9 @@ class TritonOps(AtenOps):
 
     def instead(self, error: Exception) -> AtenOps | None:
         """PyTorch and cuDNN, for this process and device, with one warning."""
-        if not (self.cudnn and isinstance(error, self.kernels.KernelError)) or _capturing():
+        if not isinstance(error, self.kernels.KernelError):
+            return None
+        if not self.falls_back or _capturing():
             return None
         if error.device not in FAILED:
             FAILED[error.device] = str(error)

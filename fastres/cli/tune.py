@@ -83,6 +83,8 @@ def tune(
 def _trials(
     network: torch.nn.Module, shapes: list[tuple[int, int, int, int]], kinds: list[torch.dtype]
 ) -> list[Candidate]:
+    import torch
+
     from ..backends.triton import TritonOps
     from ..graph.plan import of_module
     from ..perf.autotune import candidates_of
@@ -92,7 +94,7 @@ def _trials(
         candidate
         for kind in kinds
         for shape in shapes
-        for candidate in candidates_of(whole, shape, ops, kind)
+        for candidate in candidates_of(whole, shape, ops, kind, torch.device("cpu"))
     ]
     return [candidate for candidate in found if len(candidate.kernels) > 1]
 

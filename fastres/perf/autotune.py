@@ -61,18 +61,23 @@ class Candidate:
 
 
 def candidates_of(
-    whole: Plan, shape: Shape, ops: TritonOps, dtype: torch.dtype
+    whole: Plan,
+    shape: Shape,
+    ops: TritonOps,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Candidate, ...]:
     """The distinct pieces of a plan on which a kernel has to be chosen, small ones first.
 
     Args:
         whole: the network's.
         shape: (N, C, H, W) of its images.
+        device: where the kernels must be able to run; on a CPU all are listed.
     """
     shapes = {name: s for name, s in whole.shapes(shape).items() if s is not None}
     math_mode = conv_precision() if dtype is torch.float32 else "half"
     found: dict[str, Candidate] = {}
-    options = ops.candidates(whole, dtype, torch.device("cpu"))
+    options = ops.candidates(whole, dtype, device)
     in_question = {step.name for group in options for step in group.steps}
     single = [g for g in ungrouped(whole.steps) if g.steps[0].name in in_question]
     for group in (*single, *sorted(options, key=lambda g: len(g.steps))):
@@ -150,7 +155,8 @@ def tune(
             title = f"batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
             tell = progress(title) if progress else None
             session = _Session(module, device, clock or _gpu_seconds)
-            found = session.run(candidates_of(whole, shape, TritonOps(cudnn=True), dtype), tell)
+            pieces = candidates_of(whole, shape, TritonOps(cudnn=True), dtype, device)
+            found = session.run(pieces, tell)
             store(path, machine(device), _by_case(found))
             results += found
     return Tuned(machine(device), str(path), tuple(results))
@@ -202,6 +208,8 @@ class _Session:
                 try:
                     executor = self._executor(candidate, kernel)
                     wrong = _judge(executor.run(inputs), exact, error, candidate.dtype)
+                    if kernel not in (DEFAULT, UNFUSED) and not _ran(kernel, executor):
+                        wrong = "does not take these sizes here"
                     if wrong:
                         excluded[kernel] = wrong
                         continue
@@ -259,6 +267,11 @@ class _Upcast:
     def __call__(self, step: Step) -> Weights:
         weight, bias = fold_step(step.op, lambda path: attribute(self.module, path), self.dtype)
         return weight.double(), None if bias is None else bias.double()
+
+
+def _ran(kernel: str, executor: Executor) -> bool:
+    """Whether this kernel ran the piece: an executor goes on without one that does not take it."""
+    return any(kernel in name.lower() for name in executor.plan.kernels)
 
 
 def _piece(group: FusionGroup) -> Plan:

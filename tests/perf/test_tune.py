@@ -52,7 +52,9 @@ def run(cheap, model=None, batch=2, **kwargs):
 
 
 def test_equal_pieces_are_tried_once_and_small_ones_first():
-    found = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)
+    found = candidates_of(
+        of_module(network()), (2, 3, 8, 8), TritonOps(), HALF, torch.device("cpu")
+    )
     keys = [candidate.workload.key for candidate in found]
     assert len(keys) == len(set(keys))
     lengths = [len(candidate.group.steps) for candidate in found]
@@ -155,7 +157,9 @@ def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
     made = autotune._inputs
     monkeypatch.setattr(autotune, "_inputs", lambda candidate, device: made(candidate, CPU))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
-    candidate = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF)[0]
+    candidate = candidates_of(
+        of_module(network()), (2, 3, 8, 8), TritonOps(), HALF, torch.device("cpu")
+    )[0]
     session = autotune._Session(network(), torch.device("cuda"), lost)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         session._measure(candidate)

@@ -69,7 +69,8 @@ def network():
 
 def executor(model, *, auto):
     built = plan.build(fold.fold(trace.trace(model, "_forward_impl")))
-    return Executor(built, model, select.triton_ops(cudnn=auto), torch.float32)
+    ops = select._triton_or_cudnn() if auto else select.triton_ops()
+    return Executor(built, model, ops, torch.float32)
 
 
 @torch.no_grad()
