@@ -165,6 +165,16 @@ def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
         session._measure(candidate)
 
 
+def test_a_kernel_that_did_not_run_gets_no_time(monkeypatch):
+    """The executor goes on without one that does not take the piece: conv2d's time is not its."""
+    found = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF, CPU)
+    candidate = next(c for c in found if "gemm" in c.kernels)
+    monkeypatch.setattr(TritonOps, "_supports", lambda self, group, *_: group.kernel != "gemm")
+    measured = autotune._Session(network(), CPU, lambda _: 1e-6)._measure(candidate)
+    assert "gemm" not in measured.seconds
+    assert measured.excluded == {"gemm": "does not take these sizes here"}
+
+
 def test_nan_is_wrong(tuned_file, monkeypatch):
     gemm = kernels.gemm.gemm
     monkeypatch.setattr(kernels.gemm, "gemm", lambda *a, **k: gemm(*a, **k) * float("nan"))
