@@ -30,6 +30,7 @@ from .copies import PLACE, TensorMap
 from .global_memory import Memory
 from .launch import launch
 from .machine import Fault
+from .parse import Unknown
 
 TARGETS = {
     "sm_80": ((8, 0), 108, 163 * 1024),
@@ -69,7 +70,8 @@ class Gpu:
 
     def host(self, early: bool = False) -> _common.Host:
         capability, sms, shared = TARGETS[self.target]
-        return _common.Host(capability, sms, shared, self.run, early=early)
+        findings = (Fault, Unknown)
+        return _common.Host(capability, sms, shared, self.run, early=early, findings=findings)
 
     def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta)

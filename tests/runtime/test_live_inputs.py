@@ -9,7 +9,7 @@ from torch import nn
 
 from fastres import FastresError, ResNet
 from fastres.backends import select
-from fastres.runtime import executor
+from fastres.errors import InputError
 
 CHANNELS_LAST = torch.channels_last
 
@@ -143,14 +143,14 @@ def test_images_smaller_than_a_window():
     model.conv1 = nn.Conv2d(3, 8, 7, bias=False).eval()
     assert_fused(model, images(2, 7))
     message = r"image is too small: input \(2, 3, 6, 6\) leaves \(0, 0\) pixels at conv1"
-    with torch.no_grad(), pytest.raises(executor.InputError, match=message):
+    with torch.no_grad(), pytest.raises(InputError, match=message):
         model(images(2, 6))
 
 
 @pytest.mark.fault(22)
 def test_weights_elsewhere():
     model = small().to("meta")
-    with torch.no_grad(), pytest.raises(executor.InputError, match="x must be on meta.*got cpu"):
+    with torch.no_grad(), pytest.raises(InputError, match="x must be on meta.*got cpu"):
         model(images())
     assert_fused(adversarial_again(model), images())
 
