@@ -144,6 +144,7 @@ def test_the_sdist_holds_the_kernels_once_where_pyproject_says(built):
     assert "fastres/bench/report.html.jinja" in names
 
 
+@pytest.mark.sweep
 @pytest.mark.fault(78)
 @pytest.mark.slow
 def test_the_tests_of_the_sdist_run(built, tmp_path):

@@ -79,7 +79,7 @@ SERVED = {
 def test_one_kernel_at_a_time(kernel, batch, device):
     network, dtype, launched, times = SERVED[kernel]
     model = network().to(device)
-    x = real_images(batch, 32).to(device, dtype)
+    x = real_images(batch, 20 if kernel == "stem" else 32).to(device, dtype)
     made = executor(model, dtype, kernel, device=device)
     LAUNCHES.clear()
     assert_right(made, model, x)
@@ -91,6 +91,7 @@ def test_one_kernel_at_a_time(kernel, batch, device):
     )
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_hwnc_stays_inside_and_gives_the_sources_layout_back(device):
     """The layout is the network's own affair: outputs have the strides of the source's."""
@@ -166,6 +167,7 @@ def test_experimental_kernels_bring_their_layout_where_they_can_run(device, monk
     assert chosen(bottlenecks(), "b2b_gemm") == {block: 0, conv: 0}
 
 
+@pytest.mark.sweep
 def test_experimental_kernels_are_loaded_only_where_they_are_named():
     """Neither the package of kernels nor an ordinary network imports them."""
     use = (
@@ -185,7 +187,7 @@ def test_experimental_kernels_are_loaded_only_where_they_are_named():
 FLAT = "stem,head,gemm"
 NETWORKS = [
     pytest.param("resnet18", 32, FLAT, 11, id="resnet18"),
-    pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc"),
+    pytest.param("resnet18", 32, f"{FLAT},conv2d_hwnc", 0, id="resnet18-hwnc", marks=SWEEP),
     pytest.param("resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm", 8, id="resnet50", marks=SWEEP),
     pytest.param(
         "resnet50", 64, f"{FLAT},dual_gemm,b2b_gemm,conv2d_hwnc", 0, id="resnet50-hwnc", marks=SWEEP

@@ -102,6 +102,7 @@ def test_calibration_leaves_mode_and_momentum_as_they_were():
     assert built.bn1.momentum == 0.1
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_the_deepest_network_stays_inside_half_precision():
     """Untouched, ResNet-152 in eval mode reaches 4e8 and is infinite in float16."""

@@ -104,6 +104,7 @@ def test_dicts_views_and_broadcasts(images, layout):
         assert [t.stride() for t in found.values()] == strides
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_inductor(images):

@@ -29,6 +29,7 @@ TINY = Setting(CPU, tiny=True)
 CHEAP = ("ceilings", "gemm", "b2b_gemm", "split", "launches", "head", "repeats")
 
 
+@pytest.mark.sweep
 @pytest.mark.slow
 def test_the_dry_run_prints_the_plan_and_checks_tiny_shapes():
     script = Path(kernels_gpu.__file__)

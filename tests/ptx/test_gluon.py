@@ -28,7 +28,18 @@ def passed(*tests: str, only: str = "") -> int:
     """How many passed; none may fail."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--sweep", "-k", only, *tests],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--sweep",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            only,
+            *tests,
+        ],
         env=environment | {"FASTRES_PTX": "sm_90", "CUDA_VISIBLE_DEVICES": ""},
         cwd=TESTS,
         capture_output=True,
