@@ -67,7 +67,7 @@ test: $(READY)
 	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) $(PYTEST_ARGS)
 
 sweep: $(READY)
-	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) --sweep -m sweep $(PYTEST_ARGS)
+	$(TEST_ENV) $(RUN) -m pytest -q $(PARALLEL) --sweep -m sweep --ignore tests/ptx $(PYTEST_ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff format --check .
