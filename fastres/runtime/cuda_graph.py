@@ -85,6 +85,10 @@ class GraphRunner:
                 self._mark()
 
     def _run(self, x: Tensor) -> Any:
+        if self.executor.ops is not self._ops:
+            # A kernel failed and others go on: the weights that graphs read by address are gone.
+            self.free()
+            self._ops = self.executor.ops
         key = _key(x)
         before = self._ask(key)
         entry = self._graphs.get(key)
@@ -130,9 +134,6 @@ class GraphRunner:
         """As :meth:`Executor.refold`, once no call uses the old weights any more."""
         with self._lock:
             self._finish()
-            if self.executor.ops is not self._ops:  # a kernel failed: other weights
-                self._graphs.clear()
-                self._ops = self.executor.ops
             self.executor.refold(changed)
 
     def free(self) -> None:

@@ -183,6 +183,26 @@ def test_more_shapes_in_turn_than_graphs_capture_nothing_anew(runner_class, capt
     assert [shape[0] for shape in runner.shapes] == [2, 3, 5]
 
 
+@pytest.mark.fault(88)
+def test_graphs_go_with_the_kernels_that_they_hold(runner_class, monkeypatch):
+    """What was captured reads weights by address, which are freed when others go on."""
+
+    def fails(*_):
+        raise RuntimeError("a kernel cannot run")
+
+    made = executor(small())
+    runner, x = runner_class(made), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            expected = runner(x).clone()
+        assert runner.has_graph(x)
+        monkeypatch.setattr(made.ops, "instead", lambda error: select.AtenOps())
+        monkeypatch.setattr(made.ops, "conv", fails)
+        runner(torch.randn(3, 3, 8, 8))
+        torch.testing.assert_close(runner(x), expected)
+    assert runner.shapes == ()
+
+
 @pytest.mark.fault(20)
 def test_memory_that_runs_out_in_a_capture_means_steps_one_by_one(runner_class, monkeypatch):
     model, x = small(), torch.randn(2, 3, 8, 8)
