@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import (
-    check_contiguous,
-    describe,
-)
+from ._common import check_contiguous, describe
 from ._config import ProblemSize, TileConfig, gpu_of, split_elements
 
 WORKSPACE_COUNTS = tl.constexpr(4096)  # the most tiles whose reduction can be split

@@ -45,19 +45,13 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
         "pixel_shuffle pixel_unshuffle",
     ),
 }
-
-
 METHODS = _words(
     """add add_ sub sub_ mul mul_ div div_ neg pow exp sqrt sigmoid sigmoid_ tanh relu relu_ clamp
     clamp_ clamp_min mean sum max min amax amin size dim numel view view_as reshape flatten permute
     transpose t contiguous expand expand_as repeat squeeze unsqueeze chunk split unbind narrow
     softmax log_softmax matmul bmm to float half bfloat16 double type_as masked_fill"""
 )
-
-
 ATTRIBUTES = _words("shape ndim dtype device T mT")
-
-
 MODULES = _words(
     """AdaptiveAvgPool2d AdaptiveMaxPool2d AvgPool2d BatchNorm1d BatchNorm2d ConstantPad2d Conv1d
     Conv2d ConvTranspose2d Dropout ELU Flatten GELU GroupNorm Hardsigmoid Hardswish Hardtanh
@@ -65,11 +59,7 @@ MODULES = _words(
     ReflectionPad2d ReLU ReLU6 ReplicationPad2d SiLU Sigmoid Softmax Softplus Tanh Upsample
     UpsamplingBilinear2d UpsamplingNearest2d ZeroPad2d"""
 )
-
-
 NAMES = {id(function): name for name, function in reversed(FUNCTIONS.items())}
-
-
 OPERATIONS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
@@ -85,26 +75,16 @@ OPERATIONS: dict[str, type] = {
         ir.Call,
     )
 }
-
-
 PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize}
-
-
 SPECIAL = (torch.dtype, torch.memory_format, torch.device)
-
-
 CONSTANTS = {
     (kind.__name__, str(value).removeprefix("torch.")): value
     for value in vars(torch).values()
     for kind in SPECIAL[:2]
     if isinstance(value, kind)
 }
-
-
 WORDS = _words(
     """zeros reflect replicate circular same valid nearest nearest-exact linear bilinear bicubic
     trilinear none tanh NCHW NHWC"""
 )  # that layers' arguments may be
-
-
 DEVICE = re.compile(r"(cpu|cuda|mps|xpu)(:[0-9]{1,3})?")

@@ -63,7 +63,7 @@ def opaque_reason(module: nn.Module) -> str | None:
     return None
 
 
-_ASSIGNMENTS = (
+ASSIGNMENTS = (
     operator.setitem,
     operator.iadd,
     operator.isub,
@@ -83,10 +83,10 @@ _ASSIGNMENTS = (
 
 def from_fx(module: nn.Module, recorded: fx.Graph) -> Graph:
     """A program that torch.fx or Dynamo recorded; ``module`` owns what its get_attr nodes name."""
-    return _GraphBuilder(module, recorded, None, {}).run()
+    return GraphBuilder(module, recorded, None, {}).run()
 
 
-class _GraphBuilder:
+class GraphBuilder:
     """Turns torch.fx nodes into typed nodes and keeps track of which values may share memory."""
 
     def __init__(
@@ -158,7 +158,7 @@ class _GraphBuilder:
         if node.op == "get_attr":
             return "constant or parameter", False
         found = self._of_main_dtype(from_function(node, self._constant))
-        return found or f"{_label(node)} is not fused", _mutates(node)
+        return found or f"{_label(node)} is not fused", is_mutating(node)
 
     def _of_main_dtype(self, found: list[Operation] | None) -> list[Operation] | str | None:
         """What is computed in the dtype of most weights, or why it is left; the engine has one."""
@@ -172,7 +172,7 @@ class _GraphBuilder:
     def _writes_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return _is_inplace(self.modules[str(node.target)])
-        return _mutates(node)
+        return is_mutating(node)
 
     def _keep_layout_for_views(self, index: int, node: fx.Node) -> None:
         """A write must reach the caller and all views, none of which may be a reordered copy."""
@@ -373,7 +373,7 @@ def has_unknown_effect(node: fx.Node) -> bool:
     """Whether a function whose result nobody reads was called for something that is not known."""
     if node.op != "call_function" or node.users:
         return False
-    return not _mutates(node) and node.target not in _ASSERTIONS
+    return not is_mutating(node) and node.target not in _ASSERTIONS
 
 
 def _is_constant(op: Operation) -> bool:
@@ -404,14 +404,14 @@ def _only_first_argument(node: fx.Node) -> bool:
     return len(node.args) == 1 and not node.kwargs
 
 
-def _mutates(node: fx.Node) -> bool:
+def is_mutating(node: fx.Node) -> bool:
     """Whether a function or method writes into its first operand."""
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace") is True:
         return True
     if node.op == "call_method":
         name = str(node.target)
         return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    if node.target in _ASSIGNMENTS:
+    if node.target in ASSIGNMENTS:
         return True
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._schema.is_mutable

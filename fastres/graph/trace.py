@@ -19,10 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FastresError
 from .effects import hook_owners, may_store, snapshot, stored
-from .fx_graph import _ASSIGNMENTS, STOCHASTIC_DEPTH, _GraphBuilder, _mutates, opaque_reason
-from .ir import (
-    Graph,
-)
+from .fx_graph import ASSIGNMENTS, STOCHASTIC_DEPTH, GraphBuilder, is_mutating, opaque_reason
+from .ir import Graph
 from .match import (
     FROZEN_NORMS,
     NORM_ACTS,
@@ -80,7 +78,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-for _function in _ASSIGNMENTS:
+for _function in ASSIGNMENTS:
     setattr(_Proxy, f"__{_function.__name__}__", _recorded(_function))
 
 
@@ -181,7 +179,7 @@ def trace(module: nn.Module, method: str = "forward", most: bool = True) -> Grap
         )
     tracer = _record(module, method)
     _refuse_little(module, tracer, most)
-    return _GraphBuilder(module, tracer.graph, tracer.returned, tracer.untraced).run()
+    return GraphBuilder(module, tracer.graph, tracer.returned, tracer.untraced).run()
 
 
 def _record(module: nn.Module, method: str) -> _Tracer:
@@ -265,7 +263,7 @@ def truncated(module: nn.Module, names: Sequence[str], keys: Sequence[str] | Non
     for node in recorded.nodes:
         node.type = None  # an annotation that is a string would keep the program from pickling
     kept = ("placeholder", "output")
-    recorded.eliminate_dead_code(lambda node: node.op in kept or _mutates(node))
+    recorded.eliminate_dead_code(lambda node: node.op in kept or is_mutating(node))
     return recorded
 
 

@@ -71,7 +71,7 @@ def forecast(
     whole = plan.of_module(module)
     shapes = whole.shapes(shape)
     ops = triton_ops(selector=KernelSelector(architecture, forced=forced(kernels)))
-    arranged = ops.group_steps(whole, shapes, dtype, torch.device("cpu"))
+    grouping = ops.group_steps(whole, shapes, dtype, torch.device("cpu"))
     return tuple(
         Forecast(
             group.steps[0].where or group.steps[0].name,
@@ -81,7 +81,7 @@ def forecast(
             cost(group, shapes, dtype.itemsize, H200).seconds,
             predicted_seconds([group], shapes, dtype.itemsize, ops.by_name.values()),
         )
-        for group, why in zip(arranged.groups, arranged.why, strict=True)
+        for group, why in zip(grouping.groups, grouping.why, strict=True)
         if not isinstance(group.steps[0].op, Flatten)
     )
 

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, InputTypeError
-from ..graph.ir import (
-    Conv2d,
-)
+from ..graph.ir import Conv2d
 from ..graph.plan import Plan, Shape
 
 
