@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import refused
 
 pytest.importorskip("triton")
 
@@ -157,10 +158,8 @@ def test_nothing_in_nothing_out(device):
 )
 def test_bad_arguments_name_themselves_and_launch_nothing(device, call, error, message):
     t = torch.randn(4, 6, device=device)
-    before = LAUNCHES.total()
-    with pytest.raises(error, match=message):
+    with refused(error, message):
         call(t)
-    assert LAUNCHES.total() == before
 
 
 def test_the_config_follows_the_size():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import refused
 
 pytest.importorskip("triton")
 
@@ -200,10 +201,8 @@ def test_an_empty_batch_launches_nothing(device):
 )
 def test_bad_arguments_name_themselves_and_launch_nothing(device, call, error, message):
     x = torch.randn(2, 5, 6, 7, device=device).contiguous(memory_format=torch.channels_last)
-    before = LAUNCHES.total()
-    with pytest.raises(error, match=message):
+    with refused(error, message):
         call(x)
-    assert LAUNCHES.total() == before
 
 
 @pytest.mark.parametrize("size", range(1, 12))

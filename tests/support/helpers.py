@@ -4,9 +4,13 @@ import functools
 import importlib.util
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,6 +59,26 @@ def adversarial_(model: nn.Module, seed: int = 0) -> nn.Module:
                 module.running_mean.copy_(normal(module.running_mean, 0.6))
                 module.running_var.copy_(0.35 * 16 ** uniform(module.running_var, 0, 1))
     return model.eval()
+
+
+def on(device: torch.device, value: Any) -> Any:
+    """The tensors of a call, in dictionaries and tuples too, on a device; meta ones stay."""
+    if isinstance(value, dict):
+        return {key: on(device, inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return tuple(on(device, inner) for inner in value)
+    return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
+
+
+@contextmanager
+def refused(error: type[Exception], message: str) -> Iterator[None]:
+    """A call inside raises this error, and no kernel is launched."""
+    from fastres.kernels import LAUNCHES
+
+    before = LAUNCHES.total()
+    with pytest.raises(error, match=message):
+        yield
+    assert LAUNCHES.total() == before
 
 
 @functools.cache
