@@ -11,7 +11,7 @@ import torch
 from fastres import cli
 from fastres.backends.select import AtenOps, CudnnOps, conv_precision, matmul_precision
 from fastres.bench import baselines, presets, probes, run
-from fastres.bench.accuracy import calibrate_, random_images
+from fastres.bench.accuracy import random_images
 from fastres.bench.baselines import BASELINES, Baseline, FasterOfTwo, Lazy, Unavailable, time_limit
 from fastres.bench.presets import Spec
 from fastres.bench.report import started
@@ -19,19 +19,12 @@ from fastres.bench.run import compare
 from fastres.errors import UnknownModelError
 from fastres.frontends.optimize import optimize
 from fastres.graph.ir import Conv2d
-from fastres.models.registry import create_model, list_models
+from fastres.models.registry import list_models
 from fastres.perf.roofline import Ceilings, roofline
 from fastres.perf.timing import Method
 
 BRIEF = Method(rounds=1, budget=0, sample=0, warmup=0)
 FP32 = [torch.float32]
-
-
-@pytest.fixture(scope="module")
-def model():
-    built = create_model("resnet18", num_classes=10).eval()
-    calibrate_(built)
-    return built
 
 
 @pytest.fixture(scope="module")

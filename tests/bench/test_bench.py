@@ -19,13 +19,6 @@ NCHW = torch.contiguous_format
 
 
 @pytest.fixture(scope="module")
-def model():
-    built = create_model("resnet18", num_classes=10).eval()
-    calibrate_(built)
-    return built
-
-
-@pytest.fixture(scope="module")
 def images():
     return random_images(4, 3, 64)
 

@@ -1,13 +1,11 @@
 """``optimize``: the source untouched, the copy right, verified, portable; wrong arguments named."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from fused import assert_close, executions, plain, rms, small
-from helpers import adversarial_, real_images
+from helpers import adversarial_, copied, real_images
 from torch import nn
 from torch.func import functional_call
 
@@ -197,15 +195,7 @@ def test_copies(how):
     source, x = torchvision_model("googlenet"), real_images(2, 64)
     fast = fastres.optimize(source, example_input=x)
     out = fast(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(fast)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(fast))
-    else:
-        buffer = io.BytesIO()
-        torch.save(fast, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(fast, how)
     assert torch.equal(twin(x), out)
     assert twin.plan().steps == fast.plan().steps
     assert twin.verification == fast.verification

@@ -1,8 +1,6 @@
 """Memory, copies, threads and modes: the engine is never in the way of what modules can do."""
 
-import copy
 import gc
-import io
 import pickle
 import pickletools
 import weakref
@@ -11,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from fused import assert_close, assert_fused, assert_plain, executions, images, plain, small
+from helpers import copied
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -84,17 +83,7 @@ def test_copies_after_use(how):
     model, x = used(), images()
     with torch.no_grad():
         out = model(x)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "copy":
-        twin = copy.copy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = copied(model, how)
     with torch.no_grad():
         assert torch.equal(twin(x), out)
     assert twin._live() is not model._live()

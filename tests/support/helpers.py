@@ -1,7 +1,10 @@
 """What several tests share: adversarial weights, real images, TF32."""
 
+import copy
 import functools
 import importlib.util
+import io
+import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -68,6 +71,18 @@ def on(device: torch.device, value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(on(device, inner) for inner in value)
     return value.to(device) if isinstance(value, Tensor) and not value.is_meta else value
+
+
+def copied(model: nn.Module, how: str) -> nn.Module:
+    """A copy by ``how``: ``deepcopy``, ``copy``, ``pickle`` or ``torch.save``."""
+    if how in ("deepcopy", "copy"):
+        return getattr(copy, how)(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 @contextmanager

@@ -440,28 +440,21 @@ def show(verdict: Verdict) -> str:
     return line + ("; ".join(verdict.problems) or "ok")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="every shape and dtype: 20 minutes")
+def arguments(about: str, full: str, example: str) -> argparse.ArgumentParser:
+    """The options that both gates have."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--full", action="store_true", help=full)
     parser.add_argument("--pdl", action="store_true", help="each row with dependent launch as well")
     parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
-    parser.add_argument("--kernel", action="append", help="only this kernel, such as conv2d")
+    parser.add_argument("--kernel", action="append", help=f"only this kernel, such as {example}")
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     parser.add_argument("--json", action="store_true", help="verdicts as JSON")
-    parser.add_argument(
-        "--row",
-        nargs=6,
-        metavar=("KIND", "M", "N", "K", "WARPS", "STAGES"),
-        help="judge this conv2d tile instead of the shipped ones, such as: half 128 128 64 8 3",
-    )
-    options = parser.parse_args()
-    if options.row:
-        kind, row = options.row[0], TileConfig(*map(int, options.row[1:]))
-        cases = [conv_case(kind, row, DTYPES[kind][0], "3x3", target) for target in TARGETS]
-    else:
-        every = [*conv_cases(options.full), *image_cases()]
-        cases = with_pdl((case for case in every if case is not None), options.pdl)
-    cases = [
+    return parser
+
+
+def run(cases: Iterable[Case | None], options: argparse.Namespace) -> int:
+    """Judge the cases that the options leave, print each; 1 where one fails or none is left."""
+    chosen = [
         case
         for case in cases
         if case is not None
@@ -473,7 +466,7 @@ def main() -> int:
         print(
             "target  kernel          case              config            registers shared  wgmma  s"
         )
-    for verdict in compile_all(cases, options.jobs):
+    for verdict in compile_all(chosen, options.jobs):
         verdicts.append(verdict)
         if not options.json:
             print(show(verdict), flush=True)
@@ -483,6 +476,24 @@ def main() -> int:
     else:
         print(f"{len(verdicts)} compiled, {len(failed)} failed (triton {triton.__version__})")
     return 1 if failed or not verdicts else 0
+
+
+def main() -> int:
+    about = __doc__.partition("\n")[0]
+    parser = arguments(about, "every shape and dtype: 20 minutes", "conv2d")
+    parser.add_argument(
+        "--row",
+        nargs=6,
+        metavar=("KIND", "M", "N", "K", "WARPS", "STAGES"),
+        help="judge this conv2d tile instead of the shipped ones, such as: half 128 128 64 8 3",
+    )
+    options = parser.parse_args()
+    if options.row:
+        kind, row = options.row[0], TileConfig(*map(int, options.row[1:]))
+        cases = [conv_case(kind, row, DTYPES[kind][0], "3x3", target) for target in TARGETS]
+        return run(cases, options)
+    every = [*conv_cases(options.full), *image_cases()]
+    return run(with_pdl((case for case in every if case is not None), options.pdl), options)
 
 
 if __name__ == "__main__":

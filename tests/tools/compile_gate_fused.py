@@ -9,11 +9,9 @@ GPU has TMA for them, sm_90 and later. Exit status 1 when a case fails.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, astuple
+from dataclasses import astuple
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -22,7 +20,7 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from compile_gate import ROUNDED, TARGETS, Case, compile_all, show, with_pdl
+from compile_gate import ROUNDED, TARGETS, Case, arguments, run, with_pdl
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fastres.kernels import _tma, b2b_gemm, gemm, head, stem
@@ -330,31 +328,9 @@ def all_cases(full: bool) -> Iterable[Case]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--full", action="store_true", help="every dtype and path of every row")
-    parser.add_argument("--pdl", action="store_true", help="each row with dependent launch as well")
-    parser.add_argument("--target", choices=TARGETS, action="append", help="only this target")
-    parser.add_argument("--kernel", action="append", help="only this kernel, such as stem")
-    parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
-    parser.add_argument("--json", action="store_true", help="verdicts as JSON")
+    parser = arguments(__doc__.partition("\n")[0], "every dtype and path of every row", "stem")
     options = parser.parse_args()
-    cases = [
-        case
-        for case in with_pdl(all_cases(options.full), options.pdl)
-        if case.target in (options.target or TARGETS)
-        and case.kernel in (options.kernel or [case.kernel])
-    ]
-    verdicts = []
-    for verdict in compile_all(cases, options.jobs):
-        verdicts.append(verdict)
-        if not options.json:
-            print(show(verdict), flush=True)
-    failed = [v for v in verdicts if v.problems]
-    if options.json:
-        print(json.dumps([asdict(v) for v in verdicts], indent=1))
-    else:
-        print(f"{len(verdicts)} compiled, {len(failed)} failed")
-    return 1 if failed or not verdicts else 0
+    return run(with_pdl(all_cases(options.full), options.pdl), options)
 
 
 if __name__ == "__main__":
