@@ -34,6 +34,7 @@ class _Captured:
     source: Tensor
     output: Any
     workspace: Any
+    used: int = 0  # the number of the last call
 
 
 class GraphRunner:
@@ -55,7 +56,7 @@ class GraphRunner:
         self._whole = not executor.plan.fallbacks
         self._ops = executor.ops
         self._graphs: OrderedDict[Key, _Captured] = OrderedDict()
-        self._asked: dict[Key, int] = {}  # the last call with each, counted
+        self._asked: dict[Key, int] = {}  # the last call with each that has no graph
         self._calls = 0
         self._without: set[Key] = set()  # those whose graphs do not fit the memory
         self._space: Any = None  # one workspace for all graphs, as their calls take turns
@@ -90,28 +91,24 @@ class GraphRunner:
             self.free()
             self._ops = self.executor.ops
         key = _key(x)
-        before = self._ask(key)
+        self._calls += 1
         entry = self._graphs.get(key)
-        if entry is None and self._capturable(x) and self._is_worth(key, before):
+        if entry is None and self._wants_graph(key) and self._capturable(x):
             entry = self._try_capture(key, x)
         if entry is None:
             return self.executor.run([self._cast(x)])
+        entry.used = self._calls
         self._graphs.move_to_end(key)
         return self._replay(entry, x)
 
-    def _ask(self, key: Key) -> int:
-        """Count a call; the number of the last one with this key, 0 if there was none."""
-        if len(self._asked) > 64 * self.limit:
-            self._asked = {kept: self._asked[kept] for kept in self._graphs}
-        self._calls += 1
-        before, self._asked[key] = self._asked.get(key, 0), self._calls
-        return before
-
-    def _is_worth(self, key: Key, before: int) -> bool:
+    def _wants_graph(self, key: Key) -> bool:
         """Whether a key that has no graph should get one, for the oldest of them if need be."""
+        if len(self._asked) > 64 * self.limit:
+            self._asked.clear()
+        before, self._asked[key] = self._asked.get(key, 0), self._calls
         if not before or key in self._without:
             return False
-        return len(self._graphs) < self.limit or before > self._asked[next(iter(self._graphs))]
+        return len(self._graphs) < self.limit or before > next(iter(self._graphs.values())).used
 
     def _try_capture(self, key: Key, x: Tensor) -> _Captured | None:
         try:
