@@ -199,8 +199,7 @@ class Executor:
                 if plainer is None:
                     return False
                 self.ops, self._prepared, self._prepared_groups = plainer, {}, {}
-                self.refold()
-                self._schedules = {}
+                self.refold()  # schedules of the others have another setting in their key
         return True
 
     def plan_for(self, *shapes: Shape) -> Plan:

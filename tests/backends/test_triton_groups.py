@@ -13,6 +13,7 @@ from tolerance import allowed_error
 from torch import nn
 
 from fastres import BasicBlock, Bottleneck, ResNet
+from fastres.backends import fused_experimental
 from fastres.backends.fused import EXPERIMENTAL, KERNELS
 from fastres.backends.kernel_choice import KernelSelector, only
 from fastres.backends.select import triton_ops
@@ -298,3 +299,13 @@ def test_new_weights_reach_every_kernel(device):
     after = {name: [t.data_ptr() for t in extra] for name, extra in made._prepared_groups.items()}
     assert before == after
     assert any(before.values())
+
+
+def test_a_group_runs_in_the_layout_that_any_of_its_inputs_has():
+    """So that images in [H, W, N, C] stay so, a residual beside them or not."""
+    ops = fused_experimental.HwncOps(selector=only("conv2d_hwnc", "gemm"))
+    x = torch.randn(2, 3, 4, 5).permute(2, 3, 0, 1)  # [H, W, N, C] as (N, C, H, W)
+    plain = torch.randn(4, 5, 2, 3)
+    inputs = [x], [x, x], [plain, x], [plain], [plain, plain]
+    hwnc, nhwc = fused_experimental.HWNC, fused_experimental.NHWC
+    assert list(map(ops.layout_of, inputs)) == [hwnc, hwnc, hwnc, nhwc, nhwc]

@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import fastres
+from fastres.errors import VerificationError
+from fastres.formats import export
 
 
 class Base(nn.Module):
@@ -274,4 +276,23 @@ def test_each_output_of_the_file_is_judged(tmp_path, monkeypatch, wrong):
     monkeypatch.setattr(torch.export, "load", load)
     with pytest.raises(fastres.errors.VerificationError, match="other (answers|whole numbers)"):
         fastres.export(fast, tmp_path / "m.pt2", X)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_each_output_of_a_file_is_judged(tmp_path, monkeypatch, wrong):
+    runner = export._runner
+
+    def spoilt(file, suffix):
+        run, name = runner(file, suffix)
+
+        def changed(*args, **kwargs):
+            return [y + (i == wrong) for i, y in enumerate(tree_leaves(run(*args, **kwargs)))]
+
+        return changed, name
+
+    model, x = adversarial_(TwoOutputs()), torch.randn(2, 3, 9, 9)
+    monkeypatch.setattr(export, "_runner", spoilt)
+    with pytest.raises(VerificationError, match="gives other answers"):
+        fastres.export(fastres.optimize(model, example_input=x), tmp_path / "two.pt2", x)
     assert not list(tmp_path.iterdir())

@@ -5,6 +5,7 @@ file in a cache that turns out damaged is named, not fatal for the process.
 """
 
 import ast
+import io
 import json
 import os
 import random
@@ -222,3 +223,24 @@ def test_the_torch_required_is_past_the_known_holes_of_weights_only():
     line = next(line for line in text.splitlines() if line.strip().startswith('"torch>='))
     minimum = line.split(">=")[1].strip('", ').split(".")
     assert (int(minimum[0]), int(minimum[1])) >= (2, 10)
+
+
+def test_of_a_file_that_is_too_large_no_more_is_read_than_shows_it(tmp_path, monkeypatch):
+    taken = []
+
+    class Counted(io.BufferedReader):
+        def read(self, size=-1):
+            data = super().read(size)
+            taken.append(len(data))
+            return data
+
+    def opened(path, mode, opener):
+        return Counted(io.FileIO(path, mode, opener=opener))
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    path = tmp_path / "large.json"
+    path.write_bytes(b"7" * 1000)
+    with pytest.raises(ValueError, match="large.json is larger than 10 bytes"):
+        files.read_text(path, 10)
+    assert taken == [11]
+    assert files.read_text(path, 1000) == "7" * 1000

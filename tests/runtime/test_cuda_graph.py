@@ -218,7 +218,7 @@ def test_memory_that_runs_out_in_a_capture_means_steps_one_by_one(runner_class, 
         first = runner(x)
         with pytest.warns(UserWarning, match=r"shape \(2, 3, 8, 8\) without a CUDA graph"):
             second = runner(x)
-        assert torch.equal(runner(x), first)
+        assert all(torch.equal(runner(x), first) for _ in range(4))
     assert torch.equal(second, first)
     assert tried == [1], "it is not tried again at every call"
     assert not runner.shapes

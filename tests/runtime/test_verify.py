@@ -10,7 +10,10 @@ from fused import executions, images, rms, small
 from torch import nn
 
 import fastres
+from fastres.backends.aten import AtenOps
 from fastres.errors import VerificationError
+from fastres.graph import fold, plan, trace
+from fastres.runtime.executor import Executor
 from fastres.runtime.tolerance import product_eps
 from fastres.runtime.verify import compare_outputs
 from fastres.runtime.verify_steps import verify_steps
@@ -267,3 +270,15 @@ def test_where_tf32_is_allowed_two_ways_may_differ_by_its_roundings(allowed, mon
     assert product_eps(torch.float32, cpu) == 2**-23
     assert product_eps(torch.float16, gpu) == 2**-10
     assert product_eps(torch.float64, gpu) == 2**-52
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0 + 1e-5])
+def test_one_wrong_channel_of_many_is_found(factor):
+    """By 1e-5 in one of 512 channels: too little for the root mean square over all of them."""
+    model = nn.Sequential(nn.Conv2d(8, 512, 1, bias=False), nn.ReLU()).eval()
+    built = plan.build(fold.fold(trace.trace(model)))
+    made = Executor(built, model, AtenOps(), torch.float32)
+    with torch.no_grad():
+        made._prepared[built.steps[0].name][0][7] *= factor
+    (found,) = verify_steps(made, model, [torch.randn(2, 8, 8, 8)])
+    assert found.ok == (factor == 1.0)

@@ -121,7 +121,7 @@ def copy_checkout(target: Path) -> None:
 
 def first_failure(root: Path, tests: list[str], limit: float = LIMIT) -> tuple[str, str]:
     """The first test that fails, or ``""``; and what else ended the run: an error, the limit."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-p", "no:cacheprovider"]
     command.append("--sweep")
     command.append("--hypothesis-profile=unshrunk")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -137,7 +137,7 @@ def first_failure(root: Path, tests: list[str], limit: float = LIMIT) -> tuple[s
         )
     except subprocess.TimeoutExpired:
         return "", f"no verdict within {limit:.0f} s"
-    found = re.findall(r"^FAILED (\S+\.py::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    found = re.findall(r"^(?:FAILED|ERROR) (\S+\.py::.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
     if done.returncode == 1 and found:
         return found[0], ""
     return "", "" if done.returncode == 0 else done.stdout.strip()[-300:]
