@@ -186,9 +186,9 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
             stand_in.run(kernel, grid, args, meta)
         elif device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                _start(kernel, grid, args, meta)
+                kernel[(grid,)](*args, **meta)
         else:
-            _start(kernel, grid, args, meta)
+            kernel[(grid,)](*args, **meta)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -42,7 +42,12 @@ class AtenOps:
         return prepared
 
     def conv(
-        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+        self,
+        op: Conv2d,
+        prepared: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         weight, bias = prepared
         y = F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
@@ -182,7 +187,12 @@ class OneDNNOps(AtenOps):
         return self.prepare(op, weights)
 
     def conv(
-        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+        self,
+        op: Conv2d,
+        prepared: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         if x.shape[0] == 0:
             return super().conv(op, self._unpacked(prepared, op, x), x, residual, in_place)
@@ -214,7 +224,12 @@ class CudnnOps(AtenOps):
     name = "cudnn"
 
     def conv(
-        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+        self,
+        op: Conv2d,
+        prepared: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         weight, bias = prepared
         if not op.relu or bias is None or x.dtype is torch.float64 or not _has_cudnn(x):

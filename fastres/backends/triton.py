@@ -155,7 +155,12 @@ class TritonOps(AtenOps):
         return weights
 
     def conv(
-        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
+        self,
+        op: Conv2d,
+        prepared: Any,
+        x: Tensor,
+        residual: Tensor | None = None,
+        in_place: bool = False,
     ) -> Tensor:
         weight, bias = prepared
         if residual is not None:

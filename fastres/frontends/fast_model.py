@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from operator import is_
 from threading import RLock
+from types import FunctionType
 from typing import Any, ClassVar
 
 import torch
@@ -313,9 +314,9 @@ def with_signature(signature: inspect.Signature) -> type[FastModel]:
 def forward_showing(signature: inspect.Signature, kind: type[nn.Module]) -> Callable[..., Any]:
     """``kind.forward`` with this signature, as torch.export and its users look it up."""
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return kind.forward(self, *args, **kwargs)
-
+    plain_forward: Any = kind.forward
+    forward = FunctionType(plain_forward.__code__, plain_forward.__globals__)
+    forward.__doc__ = plain_forward.__doc__
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     plain = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     if any(p.kind is not inspect.Parameter.POSITIONAL_ONLY for p in plain):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -43,6 +44,18 @@ Observer = Callable[[Step, list[Any], Any], None]
 
 
 @dataclass(frozen=True)
+class _Bound:
+    """A group with what computes it, and each of its steps, from the values of their inputs.
+
+    A step that PyTorch computes has none.
+    """
+
+    group: FusionGroup
+    kernel: Callable[[list[Any]], tuple[Tensor, ...] | None] | None
+    steps: tuple[tuple[Step, Callable[..., Any] | None], ...]
+
+
+@dataclass(frozen=True, eq=False)
 class _Schedule:
     """How the plan runs on inputs of one kind."""
 
@@ -88,6 +101,7 @@ class Executor:
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
         self._unfused = ungrouped(_relu_unfused(plan.steps))
         self._schedules: dict[Hashable, _Schedule] = {}
+        self._bound: dict[_Schedule | None, tuple[_Bound, ...]] = {}  # None: with ReLU apart
         self._falling_back = Lock()
         self.folds = 0
         self.refold()
@@ -120,6 +134,7 @@ class Executor:
                 self._finite |= {name: all(map(_is_finite, pair)) for name, pair in folded.items()}
                 self._finite_weights = all(self._finite.values())
         _settle(t for pair in folded.values() for t in pair if t is not None)
+        self._bound = {}  # another dictionary: a call in another thread may still fill that one
         self.folds += 1
 
     def _fold(self, step: Step) -> Weights:
@@ -168,18 +183,20 @@ class Executor:
         if not self.plan.source_layout:
             for name in values.keys() - schedule.as_given:
                 values[name] = to_channels_last(values[name])
-        groups = (
-            self._groups(schedule.grouping, arguments)
-            if observe is None
-            else ungrouped(self.plan.steps)
-        )
         ops = self.ops
         try:
-            for group in groups:
-                if not (group.kernel and self._run_group(group, values)):
-                    for step in group.steps:
-                        self._run_step(step, values, restore, observe)
-                for step in group.steps:
+            for bound in self._bound_groups(schedule, arguments, observe):
+                fused = bound.kernel
+                outputs = fused([values[n] for n in bound.group.inputs]) if fused else None
+                if outputs is not None:
+                    values.update(zip(bound.group.outputs, outputs, strict=True))
+                for step, compute in bound.steps if outputs is None else ():
+                    inputs = [values[name] for name in step.inputs]
+                    result = compute(*inputs) if compute else self._call(step, values, restore)
+                    if observe is not None:
+                        observe(step, inputs, result)
+                    values[step.name] = restore(result) if self.plan.source_layout else result
+                for step in bound.group.steps:
                     for name in step.frees:
                         values.pop(name, None)
         except RuntimeError as error:
@@ -215,32 +232,58 @@ class Executor:
         schedule = self._schedule({parameter.name: tuple(x.shape)}, x.device)
         return parameter.name in schedule.as_given
 
-    def _run_group(self, group: FusionGroup, values: dict[str, Any]) -> bool:
-        """Let one kernel serve the group; False where it cannot serve these inputs."""
-        extra = self._prepared_groups[group.kernel + group.steps[0].name]
-        inputs = [values[name] for name in group.inputs]
-        outputs = self.ops.run_group(group, self._weights_of(group), extra, inputs)
-        if outputs is not None:
-            values.update(zip(group.outputs, outputs, strict=True))
-        return outputs is not None
-
-    def _run_step(
-        self, step: Step, values: dict[str, Any], restore: Restore, observe: Observer | None
-    ) -> None:
+    def _bound_groups(
+        self, schedule: _Schedule, arguments: Sequence[Any], observe: Observer | None
+    ) -> tuple[_Bound, ...]:
+        """The schedule's groups, with ReLU apart where it could meet NaN and would drop it."""
         if observe is not None:
-            step = replace(step, in_place=False)
-        result = _RUN[type(step.op)](self, step, values, restore)
-        if observe is not None:
-            observe(step, [values[name] for name in step.inputs], result)
-        values[step.name] = restore(result) if self.plan.source_layout else result
+            plain = (replace(step, in_place=False) for step in self.plan.steps)
+            return tuple(map(self._bind_group, ungrouped(plain)))
+        key: _Schedule | None = schedule
+        if self.ops.fused_relu_drops_nan:
+            overflows = self.dtype is torch.float16
+            if overflows or not self._finite_weights or not all(map(_is_finite, arguments)):
+                key = None
+        bound = self._bound
+        if key not in bound:
+            groups = self._unfused if key is None else key.grouping.groups
+            bound[key] = tuple(map(self._bind_group, groups))
+        return bound[key]
 
-    def _groups(self, grouping: Grouping, arguments: Sequence[Any]) -> tuple[FusionGroup, ...]:
-        """The grouping's groups, with ReLU apart where it could meet NaN and would drop it."""
-        if not self.ops.fused_relu_drops_nan:
-            return grouping.groups
-        overflows = self.dtype is torch.float16
-        finite = self._finite_weights and not overflows and all(map(_is_finite, arguments))
-        return grouping.groups if finite else self._unfused
+    def _bind_group(self, group: FusionGroup) -> _Bound:
+        kernel = None
+        if group.kernel:
+            extra = self._prepared_groups[group.kernel + group.steps[0].name]
+            kernel = partial(self.ops.run_group, group, self._weights_of(group), extra)
+        return _Bound(group, kernel, tuple((step, self._bind(step)) for step in group.steps))
+
+    def _bind(self, step: Step) -> Callable[..., Any] | None:
+        """What computes the step from the values of its inputs; None for what PyTorch computes."""
+        op, ops = step.op, self.ops
+        match op:
+            case Conv2d(residual=True):
+                return self._bind_weights(step, partial(self._conv_add, step))
+            case Conv2d():
+                return self._bind_weights(step, partial(ops.conv, op))
+            case Linear():
+                return self._bind_weights(step, partial(ops.linear, op))
+            case BatchNorm2d():
+                return partial(self._batch_norm, op)
+            case ReLU():
+                return partial(ops.relu, in_place=step.in_place)
+            case Add():
+                return partial(self._add, op.relu, step.in_place)
+            case MaxPool2d():
+                return partial(ops.max_pool, op)
+            case AvgPool2d():
+                return partial(ops.avg_pool, op)
+            case GlobalAvgPool():
+                return partial(ops.global_avg_pool, op)
+        return None
+
+    def _bind_weights(self, step: Step, compute: Callable[..., Any]) -> Callable[..., Any]:
+        compute = partial(compute, self._prepared[step.name])
+        return partial(self._autocast, compute) if self.plan.fallbacks else compute
 
     def _checked_schedule(self, values: Mapping[str, Any]) -> _Schedule:
         """How to run on these values, whose kind is checked when it is first met."""
@@ -255,7 +298,7 @@ class Executor:
         if found is None:
             check_inputs(self.plan, values, self.dtype)
             if len(self._schedules) > 256:
-                self._schedules.clear()
+                self._schedules, self._bound = {}, {}
             tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
             device = next((t.device for t in tensors.values()), None)
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -283,65 +326,34 @@ class Executor:
     def _lookup(self, path: str) -> Any:
         return attribute(self.module, self._names.get(path, path))
 
-    def _conv(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
+    def _conv_add(self, step: Step, prepared: Any, x: Tensor, residual: Any) -> Tensor:
         op: Any = step.op
-        x = self._autocast(values[step.inputs[0]])
-        prepared = self._prepared[step.name]
-        if not op.residual:
-            return self.ops.conv(op, prepared, x, None, False)
-        residual = values[step.inputs[1]]
         if residual_fits(op, x, residual):
             return self.ops.conv(op, prepared, x, residual, step.in_place)
-        bare = self.ops.conv(replace(op, relu=False, residual=False), prepared, x, None, False)
-        return self._sum(bare, residual, op.relu, False)
+        bare = self.ops.conv(replace(op, relu=False, residual=False), prepared, x)
+        return self._add(op.relu, False, bare, residual)
 
-    def _linear(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        op: Any = step.op
-        x = self._autocast(values[step.inputs[0]])
-        return self.ops.linear(op, self._prepared[step.name], x)
-
-    def _autocast(self, x: Tensor) -> Tensor:
+    def _autocast(self, compute: Callable[..., Any], x: Tensor, *others: Any) -> Any:
         """Under autocast a PyTorch step may have widened ``x``; the weights stay as they are."""
-        if x.dtype is self.dtype or not torch.is_autocast_enabled(x.device.type):
-            return x
-        return x.to(self.dtype)
+        widened = x.dtype is not self.dtype and torch.is_autocast_enabled(x.device.type)
+        return compute(x.to(self.dtype) if widened else x, *others)
 
-    def _batch_norm(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        op: Any = step.op
+    def _batch_norm(self, op: BatchNorm2d, x: Tensor) -> Tensor:
         weight, bias = (self._lookup(p) if p else None for p in (op.weight, op.bias))
         mean, var = self._lookup(op.mean), self._lookup(op.var)
-        return F.batch_norm(values[step.inputs[0]], mean, var, weight, bias, False, 0.0, op.eps)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, op.eps)
 
-    def _relu(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        return self.ops.relu(values[step.inputs[0]], step.in_place)
-
-    def _add(self, step: Step, values: dict[str, Any], restore: Restore) -> Any:
-        op: Any = step.op
-        return self._sum(values[step.inputs[0]], values[step.inputs[-1]], op.relu, step.in_place)
-
-    def _sum(self, x: Any, y: Any, relu: bool, in_place: bool) -> Any:
+    def _add(self, relu: bool, in_place: bool, x: Any, *others: Any) -> Any:
+        y = others[0] if others else x
         if not (isinstance(x, Tensor) and isinstance(y, Tensor)):
             return (x + y).relu() if relu else x + y
         alike = x.shape == y.shape and x.dtype == y.dtype
         return self.ops.add(x, y, relu, in_place and alike)
 
-    def _max_pool(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        op: Any = step.op
-        return self.ops.max_pool(op, values[step.inputs[0]])
-
-    def _avg_pool(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        op: Any = step.op
-        return self.ops.avg_pool(op, values[step.inputs[0]])
-
-    def _global_avg_pool(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        op: Any = step.op
-        return self.ops.global_avg_pool(op, values[step.inputs[0]])
-
-    def _flatten(self, step: Step, values: dict[str, Any], restore: Restore) -> Tensor:
-        return restore(values[step.inputs[0]]).flatten(1)
-
     def _call(self, step: Step, values: dict[str, Any], restore: Restore) -> Any:
         op: Any = step.op
+        if isinstance(op, Flatten):
+            return restore(values[step.inputs[0]]).flatten(1)
         if op.kind == "get_attr":
             return self._lookup(op.target)
         fetch = values.__getitem__ if op.any_layout else lambda name: restore(values[name])
@@ -351,20 +363,6 @@ class Executor:
         if op.kind == "call_method":
             return getattr(args[0], op.target)(*args[1:], **kwargs)
         return op.target(*args, **kwargs)
-
-
-_RUN: dict[type, Callable[[Executor, Step, dict[str, Any], Restore], Any]] = {
-    Conv2d: Executor._conv,
-    Linear: Executor._linear,
-    BatchNorm2d: Executor._batch_norm,
-    ReLU: Executor._relu,
-    Add: Executor._add,
-    MaxPool2d: Executor._max_pool,
-    AvgPool2d: Executor._avg_pool,
-    GlobalAvgPool: Executor._global_avg_pool,
-    Flatten: Executor._flatten,
-    Call: Executor._call,
-}
 
 
 def _read_as_given(groups: Sequence[FusionGroup], plan: Plan, ops: AtenOps) -> frozenset[str]:

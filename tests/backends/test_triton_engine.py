@@ -1,7 +1,10 @@
 """Whole networks through the Triton engine, in the interpreter where there is no GPU."""
 
 import copy
+import traceback
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -219,3 +222,25 @@ def test_the_executor_needs_no_model(device):
     x = real_images(1, 9).to(device)
     with torch.no_grad():
         assert_close(executor.run([x]), source, x)
+
+
+def test_six_frames_from_a_call_to_a_launch(device):
+    """Of a fused copy's plain convolution: fewer layers are easier to read and to debug."""
+    if device != "cpu":
+        pytest.skip("the stack is the same, and a GPU's launch is not seen")
+    from fastres.kernels import _common
+
+    stacks = []
+
+    def run(kernel, *rest):
+        stacks.append([Path(frame.filename).parts for frame in traceback.extract_stack()])
+        interpreter.run(kernel, *rest)
+
+    interpreter = _common.host(torch.device("cpu"))
+    source = nn.Conv2d(3, 8, 3).eval()
+    model = fastres.optimize(source, backend="triton", example_input=torch.ones(1, 3, 8, 8))
+    with _common.hosted(replace(interpreter, run=run)):
+        model(torch.ones(1, 3, 8, 8))
+    ours = [parts[-2:] for parts in stacks[0] if {"fastres", "kernels"} & set(parts[-3:-1])]
+    assert ours.pop() == ("kernels", "_common.py")  # launch itself
+    assert len(ours) <= 6, ours
