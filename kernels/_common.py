@@ -49,7 +49,8 @@ INTERPRETED = not isinstance(relu_keeping_nan, triton.JITFunction)
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What runs kernels on tensors of the CPU: Triton's interpreter, or a GPU in software.
+    """What runs kernels on tensors of ``device``, by default the CPU's, in a GPU's stead: Triton's
+    interpreter, or a GPU in software.
 
     It shows as ``sms`` multiprocessors of this compute ``capability``, each block with up to
     ``shared_limit`` bytes of shared memory. ``run(kernel, grid, args, meta)`` launches.
@@ -62,6 +63,7 @@ class Host:
     gluon: bool = True  # whether it knows kernels in Gluon
     early: bool = False  # whether it launches kernels before the ones before them have ended
     findings: tuple[type[Exception], ...] = ()  # its own judgement of a kernel, passed on as it is
+    device: str = "cpu"
 
 
 def _start(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
@@ -76,13 +78,13 @@ _host = _INTERPRETER if INTERPRETED else None
 
 
 def host(device: torch.device) -> Host | None:
-    """What runs kernels on ``device`` if it is the CPU; None for a GPU and where nothing does."""
-    return _host if device.type == "cpu" else None
+    """What runs kernels on ``device`` in a GPU's stead; None where a GPU does, or nothing."""
+    return _host if _host is not None and device.type == _host.device else None
 
 
 @contextmanager
 def hosted(by: Host) -> Iterator[None]:
-    """Inside, ``by`` runs the kernels on tensors of the CPU, in every thread."""
+    """Inside, ``by`` runs the kernels on tensors of its device, in every thread."""
     global _host
     before, _host = _host, by
     try:

@@ -232,7 +232,8 @@ class CudnnOps(AtenOps):
         in_place: bool = False,
     ) -> Tensor:
         weight, bias = prepared
-        if not op.relu or bias is None or x.dtype is torch.float64 or not _has_cudnn(x):
+        served = op.relu and bias is not None and x.is_cuda and _has_cudnn()
+        if not served or x.dtype is torch.float64:
             return super().conv(op, prepared, x, residual, in_place)
         geometry = (op.stride, op.padding, op.dilation, op.groups)
         if residual is None:
@@ -240,13 +241,13 @@ class CudnnOps(AtenOps):
         return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *geometry)
 
     def kernel_name(self, op: Operation) -> str:
-        fused = isinstance(op, Conv2d) and op.relu
+        fused = isinstance(op, Conv2d) and op.relu and _has_cudnn()
         return "cuDNN fused conv" if fused else super().kernel_name(op)
 
 
-def _has_cudnn(x: Tensor) -> bool:
-    """Not on the CPU, nor on ROCm, whose tensors say that they are CUDA's."""
-    return x.is_cuda and torch.version.hip is None and torch.backends.cudnn.enabled
+def _has_cudnn() -> bool:
+    """Not on ROCm, whose tensors say that they are CUDA's."""
+    return torch.version.hip is None and torch.backends.cudnn.enabled
 
 
 def residual_fits(op: Conv2d, x: Tensor, residual: Any) -> bool:
@@ -296,6 +297,8 @@ def cudnn_benchmarking(wanted: bool = True) -> Iterator[None]:
 
 def _first_set(*levels: str) -> str:
     everywhere: Any = torch.backends
+    if torch.version.hip is not None:  # of AMD's GPUs one alone has TF32, and the flags are on
+        return "ieee"
     for level in (*levels, everywhere.fp32_precision):
         if level != "none":
             return "tf32" if level == "tf32" else "ieee"

@@ -12,46 +12,24 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import triton
+from named_gpu import TARGETS, compiling_for
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastres.kernels import _common
-from fastres.kernels._config import HOPPER
 
 from .copies import PLACE, TensorMap
 from .global_memory import Memory
 from .launch import launch
 from .machine import Fault
 from .parse import Unknown
-
-TARGETS = {
-    "sm_80": ((8, 0), 108, 163 * 1024),
-    "sm_90": ((9, 0), *astuple(HOPPER)),
-}
-
-
-class Driver:
-    """As much of a GPU driver as compiling takes."""
-
-    def __init__(self, capability: tuple[int, int]) -> None:
-        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.target.arch  # Triton keeps what it compiled by the device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 @dataclass
@@ -69,9 +47,11 @@ class Gpu:
     moved: float = 0.0  # bytes of sectors and boxes, as if all blocks had run
 
     def host(self, early: bool = False) -> _common.Host:
-        capability, sms, shared = TARGETS[self.target]
-        findings = (Fault, Unknown)
-        return _common.Host(capability, sms, shared, self.run, early=early, findings=findings)
+        gpu, findings = TARGETS[self.target], (Fault, Unknown)
+        limit = gpu.shared_limit
+        return _common.Host(
+            gpu.capability, gpu.sms, limit, self.run, early=early, findings=findings
+        )
 
     def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta)
@@ -135,11 +115,9 @@ def running(target: str, early: bool = False, **options: Any) -> Iterator[Gpu]:
     """Inside, a GPU of this ``target`` runs our kernels on tensors of the CPU."""
     gpu = Gpu(target, **options)
     before = knobs.runtime.add_stages_inspection_hook
-    triton.runtime.driver.set_active(Driver(TARGETS[target][0]))
     knobs.runtime.add_stages_inspection_hook = only_ptx
     try:
-        with _common.hosted(gpu.host(early)):
+        with compiling_for(TARGETS[target]), _common.hosted(gpu.host(early)):
             yield gpu
     finally:
         knobs.runtime.add_stages_inspection_hook = before
-        triton.runtime.driver._active = None

@@ -13,7 +13,6 @@ global memory before the wait. Needs no GPU and no C compiler. Exit status 1 whe
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import multiprocessing
 import os
@@ -35,31 +34,22 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a GPU that is seen, fake tensors s
 if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
     raise RuntimeError("triton was imported with TRITON_INTERPRET=1: nothing can be compiled")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
+import named_gpu
 import torch
 import triton
+from named_gpu import fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
 
-from fastres.kernels import _common, conv, elementwise, global_pool, pool
+from fastres.kernels import conv, elementwise, global_pool, pool
 from fastres.kernels._config import HOPPER, ProblemSize, TileConfig, select_config
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
 
 
-@dataclass(frozen=True)
-class Target:
-    gpu: GPUTarget
-    shared_limit: int  # bytes of shared memory that one block may have
-
-
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), HOPPER.shared_limit),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
+TARGETS = {name: named_gpu.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
 
 
 @dataclass(frozen=True)
@@ -90,48 +80,8 @@ class Verdict:
     shared_limit: int = 0
     wgmma: int = 0
     waits: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # of CPU time, ptxas' included
     problems: list[str] = field(default_factory=list)
-
-
-class StubDriver:
-    """As much of a GPU driver as compiling takes."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def compiling(target: GPUTarget) -> Iterator[list]:
-    """Launches inside compile for ``target`` and are collected instead of run."""
-    compiled = []
-
-    def compile_only(kernel, grid):
-        def call(*args, **meta):
-            dtypes = [a.dtype if isinstance(a, torch.Tensor) else a for a in args]
-            compiled.append(kernel.warmup(*dtypes, grid=grid, **meta))
-
-        return call
-
-    original = triton.JITFunction.__getitem__, torch.cuda.current_device
-    triton.runtime.driver.set_active(StubDriver(target))
-    triton.JITFunction.__getitem__ = compile_only
-    torch.cuda.current_device = lambda: 0
-    try:
-        with FakeTensorMode():
-            yield compiled
-    finally:
-        triton.JITFunction.__getitem__, torch.cuda.current_device = original
-        triton.runtime.driver._active = None
 
 
 def disassemble(cubin: bytes, tool: str, *flags: str) -> str:
@@ -205,31 +155,30 @@ def judge(case: Case, verdict: Verdict, log: str) -> None:
 
 def compile_case(case: Case) -> Verdict:
     """Compile one case in this process. The compiler's output is read, so it goes to a file."""
-    target = TARGETS[case.target]
+    target = named_gpu.TARGETS[case.target]
     verdict = Verdict(
         case.kernel, case.what, case.config, case.target, shared_limit=target.shared_limit
     )
     if case.unusable:
         verdict.problems.append(case.unusable)
         return verdict
-    _common.launches_early = lambda device: case.pdl
-    started = time.perf_counter()
+    started = sum(os.times()[:4])
     with tempfile.TemporaryFile("w+") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            with compiling(target.gpu) as kernels:
+            with fake_gpu(target, early=case.pdl) as launches:
                 case.run()
-            if not kernels:
+            if not launches:
                 verdict.problems.append("nothing was launched")
-            for kernel in kernels:
-                inspect(kernel, case, verdict)
+            for launch in launches:
+                inspect(launch.compiled(), case, verdict)
             sys.stdout.flush()
             log.seek(0)
             judge(case, verdict, log.read())
         except Exception:
             verdict.problems.append(traceback.format_exc(limit=-3))
-    verdict.seconds = time.perf_counter() - started
+    verdict.seconds = sum(os.times()[:4]) - started
     return verdict
 
 

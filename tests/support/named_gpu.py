@@ -1,0 +1,209 @@
+"""GPUs by name that are not here: what engine and launchers ask of one, and the compiler for it.
+
+    with fake_gpu(TARGETS["sm_90"]) as launches:  # launches are collected instead of run
+        conv2d(torch.empty(..., device="cuda"), ...)
+    compiled = launches[0].compiled()  # not in a process with Triton's interpreter
+
+Tensors on ``cuda`` are fake: they have a shape, a layout and an address, and no memory. The engine,
+the launchers and the compiler are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import MockTensor
+
+from fastres.backends.select import select_ops
+from fastres.graph import plan
+from fastres.graph.fold import Weights
+from fastres.graph.ir import Conv2d, Linear
+from fastres.graph.plan import Plan, Step
+from fastres.kernels import _common
+from fastres.runtime.executor import Executor
+
+CUDA = torch.device("cuda", 0)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One GPU: ``architecture`` such as ``"sm_90"``, so many multiprocessors, and bytes of shared
+    memory that a block may have."""
+
+    architecture: str
+    sms: int
+    shared_limit: int
+
+    @property
+    def gpu(self) -> GPUTarget:
+        """As Triton's compiler wants it."""
+        if self.architecture.startswith("sm_"):
+            return GPUTarget("cuda", int(self.architecture[3:]), 32)
+        return GPUTarget("hip", self.architecture, 32 if len(self.architecture) > 6 else 64)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        arch = self.gpu.arch
+        return divmod(arch, 10) if isinstance(arch, int) else (0, 0)
+
+
+_KB = {  # multiprocessors, KB of shared memory
+    "sm_80": (108, 163),  # A100
+    "sm_86": (84, 99),  # RTX 3090
+    "sm_89": (128, 99),  # RTX 4090
+    "sm_90": (132, 227),  # H100
+    "sm_100": (148, 227),  # B200
+    "sm_120": (170, 99),  # RTX 5090
+    "gfx90a": (104, 64),  # MI250
+    "gfx942": (304, 64),  # MI300X
+    "gfx950": (256, 160),  # MI355X
+    "gfx1100": (96, 64),  # RX 7900
+}
+TARGETS = {name: Target(name, sms, kb * 1024) for name, (sms, kb) in _KB.items()}
+
+
+class Driver:
+    """As much of a GPU's driver as compiling takes."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target.gpu
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int | str:
+        return self.target.arch  # Triton keeps what it compiled by the device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Inside, Triton compiles for this GPU."""
+    triton.runtime.driver.set_active(Driver(target))
+    try:
+        yield
+    finally:
+        triton.runtime.driver._active = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that did not take place, for ``target``."""
+
+    kernel: Any
+    grid: int
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+    target: Target
+
+    def compiled(self) -> Any:
+        """What Triton compiles for it, or has compiled before."""
+        with compiling_for(self.target):
+            return self.kernel.warmup(*self._typed(), grid=(self.grid,), **self.meta)
+
+    def key(self) -> Hashable:
+        """Equal for launches that share one compiled kernel, by Triton's own reckoning."""
+        with compiling_for(self.target):
+            *_, binder = self.kernel.device_caches[self.target.gpu.arch]
+            _, specialization, options = binder(*self._typed(), debug=False, **self.meta)
+        return self.kernel.__name__, str(specialization), str(sorted(options.items(), key=str))
+
+    def _typed(self) -> list[Any]:
+        """Tensors as stand-ins of their dtypes in aligned memory."""
+        return [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in self.args]
+
+
+@contextmanager
+def fake_gpu(
+    target: Target, run: Callable[[Launch], object] | None = None, *, early: bool = False
+) -> Iterator[list[Launch]]:
+    """Inside, tensors on ``cuda`` are fake and on this GPU; what is launched is collected.
+
+    Args:
+        run: called with each launch; what it raises is the launch's error.
+        early: whether kernels are launched before those before them have ended.
+    """
+    launches: list[Launch] = []
+
+    def collect(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+        launches.append(Launch(kernel, grid, args, meta, target))
+        if run is not None:
+            run(launches[-1])
+
+    capability, sms, shared = target.capability, target.sms, target.shared_limit
+    host = _common.Host(capability, sms, shared, collect, early=early, device="cuda")
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, gcnArchName=target.architecture)
+    with (
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+        mock.patch.object(torch.cuda, "get_device_name", return_value=target.architecture),
+        mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(torch.version, "hip", None if major else "6.4"),
+        mock.patch.object(FakeTensor, "data_ptr", _address),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _common.hosted(host),
+    ):
+        yield launches
+
+
+@torch.library.register_fake("aten::cudnn_convolution_relu")
+def _(x: Tensor, w: Tensor, b: Tensor | None, stride: Any, padding: Any, *rest: Any) -> Tensor:
+    """PyTorch has none."""
+    return F.conv2d(x, w, b, stride, padding, *rest)
+
+
+@torch.library.register_fake("aten::cudnn_convolution_add_relu")
+def _(x: Tensor, w: Tensor, z: Tensor, alpha: Any, b: Tensor | None, *geometry: Any) -> Tensor:
+    return F.conv2d(x, w, b, *geometry)
+
+
+def _address(t: Tensor) -> int:
+    """An address that is aligned and that no other storage's range of 64 GB covers."""
+    return (t.untyped_storage()._cdata << 36) + t.storage_offset() * t.element_size()
+
+
+def executor(model: nn.Module, dtype: torch.dtype, backend: str = "auto") -> Executor:
+    """The engine of a module with ``_forward_impl``, with fake weights; inside :func:`fake_gpu`."""
+
+    def weights(step: Step) -> Weights:
+        op = step.op
+        if isinstance(op, Conv2d):
+            shape: tuple[int, ...] = (op.out_channels, op.in_channels // op.groups, *op.kernel)
+        else:
+            assert isinstance(op, Linear)
+            shape = op.out_features, op.in_features
+        weight = torch.empty(shape, dtype=dtype, device=CUDA)
+        if isinstance(op, Conv2d):
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        return weight, torch.empty(shape[0], device=CUDA)
+
+    ops = select_ops(backend, CUDA, dtype)
+    return Executor(plan.of_module(model, "_forward_impl"), model, ops, dtype, weights)
+
+
+def walk(
+    model: nn.Module,
+    target: Target,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    backend: str = "auto",
+    run: Callable[[Launch], object] | None = None,
+) -> tuple[list[Launch], Plan]:
+    """What one call launches on images of this shape, and the plan that it follows."""
+    with torch.no_grad(), fake_gpu(target, run) as launches:
+        made = executor(model, dtype, backend)
+        made.run([torch.empty(shape, dtype=dtype, device=CUDA)])
+    return launches, made.plan
