@@ -15,7 +15,8 @@ elif __name__ != "fastres.kernels":
     )
 else:
     from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
-    from ._common import INTERPRETED, LAUNCHES, KernelError
+    from ._ahead import compile_ahead
+    from ._common import COMPILING, INTERPRETED, LAUNCHES, KernelError
     from ._config import TileConfig, gpu_of
     from ._split_k import new_workspace
     from ._tma import has_tma
@@ -25,6 +26,7 @@ else:
     from .pool import avg_pool2d, avg_pool2d_ref, max_pool2d, max_pool2d_ref
 
 __all__ = [
+    "COMPILING",
     "INTERPRETED",
     "LAUNCHES",
     "KernelError",
@@ -33,6 +35,7 @@ __all__ = [
     "add_relu_ref",
     "avg_pool2d",
     "avg_pool2d_ref",
+    "compile_ahead",
     "conv",
     "conv2d",
     "conv2d_ref",

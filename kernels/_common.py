@@ -10,8 +10,9 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class KernelError(RuntimeError):
 
 LAUNCHES: Counter[str] = Counter()
 """Kernel launches since the process began, by kernel name; tests read it."""
+
+COMPILING: ContextVar[bool] = ContextVar("COMPILING", default=False)
+"""Whether :func:`launch` compiles what a GPU has to run, and launches nothing."""
 
 IntPair = int | Sequence[int]
 
@@ -179,18 +183,22 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
     Raises:
         KernelError: Triton cannot compile or launch it; its own errors have no type in common.
     """
-    LAUNCHES[kernel.__name__] += 1
+    compiling = COMPILING.get()
+    if not compiling:
+        LAUNCHES[kernel.__name__] += 1
     if launches_early(device) and "PDL" in kernel.arg_names:
         meta |= {"PDL": True, "launch_pdl": True}
     stand_in = host(device)
     try:
         if stand_in is not None:
             stand_in.run(kernel, grid, args, meta)
-        elif device.type == "cuda" and device.index != torch.cuda.current_device():
+            return
+        start = partial(kernel.warmup, grid=(grid,)) if compiling else kernel[(grid,)]
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                kernel[(grid,)](*args, **meta)
+                start(*args, **meta)
         else:
-            kernel[(grid,)](*args, **meta)
+            start(*args, **meta)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -117,6 +117,18 @@ class AtenOps:
         """What computes the steps from now on, after this error of one; None: the error stands."""
         return None
 
+    def compile_ahead(
+        self,
+        run: Callable[[], Any],
+        device: torch.device,
+        tell: Callable[[int, int], Any] | None = None,
+    ) -> None:
+        """Compile at once what ``run`` is going to launch; its outputs are not looked at.
+
+        Args:
+            tell: called with (kernels compiled, kernels to compile).
+        """
+
     def reads_any_layout(self, group: FusionGroup) -> bool:
         """Whether the group reads its inputs in NCHW memory as well as in NHWC."""
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -113,7 +113,7 @@ class TritonOps(AtenOps):
         """PyTorch and cuDNN, for this process and device, with one warning."""
         if not isinstance(error, self.kernels.KernelError):
             return None
-        if not self.falls_back or _capturing():
+        if not self.falls_back or _capturing() or self.kernels.COMPILING.get():
             return None
         if error.device not in FAILED:
             FAILED[error.device] = str(error)
@@ -126,6 +126,15 @@ class TritonOps(AtenOps):
 
     def setting(self) -> Hashable:
         return conv_precision()
+
+    def compile_ahead(
+        self,
+        run: Callable[[], Any],
+        device: torch.device,
+        tell: Callable[[int, int], Any] | None = None,
+    ) -> None:
+        if device.type == "cuda" and not _capturing():
+            self.kernels.compile_ahead(run, tell)
 
     def prepare_group(self, group: FusionGroup, prepared: list[Any]) -> tuple[Tensor, ...]:
         return self.by_name[group.kernel].prepare(self.kernels, group, prepared)

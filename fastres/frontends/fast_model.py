@@ -158,12 +158,21 @@ class FastModel(nn.Module):
         """The plan with its weights, for looking at single steps."""
         return self._runner(self._home()).executor
 
-    def warmup(self, shapes: Sequence[Sequence[int]]) -> FastModel:
-        """Run each input shape often enough that compiling and graph capture are behind it."""
+    def warmup(
+        self,
+        shapes: Sequence[Sequence[int]],
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> FastModel:
+        """Put compiling, for all shapes at once, and graph capture behind; returns self.
+
+        Args:
+            shapes: (N, C, H, W) of the images to come.
+            progress: called with (done, wanted): kernels to compile and shapes to run.
+        """
         convolutions = [step.op for step in self.traced.steps if isinstance(step.op, Conv2d)]
         bytes_in = any(op.images is not None for op in convolutions)
         dtype = torch.uint8 if bytes_in else self.dtype
-        warm_up(lambda x: self.run([x]), shapes, self._home(), dtype)
+        warm_up(lambda x: self.run([x]), shapes, self._home(), dtype, self.executor(), progress)
         return self
 
     def train(self, mode: bool = True) -> FastModel:

@@ -163,14 +163,17 @@ class FastShell(nn.Module):
         ]
         return Plan((*steps, *rest), (), None, (*kernels, *[""] * len(rest)))
 
-    def warmup(self, shapes: Any) -> FastShell:
+    def warmup(self, shapes: Any, progress: Callable[[int, int], Any] | None = None) -> FastShell:
         """Run each shape, (N, C, H, W), twice; for modules that take one tensor of images.
+
+        Args:
+            progress: called with (shapes run, shapes).
 
         Raises:
             TypeError: the module takes something else.
         """
         device = next(chain(self.parameters(), self.buffers())).device
-        warm_up(lambda x: self.run((x,)), shapes, device, self.dtype)
+        warm_up(lambda x: self.run((x,)), shapes, device, self.dtype, progress=progress)
         return self
 
     def train(self, mode: bool = True) -> FastShell:

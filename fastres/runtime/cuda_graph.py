@@ -227,18 +227,36 @@ def warm_up(
     shapes: Iterable[Sequence[int]],
     device: torch.device,
     dtype: torch.dtype,
+    executor: Executor | None = None,
+    progress: Callable[[int, int], Any] | None = None,
 ) -> None:
-    """Run random images of each shape twice: the first call compiles, the second captures.
+    """Compile for all shapes at once; then run random images of each twice, which captures.
 
     Args:
         run: takes one tensor of images.
         shapes: input shapes, (N, C, H, W).
+        executor: what serves ``run``, if that is one; else each shape compiles when it is run.
+        progress: called with (done, wanted): kernels to compile and shapes to run.
     """
+    sizes, compiled = [tuple(shape) for shape in shapes], 0
+
+    def tell(done: int, wanted: int) -> None:
+        nonlocal compiled
+        compiled = wanted
+        if progress is not None:
+            progress(done, wanted + len(sizes))
+
+    if executor is not None:
+        taken = executor.dtype if dtype.is_floating_point else dtype
+        with torch.no_grad():
+            empty = ([torch.empty(size, dtype=taken, device=device)] for size in sizes)
+            executor.compile_ahead(empty, tell)
     generator = torch.Generator().manual_seed(0)
-    for shape in shapes:
-        x = torch.randn(*shape, generator=generator, device="cpu").to(device, dtype)
+    for done, size in enumerate(sizes, 1):
+        x = torch.randn(*size, generator=generator, device="cpu").to(device, dtype)
         for _ in range(2):
             run(x)
+        tell(compiled + done, compiled)
 
 
 def _key(x: Tensor) -> Key:

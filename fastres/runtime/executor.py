@@ -175,7 +175,9 @@ class Executor:
         """
         names = [parameter.name for parameter in self.plan.parameters]
         values: dict[str, Any] = dict(zip(names, arguments, strict=True))
-        schedule = self._checked_schedule(values)
+        schedule, is_new = self._checked_schedule(values, observe is not None)
+        if is_new:
+            self.compile_ahead([arguments], observe=observe and (lambda *_: None))
         self.plan = schedule.plan
         if contiguous is None:
             contiguous = not any(is_channels_last(v) for v in arguments)
@@ -204,6 +206,27 @@ class Executor:
                 raise
             return self.run(arguments, observe, contiguous)
         return substitute(self.plan.output, lambda name: restore(values[name]))
+
+    def compile_ahead(
+        self,
+        calls: Iterable[Sequence[Any]],
+        tell: Callable[[int, int], Any] | None = None,
+        observe: Observer | None = None,
+    ) -> None:
+        """Compile all kernels of these calls at once, where a GPU is to run them.
+
+        Args:
+            calls: the arguments of each.
+            tell: called with (kernels compiled, kernels to compile).
+            observe: as for :meth:`run`, with results that were not computed.
+        """
+
+        def run() -> None:
+            for arguments in calls:
+                self.run(arguments, observe)
+
+        if not self.plan.fallbacks:  # PyTorch's steps may look at what no kernel has computed
+            self.ops.compile_ahead(run, self._device, tell)
 
     def _fall_back(self, ops: AtenOps, error: RuntimeError) -> bool:
         """Go on with what ``ops`` names instead of itself, if anything.
@@ -285,16 +308,20 @@ class Executor:
         compute = partial(compute, self._prepared[step.name])
         return partial(self._autocast, compute) if self.plan.fallbacks else compute
 
-    def _checked_schedule(self, values: Mapping[str, Any]) -> _Schedule:
-        """How to run on these values, whose kind is checked when it is first met."""
+    def _checked_schedule(
+        self, values: Mapping[str, Any], observed: bool
+    ) -> tuple[_Schedule, bool]:
+        """How to run on these values, whose kind is checked when it is first met, as it is now."""
         key = (
             self.ops.setting(),
+            observed,
             *(
                 (tuple(v.shape), v.dtype, v.device) if isinstance(v, Tensor) else None
                 for v in values.values()
             ),
         )
         found = self._schedules.get(key)
+        is_new = found is None
         if found is None:
             check_inputs(self.plan, values, self.dtype)
             if len(self._schedules) > 256:
@@ -303,7 +330,7 @@ class Executor:
             device = next((t.device for t in tensors.values()), None)
             shapes = {name: tuple(t.shape) for name, t in tensors.items()}
             found = self._schedules[key] = self._schedule(shapes, device)
-        return found
+        return found, is_new
 
     def _schedule(
         self, given: Mapping[str, Shape], device: torch.device | None = None

@@ -1,7 +1,7 @@
 """Fused inference for a module whose weights stay the user's to change at any time."""
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from threading import Lock, RLock
 from typing import Any
@@ -82,6 +82,12 @@ class Live:
         folds = runner.executor.folds
         with torch.no_grad():
             return _Early(runner, folds, runner(x))
+
+    def executor_for(self, x: Tensor) -> Executor | None:
+        """What serves images of x's dtype on its device; None where ordinary PyTorch does."""
+        with self._lock:
+            runner = self._runner_for(x)
+        return None if runner is None else runner.executor
 
     def plan(self) -> Plan:
         """The plan for the module as it is now, in inference."""
@@ -266,11 +272,18 @@ class LiveModule(nn.Module):
         return self._live().plan()
 
     @torch.jit.unused
-    def warmup(self, shapes: Iterable[Sequence[int]]) -> Any:
+    def warmup(
+        self,
+        shapes: Iterable[Sequence[int]],
+        progress: Callable[[int, int], Any] | None = None,
+    ) -> Any:
         """Put folding, compiling and graph capture behind for these input shapes; returns self.
+
+        The kernels of all shapes compile first, several at a time.
 
         Args:
             shapes: (N, C, H, W) of the images to come.
+            progress: called with (done, wanted): kernels to compile and shapes to run.
 
         Raises:
             RuntimeError: in training mode, where nothing is fused.
@@ -279,7 +292,8 @@ class LiveModule(nn.Module):
             raise RuntimeError("warmup is for inference: call .eval() first")
         weight = next(self.parameters())
         with torch.inference_mode():
-            warm_up(self, shapes, weight.device, weight.dtype)
+            executor = self._live().executor_for(weight)
+            warm_up(self, shapes, weight.device, weight.dtype, executor, progress)
         return self
 
     @torch.jit.unused
