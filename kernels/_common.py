@@ -191,7 +191,8 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
     stand_in = host(device)
     try:
         if stand_in is not None:
-            stand_in.run(kernel, grid, args, meta)
+            if not compiling:
+                stand_in.run(kernel, grid, args, meta)
             return
         start = partial(kernel.warmup, grid=(grid,)) if compiling else kernel[(grid,)]
         if device.type == "cuda" and device.index != torch.cuda.current_device():

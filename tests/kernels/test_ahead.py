@@ -141,11 +141,10 @@ def test_each_launchers_c_code_is_compiled_along(monkeypatch):
 def test_triton_itself_compiles_in_threads_for_a_named_gpu():
     code = f"""
 import sys, threading, torch, triton
-sys.path.insert(0, {str(Path(__file__).parents[1] / "tools")!r})
-from compile_gate import TARGETS, StubDriver
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+from named_gpu import TARGETS, compiling_for
 from triton import knobs
 from fastres.kernels import _common, compile_ahead, elementwise
-triton.runtime.driver.set_active(StubDriver(TARGETS["sm_90"].gpu))
 torch.cuda.current_device = lambda: 0
 met = []
 knobs.compilation.listener = lambda **_: met.append(threading.current_thread().name)
@@ -160,12 +159,14 @@ def run():
             RELU=True, INT64=False, BLOCK=block, num_warps=4,
         )
 
-compile_ahead(run)
-print(len(met), all(name.startswith("fastres-compile") for name in met))
-compile_ahead(run)
-print(len(met), len(kernel.device_caches[0][0]))
+with compiling_for(TARGETS["sm_90"]):
+    compile_ahead(run)
+    print(len(met), all(name.startswith("fastres-compile") for name in met))
+    compile_ahead(run)
+    print(len(met), len(kernel.device_caches[90][0]))
 """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_ALWAYS_COMPILE"] = "1"
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
     )
