@@ -48,7 +48,7 @@ def poison(like: Tensor) -> Tensor:
 
 def fitted(row: Any, setting: Setting) -> Any:
     """The row as this GPU would run it, or None."""
-    return row.fitted(setting.dtype.itemsize, gpu_of(setting.device).shared_limit)
+    return row.fitted("half" if setting.dtype.itemsize == 2 else "tf32", gpu_of(setting.device))
 
 
 def precision(kind: str) -> str:

@@ -181,7 +181,7 @@ def _conv_rows(
 ) -> dict[str, Call]:
     """conv2d's tiles; with ``split_k`` all that are considered, else the larger ones unsplit."""
     table = conv.CONFIGS[KINDS[setting.dtype]]
-    rows = candidates(table, problem, gpu_of(setting.device))
+    rows = candidates(table, problem, KINDS[setting.dtype], gpu_of(setting.device))
     if not split_k:
         rows = [r for r in rows if r.split_k == 1 and r.block_m >= 64 and r.block_n >= 64]
     workspace = new_workspace(setting.device)

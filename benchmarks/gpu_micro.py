@@ -13,7 +13,8 @@ import triton.language as tl
 
 from benchmarks.gpu_contest import Case, Graphed, Setting
 from fastres.bench.probes import sustained
-from fastres.kernels._config import HOPPER, gpu_of
+from fastres.kernels._config import gpu_of
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels._tma import descriptor
 from fastres.perf.ceilings import measured_ceilings
 from fastres.perf.timing import measure

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from ._gpu import HOPPER, Gpu
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -56,13 +58,11 @@ class Host:
     """What runs kernels on tensors of ``device``, by default the CPU's, in a GPU's stead: Triton's
     interpreter, or a GPU in software.
 
-    It shows as ``sms`` multiprocessors of this compute ``capability``, each block with up to
-    ``shared_limit`` bytes of shared memory. ``run(kernel, grid, args, meta)`` launches.
+    It shows as ``gpu``, of this compute ``capability``. ``run(kernel, grid, args, meta)`` launches.
     """
 
     capability: tuple[int, int]
-    sms: int
-    shared_limit: int
+    gpu: Gpu
     run: Callable[[Any, int, tuple[Any, ...], dict[str, Any]], None]
     gluon: bool = True  # whether it knows kernels in Gluon
     early: bool = False  # whether it launches kernels before the ones before them have ended
@@ -74,10 +74,8 @@ def _start(kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) 
     kernel[(grid,)](*args, **meta)
 
 
-HOPPER_SHARED = 227 * 1024  # bytes that one block may have on an H100 or H200
-
 # The interpreter plays TMA, and counts as one wide SM, so that it gets large tiles.
-_INTERPRETER = Host((9, 0), sms=1, shared_limit=HOPPER_SHARED, run=_start, gluon=False)
+_INTERPRETER = Host((9, 0), replace(HOPPER, sms=1), run=_start, gluon=False)
 _host = _INTERPRETER if INTERPRETED else None
 
 

@@ -13,8 +13,10 @@ from math import ceil
 
 import torch
 
-from ._common import HOPPER_SHARED, host
+from ._common import host
+from ._gpu import BYTES, Gpu, record_of
 
+BARRIER_BYTES = 64  # of shared memory, at most, beside operands that are read asynchronously
 _LARGEST_SPLIT = 64 * 128  # elements of a tile
 _SPLIT_WAVES = 2  # programs per SM, at most, of a split reduction
 
@@ -58,30 +60,31 @@ class TileConfig:
         """Parts in which the tile is written; a thread holds at most 32 elements of each."""
         return min(4, max(1, self.block_m * self.block_n // (32 * self.num_warps) // 32))
 
-    def shared_bytes(self, itemsize: int) -> int:
-        """Upper bound of a block's shared memory: the operand buffers or the output tile."""
-        operands = (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
-        return max(operands, self.block_m * self.block_n * itemsize)
+    def operand_bytes(self, math_mode: str, copied: bool, gpu: Gpu) -> int:
+        """Shared memory of the operands of a pipelined loop, as Triton lays it out.
 
-    def fitted(self, itemsize: int, shared_limit: int) -> TileConfig | None:
-        """This row with as many stages as fit in ``shared_limit`` bytes; None below two."""
+        There are ``num_stages`` buffers where TMA (``copied``) fills them or asynchronous products
+        read them; else one fewer, since the operands in use are in registers. float32 operands go
+        through registers, to be rounded or split, and the second of them is then put back.
+        """
+        a, b = (n * self.block_k * BYTES[math_mode] for n in (self.block_m, self.block_n))
+        asynchronous = gpu.asynchronous and self.block_m >= 64
+        if math_mode == "half" and (copied or asynchronous):
+            return self.num_stages * (a + b)
+        again = b if copied or (asynchronous and math_mode == "tf32") else 0
+        return max(1, self.num_stages - 1) * (a + b) + again
+
+    def shared_bytes(self, math_mode: str, gpu: Gpu) -> int:
+        """A block's shared memory on NVIDIA's GPUs, barriers included."""
+        return self.operand_bytes(math_mode, False, gpu) + BARRIER_BYTES * gpu.asynchronous
+
+    def fitted(self, math_mode: str, gpu: Gpu) -> TileConfig | None:
+        """This row with as many stages as fit the GPU's shared memory; None below two."""
         for stages in range(self.num_stages, min(self.num_stages, 2) - 1, -1):
             config = replace(self, num_stages=stages)
-            if config.shared_bytes(itemsize) <= shared_limit:
+            if config.shared_bytes(math_mode, gpu) <= gpu.shared_limit:
                 return config
         return None
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """What the choice of a tile needs to know of a GPU."""
-
-    sms: int
-    shared_limit: int  # bytes of shared memory that one block may have
-
-
-HOPPER = Gpu(132, HOPPER_SHARED)
-"""An H100 or H200 (SXM): predictions, the shipped tables and the tests are of this GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +113,9 @@ class ProblemSize:
         return ceil(self.m / config.block_m) * ceil(self.n / config.block_n) * self.groups
 
 
-MULTIPLY_ADDS = {"half": 2048, "tf32": 1024, "ieee": 128}
-"""Multiply-adds per cycle and SM of a Hopper GPU, by arithmetic."""
-
-_SM_BYTES = 64  # one SM's port to L2, bytes per cycle
-_L2_BYTES = 28 * HOPPER.sms  # all of L2, bytes per cycle (6.5 TB/s at 1.75 GHz)
 _STEP_LATENCY = 700  # cycles from asking for operands to having them
 _TILE_OVERHEAD = 2000  # cycles to fill the pipeline and write a tile
 _SPLIT_OVERHEAD = 2500  # cycles to publish a partial sum and to find it
-
-
-def l2_bandwidth(programs: int) -> float:
-    """Bytes per cycle from L2 to each of so many SMs at a time."""
-    return min(_SM_BYTES, _L2_BYTES / programs)
 
 
 def estimated_cycles(config: TileConfig, problem: ProblemSize, math_mode: str, gpu: Gpu) -> float:
@@ -133,19 +126,18 @@ def estimated_cycles(config: TileConfig, problem: ProblemSize, math_mode: str, g
     """
     programs = problem.tiles(config) * config.split_k
     steps = ceil(problem.steps(config.block_k) / config.split_k)
-    no_wgmma = math_mode != "ieee" and config.block_m < 64  # such tiles use the older, slower mma
-    rate = MULTIPLY_ADDS[math_mode] / (2 if no_wgmma else 1)
-    arithmetic = config.block_m * config.block_n * config.block_k / rate
+    products = config.block_m * config.block_n * config.block_k
+    arithmetic = products / gpu.multiply_adds(math_mode, config.block_m)
     traffic = (config.block_m + config.block_n) * config.block_k * problem.itemsize
     full, rest = divmod(programs, gpu.sms)
-    bandwidth = l2_bandwidth(min(programs, gpu.sms))
+    bandwidth = gpu.l2_bandwidth(min(programs, gpu.sms))
     busy = full * steps * max(arithmetic, traffic / bandwidth)
     if rest:  # the last wave has L2 for itself
-        busy += steps * max(arithmetic, traffic / l2_bandwidth(rest))
+        busy += steps * max(arithmetic, traffic / gpu.l2_bandwidth(rest))
 
     registers = 56 + config.block_m * config.block_n // (32 * config.num_warps)  # per thread
     resident = min(
-        gpu.shared_limit // config.shared_bytes(problem.itemsize),
+        gpu.shared_limit // config.shared_bytes(math_mode, gpu),
         65536 // (32 * config.num_warps * registers),
     )
     waves = ceil(programs / (gpu.sms * max(1, resident)))
@@ -161,10 +153,12 @@ SPLIT_K_FACTORS = (1, 2, 4, 8, 16)
 """Ways to split a reduction that are considered."""
 
 
-def candidates(rows: Iterable[TileConfig], problem: ProblemSize, gpu: Gpu) -> list[TileConfig]:
+def candidates(
+    rows: Iterable[TileConfig], problem: ProblemSize, math_mode: str, gpu: Gpu
+) -> list[TileConfig]:
     """The rows that fit the GPU, with as many stages as fit, and their useful splits: those
     that leave each program a step and that do not oversubscribe the GPU."""
-    fitting = (config.fitted(problem.itemsize, gpu.shared_limit) for config in rows)
+    fitting = (config.fitted(math_mode, gpu) for config in rows)
     return [
         replace(config, split_k=split_k)
         for config in fitting
@@ -186,7 +180,7 @@ def select_config(
     Raises:
         RuntimeError: no row fits the GPU's shared memory.
     """
-    usable = candidates(rows, problem, gpu)
+    usable = candidates(rows, problem, math_mode, gpu)
     if not usable:
         raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
     return min(usable, key=lambda config: estimated_cycles(config, problem, math_mode, gpu))
@@ -200,12 +194,19 @@ def split_elements(gpu: Gpu) -> int:
 def gpu_of(device: torch.device) -> Gpu:
     """The GPU behind ``device``, or what stands in for one on the CPU."""
     if (stand_in := host(device)) is not None:
-        return Gpu(stand_in.sms, stand_in.shared_limit)
+        return stand_in.gpu
     return _gpu(device)
 
 
 @cache
 def _gpu(device: torch.device) -> Gpu:
     properties = torch.cuda.get_device_properties(device)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip:
+        architecture = properties.gcnArchName.partition(":")[0]
     limit = getattr(properties, "shared_memory_per_block_optin", 0)
-    return Gpu(properties.multi_processor_count, limit or properties.shared_memory_per_block)
+    return replace(
+        record_of(architecture, properties.name),
+        sms=properties.multi_processor_count,
+        shared_limit=limit or properties.shared_memory_per_block,
+    )

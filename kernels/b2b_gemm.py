@@ -32,7 +32,8 @@ from ._common import (
     relu_keeping_nan,
     rounded,
 )
-from ._config import Gpu, gpu_of
+from ._config import gpu_of
+from ._gpu import Gpu
 from ._tma import check_aligned, check_rows, check_tma, descriptor
 from .gemm import gemm_ref
 
@@ -141,9 +142,6 @@ def fits(config: B2bGemmConfig, channels: int, reduced: int, gpu: Gpu) -> bool:
     return config.shared_bytes(channels, reduced) <= gpu.shared_limit
 
 
-_L2_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
-_SM_BYTES = 64  # one SM's port to L2, bytes per cycle
-_MULTIPLY_ADDS = 2048  # of an SM per cycle
 _PROGRAM_OVERHEAD = 4000  # cycles of latency that a program alone on its SM does not hide
 
 
@@ -162,10 +160,10 @@ def estimated_cycles(
         65536 // (32 * config.num_warps * (config.registers(reduced) + 56)),
     )
     full, rest = divmod(programs, gpu.sms)
-    busy = full * max(moved / _L2_BYTES, products / _MULTIPLY_ADDS)
+    arithmetic = products / gpu.multiply_adds("half", config.block_m)
+    busy = full * max(moved / gpu.l2, arithmetic)
     if rest:  # the last wave has L2 for itself
-        bandwidth = min(_SM_BYTES, _L2_BYTES * gpu.sms / rest)
-        busy += max(moved / bandwidth, products / _MULTIPLY_ADDS)
+        busy += max(moved / gpu.l2_bandwidth(rest), arithmetic)
     return busy + ceil(programs / (gpu.sms * max(1, resident))) * _PROGRAM_OVERHEAD
 
 

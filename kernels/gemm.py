@@ -35,7 +35,8 @@ from ._common import (
     relu_keeping_nan,
     rounded,
 )
-from ._config import ProblemSize, TileConfig, gpu_of, select_config
+from ._config import BARRIER_BYTES, ProblemSize, TileConfig, gpu_of, select_config
+from ._gpu import BYTES, Gpu
 from ._tma import check_aligned, check_rows, check_tma, descriptor, fits_descriptor
 from .conv import math_mode_of
 
@@ -50,12 +51,13 @@ class GemmConfig(TileConfig):
     def can_split_k(self) -> bool:
         return False
 
-    def shared_bytes(self, itemsize: int) -> int:
+    def shared_bytes(self, math_mode: str, gpu: Gpu) -> int:
         """Upper bound: operand buffers and, where they are in use while a tile is written, the
         part of the output and of the residual that is in transit."""
-        operands = (self.block_m + self.block_n) * self.block_k * itemsize * self.num_stages
-        part = 2 * self.block_m * self.block_n * itemsize // self.parts
-        return operands + part if self.persistent else max(operands, part)
+        operands = self.operand_bytes(math_mode, True, gpu)
+        part = self.block_m * self.block_n * BYTES[math_mode] // self.parts
+        kept = operands + 2 * part if self.persistent else max(operands, part)
+        return kept + BARRIER_BYTES
 
 
 CONFIGS: dict[str, tuple[GemmConfig, ...]] = {

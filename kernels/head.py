@@ -37,7 +37,8 @@ from ._common import (
     rounded,
     store_rounded,
 )
-from ._config import Gpu, gpu_of, split_elements
+from ._config import gpu_of, split_elements
+from ._gpu import Gpu
 from ._split_k import WORKSPACE_COUNTS, split_workspace, sum_split_k
 from .global_pool import global_avg_pool_ref
 from .linear import linear_ref
@@ -175,7 +176,6 @@ class _ProblemSize:
         return ceil(self.batch / config.block_m) * ceil(self.outputs / config.block_n)
 
 
-_SM_BYTES = 28  # an SM's share of L2's bandwidth, bytes per cycle
 _LATENCY = 1500  # cycles of a program that are spent waiting
 _SPLIT_OVERHEAD = 2500  # cycles to publish partial sums and to find them
 
@@ -187,7 +187,7 @@ def estimated_cycles(config: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> flo
     moved = (images * problem.pixels + config.block_n) * part * problem.itemsize
     waves = ceil(problem.tiles(config) * config.split_k / gpu.sms)
     overhead = _LATENCY + (_SPLIT_OVERHEAD if config.split_k > 1 else 0)
-    return waves * moved / _SM_BYTES + overhead
+    return waves * moved / gpu.l2 + overhead
 
 
 def _can_split_k(config: HeadConfig, problem: _ProblemSize, gpu: Gpu) -> bool:

@@ -44,7 +44,8 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import Gpu, gpu_of
+from ._config import gpu_of
+from ._gpu import HOPPER, Gpu
 
 WINDOW, STRIDE, PADDING = 7, 2, 3  # of the convolution
 
@@ -342,7 +343,7 @@ class _ProblemSize:
 
 
 _ROW_LATENCY = 2500  # cycles that a program waits in each row of the convolution
-_COLUMN_CYCLES = 28  # of an SM, for one of ``columns`` in such a row
+_COLUMN_CYCLES = 28  # of an SM of Hopper, for one of ``columns`` in such a row
 
 
 def estimated_cycles(config: StemConfig, problem: _ProblemSize, gpu: Gpu) -> float:
@@ -350,7 +351,7 @@ def estimated_cycles(config: StemConfig, problem: _ProblemSize, gpu: Gpu) -> flo
     where the two programs that it holds at once do not hide the latency."""
     programs = problem.programs(config)
     steps = 2 * min(config.rows, problem.rows) + 1
-    work = config.columns * _COLUMN_CYCLES
+    work = config.columns * _COLUMN_CYCLES * HOPPER.matrix / gpu.matrix
     busy = ceil(programs / gpu.sms) * work
     waiting = ceil(programs / (2 * gpu.sms)) * (_ROW_LATENCY + work)
     return steps * max(busy, waiting)

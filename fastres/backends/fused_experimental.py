@@ -117,7 +117,7 @@ class BottleneckHwnc(FusedKernel):
         reduced = sum(op.out_channels for op in reduce)
         widths = conv.in_channels, conv.out_channels, expand.out_channels, reduced
         anywhere = device.type == "cpu" and not kernels.INTERPRETED
-        gpu = kernels._config.HOPPER if anywhere else kernels.gpu_of(device)
+        gpu = kernels._gpu.HOPPER if anywhere else kernels.gpu_of(device)
         runs = expand.residual and (anywhere or block.runs_on(device))
         return bool(runs and block.supports(*widths, dtype, gpu))
 

@@ -102,7 +102,7 @@ def predicted_seconds(
     """
     kernels = import_module("fastres.kernels")
     by_name = {kernel.name: kernel for kernel in fused}
-    sizes = Sizes(shapes, itemsize, kernels._config.HOPPER)
+    sizes = Sizes(shapes, itemsize, kernels._gpu.HOPPER)
     return sum(_seconds(group, sizes, kernels, by_name.get(group.kernel)) for group in groups)
 
 

@@ -45,7 +45,8 @@ from .._common import (
     launch,
     relu_keeping_nan,
 )
-from .._config import MULTIPLY_ADDS, Gpu, gpu_of, l2_bandwidth
+from .._config import gpu_of
+from .._gpu import Gpu
 from .._tma import check_aligned
 from .conv3x3_hwnc import (
     CHANNELS,
@@ -107,9 +108,9 @@ def estimated_cycles(
     programs = p * ceil(n / IMAGES)
     weights = CHANNELS * (9 * CHANNELS + expanded) + expanded * reduced
     waiting = _TURN / config.num_stages + _PART * expanded / 64
-    products = IMAGES * weights / MULTIPLY_ADDS["half"]
+    products = IMAGES * weights / gpu.matrix
     moved = 2 * IMAGES * (3 * CHANNELS + 2 * expanded + reduced)
-    column = max(products + waiting, moved / l2_bandwidth(min(programs, gpu.sms)))
+    column = max(products + waiting, moved / gpu.l2_bandwidth(min(programs, gpu.sms)))
     return ceil(programs / gpu.sms) * (columns_of(q) * column + _START)
 
 

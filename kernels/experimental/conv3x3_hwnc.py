@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .._common import await_producers, capability, host, launch, relu_keeping_nan
-from .._config import MULTIPLY_ADDS, Gpu, l2_bandwidth
+from .._gpu import Gpu
 
 # Triton 3.7 and later have other names for the same.
 copy_in: Any = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -86,8 +86,8 @@ def estimated_cycles(config: Conv3x3Config, size: tuple[int, int, int, int], gpu
     programs = p * ceil(n / config.images) * ceil(k / CHANNELS)
     resident = max(1, gpu.shared_limit // config.shared_bytes())
     here = min(resident, ceil(programs / gpu.sms))
-    products = 9 * CHANNELS * CHANNELS * config.images / MULTIPLY_ADDS["half"]
-    traffic = 3 * CHANNELS * 2 * config.images / l2_bandwidth(min(programs, gpu.sms))
+    products = 9 * CHANNELS * CHANNELS * config.images / gpu.matrix
+    traffic = 3 * CHANNELS * 2 * config.images / gpu.l2_bandwidth(min(programs, gpu.sms))
     column = max(here * products, here * traffic, products + _TURN)
     return ceil(programs / (gpu.sms * resident)) * (columns_of(q) * column + _START)
 

@@ -41,7 +41,8 @@ from .._common import (
     rounded,
     window_count,
 )
-from .._config import Gpu, ProblemSize, estimated_cycles, gpu_of, select_config
+from .._config import ProblemSize, estimated_cycles, gpu_of, select_config
+from .._gpu import Gpu
 from .._tma import check_aligned, check_tma, descriptor, fits_descriptor
 from ..conv import conv2d_ref, math_mode_of
 from ..gemm import GemmConfig

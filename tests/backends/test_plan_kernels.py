@@ -53,7 +53,7 @@ def test_a_tile_fits_the_gpu_that_it_is_for(model):
             (m["BLOCK_M"] + m["BLOCK_N"]) * m["BLOCK_K"] * 4 * (m["num_stages"] - 1)
             for m in convolutions
         )
-        assert max(bytes_of) <= target.shared_limit, architecture
+        assert max(bytes_of) <= target.record.shared_limit, architecture
 
 
 @pytest.mark.parametrize(("architecture", "precision"), [("sm_90", "tf32"), ("gfx90a", "ieee")])

@@ -53,7 +53,7 @@ def nhwc(*shape: int, dtype=torch.float32, scale: float = 1.0) -> torch.Tensor:
 
 def fitted(kind: str, dtype: torch.dtype, row, split_k: int = 1):
     """The row as this GPU can run it, or a skip that names it."""
-    used = row.fitted(dtype.itemsize, gpu_of(CUDA).shared_limit)
+    used = row.fitted(kind, gpu_of(CUDA))
     if used is None:
         pytest.skip(f"{row} needs more shared memory than this GPU has: pruned")
     return replace(used, split_k=split_k if used.can_split_k else 1)
@@ -246,7 +246,7 @@ def test_every_candidate_runs_on_this_gpu(integers):
     w = w.contiguous(memory_format=torch.channels_last)
     want = conv2d_ref(x, w, padding=1, upcast=True).half()
     problem = ProblemSize(49, 512, 512, 9, 1, 2)
-    for config in candidates(CONFIGS["half"], problem, gpu_of(CUDA)):
+    for config in candidates(CONFIGS["half"], problem, "half", gpu_of(CUDA)):
         assert torch.equal(conv2d(x, w, padding=1, config=config), want), config
 
 

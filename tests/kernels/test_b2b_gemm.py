@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from fastres.kernels import LAUNCHES
 from fastres.kernels import _tma as tma_module
 from fastres.kernels import b2b_gemm as b2b_gemm_module
-from fastres.kernels._config import HOPPER, Gpu
+from fastres.kernels._gpu import HOPPER, Gpu
 from fastres.kernels.b2b_gemm import (
     CONFIGS,
     B2bGemmConfig,

@@ -16,12 +16,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from named_gpu import TARGETS
+
 from fastres.kernels import elementwise, global_pool, pool
 from fastres.kernels.conv import CONFIGS
 
 GATE = Path(__file__).parents[1] / "tools" / "compile_gate.py"
 FUSED = GATE.with_name("compile_gate_fused.py")
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 IMAGE_KERNELS = {
     "add_relu": elementwise.CONFIGS,
     "relu": elementwise.CONFIGS,
@@ -68,7 +69,16 @@ def test_every_convolution_compiles(target):
             f"{row.block_m}x{row.block_n}x{row.block_k} w{row.num_warps} s{row.num_stages}"
             for row in rows
         } <= compiled
-    assert len([v for v in verdicts if "pdl" not in v["what"]]) >= 0.8 * len(rows)
+    assert len([v for v in verdicts if "pdl" not in v["what"]]) >= 0.6 * len(rows)
+    if target.startswith("sm_"):
+        counted_rightly(v for v in verdicts if v["what"].startswith("3x3"))
+
+
+def counted_rightly(verdicts):
+    """Shared memory is what was counted, but for a few barriers."""
+    found = {(v["target"], v["what"], v["config"]): v["counted"] - v["shared"] for v in verdicts}
+    assert found
+    assert {key: spare for key, spare in found.items() if not 0 <= spare <= 64} == {}
 
 
 @pytest.mark.fault(19)
@@ -83,16 +93,20 @@ def test_every_kernel_of_images_compiles():
 @pytest.mark.fault(19)
 @pytest.mark.sweep
 @pytest.mark.parametrize("kernel", FUSED_KERNELS + EXPERIMENTAL)
-def test_every_fused_kernel_compiles_for_hopper(kernel):
-    verdicts = passed("--target", "sm_90", "--kernel", kernel, script=FUSED)
+def test_every_fused_kernel_compiles(kernel):
+    verdicts = passed("--kernel", kernel, script=FUSED)
     assert {v["kernel"] for v in verdicts} == {kernel}
     assert any("pdl" in v["what"] for v in verdicts)
     assert any("pdl" not in v["what"] for v in verdicts)
+    if kernel == "gemm":
+        counted_rightly(v for v in verdicts if v["what"].startswith("single"))
+    if kernel in ("head", "stem"):
+        assert {v["target"] for v in verdicts} == set(TARGETS)
 
 
 @pytest.mark.fault(19)
 def test_no_fused_kernel_is_left_out():
-    found = import_gate("sorted({c.kernel for c in compile_gate_fused.all_cases(False)})")
+    found = import_gate("sorted({c.kernel for c in compile_gate_fused.all_cases(False) if c})")
     assert found == repr(sorted(FUSED_KERNELS + EXPERIMENTAL))
 
 
@@ -116,23 +130,24 @@ def test_the_gate_sees_no_gpu_even_where_there_is_one():
     assert import_gate("repr(os.environ['CUDA_VISIBLE_DEVICES'])") == "''"
 
 
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ("half 128 256 64 8 6", "bytes of shared memory: never as written"),
-        ("half 256 256 32 4 2", "spills"),
-    ],
-    ids=["too much shared memory", "too many registers"],
-)
-def test_a_row_that_does_not_fit_fails(row, problem):
-    status, verdicts = gate("--target", "sm_90", "--row", *row.split())
+def test_rows_of_one_gpu():
+    """One has too much shared memory, one too many registers, one neither."""
+    rows = ("half 128 256 64 8 6", "half 256 256 32 4 2", "half 64 64 64 4 3")
+    given = [word for row in rows for word in ("--row", *row.split())]
+    status, (large, spilling, fitting) = gate("--target", "sm_90", *given)
     assert status == 1
-    assert [problem in " ".join(v["problems"]) for v in verdicts] == [True]
+    assert "bytes of shared memory: never as written" in " ".join(large["problems"])
+    assert "spills" in " ".join(spilling["problems"])
+    assert fitting["problems"] == []
+    assert fitting["wgmma"] > fitting["waits"] > 0
+    assert 0 < fitting["shared"] <= fitting["shared_limit"]
+    assert 0 < fitting["registers"] <= 255
 
 
-def test_a_row_that_fits_passes():
-    status, verdicts = gate("--target", "sm_90", "--row", *["half", "64", "64", "64", "4", "3"])
-    assert (status, verdicts[0]["problems"]) == (0, [])
-    assert verdicts[0]["wgmma"] > verdicts[0]["waits"] > 0
-    assert 0 < verdicts[0]["shared"] <= verdicts[0]["shared_limit"]
-    assert 0 < verdicts[0]["registers"] <= 255
+def test_shared_memory_is_counted_as_the_compiler_lays_it_out():
+    """A row of halves that Ada has room for by one buffer less, and one that rounds to TF32."""
+    rows = ("half 256 64 64 8 3", "tf32 64 64 32 4 2")
+    targets = [word for name in ("sm_89", "sm_100") for word in ("--target", name)]
+    verdicts = passed(*targets, *(w for row in rows for w in ("--row", *row.split())))
+    counted_rightly(verdicts)
+    assert [v["config"] for v in verdicts if v["target"] == "sm_89"][:1] == ["256x64x64 w8 s3"]

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES, new_workspace
 from fastres.kernels import head as head_module
-from fastres.kernels._config import HOPPER
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels.head import (
     CONFIGS,
     HeadConfig,

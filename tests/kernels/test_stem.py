@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from fastres.kernels import LAUNCHES
 from fastres.kernels import stem as stem_module
-from fastres.kernels._config import HOPPER
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels.stem import (
     CONFIGS,
     StemConfig,

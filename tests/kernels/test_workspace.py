@@ -1,14 +1,17 @@
 """One workspace serves every split reduction that the tables can select."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastres.kernels import TileConfig, conv2d, conv2d_ref, new_workspace
-from fastres.kernels._config import HOPPER, Gpu, ProblemSize, select_config, split_elements
+from fastres.kernels._config import ProblemSize, select_config, split_elements
+from fastres.kernels._gpu import GPUS, HOPPER
 from fastres.kernels._split_k import WORKSPACE_COUNTS, workspace_size
 from fastres.kernels.conv import CONFIGS
 
-SMALL = Gpu(sms=20, shared_limit=99 * 1024)
+SMALL = replace(GPUS["sm_89"], sms=20)
 
 
 @pytest.mark.parametrize("gpu", [HOPPER, SMALL], ids=["Hopper", "small"])

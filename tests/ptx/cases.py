@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels._config import HOPPER, Gpu
+from fastres.kernels._gpu import GPUS
 
 # The package gives some of these names to functions.
 NAMES = ("conv", "elementwise", "gemm", "global_pool", "head", "pool", "b2b_gemm", "stem")
@@ -24,7 +24,6 @@ hwnc = import_module("fastres.kernels.experimental.hwnc")
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 KINDS = {"half": (HALF, "ieee"), "tf32": (FLOAT, "tf32"), "ieee": (FLOAT, "ieee")}
-SHARED = {"sm_80": 163 * 1024, "sm_90": HOPPER.shared_limit}
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def conv_cases(target: str) -> Iterator[Case]:
     for kind, rows in conv.CONFIGS.items():
         dtype, precision = KINDS[kind]
         for index, row in enumerate(rows):
-            fitted = row.fitted(dtype.itemsize, SHARED[target])
+            fitted = row.fitted(kind, GPUS[target])
             if fitted is None:
                 continue
             shapes = list(CONVS)
@@ -202,7 +201,7 @@ def product_cases(target: str) -> Iterator[Case]:
                 call, reference = gemm.dual_gemm, gemm.dual_gemm_ref
                 yield Case("dual_gemm", short, row, call, reference, pair, options, copies=True)
     for row in b2b_gemm.CONFIGS:
-        if not b2b_gemm.fits(row, 64, 64, Gpu(HOPPER.sms, SHARED[target])):
+        if not b2b_gemm.fits(row, 64, 64, GPUS[target]):
             continue
         for dtype in (HALF, BFLOAT):
 

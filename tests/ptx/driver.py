@@ -48,10 +48,7 @@ class Gpu:
 
     def host(self, early: bool = False) -> _common.Host:
         gpu, findings = TARGETS[self.target], (Fault, Unknown)
-        limit = gpu.shared_limit
-        return _common.Host(
-            gpu.capability, gpu.sms, limit, self.run, early=early, findings=findings
-        )
+        return _common.Host(gpu.capability, gpu.record, self.run, early=early, findings=findings)
 
     def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta)

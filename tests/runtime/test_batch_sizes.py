@@ -48,7 +48,7 @@ def kind(value, specialized):
 def launched(monkeypatch):
     """The variants launched; nothing runs, and tiles are chosen for the 132 SMs of an H200."""
     found = set()
-    hopper = import_module("fastres.kernels._config").HOPPER
+    hopper = import_module("fastres.kernels._gpu").HOPPER
     modules = [import_module(f"fastres.kernels.{name}") for name in MODULES]
     for module in modules:
         monkeypatch.setattr(

@@ -31,6 +31,7 @@ from fastres.graph.fold import Weights
 from fastres.graph.ir import Conv2d, Linear
 from fastres.graph.plan import Plan, Step
 from fastres.kernels import _common
+from fastres.kernels._gpu import GPUS, Gpu
 from fastres.runtime.executor import Executor
 
 CUDA = torch.device("cuda", 0)
@@ -38,12 +39,10 @@ CUDA = torch.device("cuda", 0)
 
 @dataclass(frozen=True)
 class Target:
-    """One GPU: ``architecture`` such as ``"sm_90"``, so many multiprocessors, and bytes of shared
-    memory that a block may have."""
+    """One GPU: ``architecture`` such as ``"sm_90"``, and what the launchers know of it."""
 
     architecture: str
-    sms: int
-    shared_limit: int
+    record: Gpu
 
     @property
     def gpu(self) -> GPUTarget:
@@ -58,19 +57,7 @@ class Target:
         return divmod(arch, 10) if isinstance(arch, int) else (0, 0)
 
 
-_KB = {  # multiprocessors, KB of shared memory
-    "sm_80": (108, 163),  # A100
-    "sm_86": (84, 99),  # RTX 3090
-    "sm_89": (128, 99),  # RTX 4090
-    "sm_90": (132, 227),  # H100
-    "sm_100": (148, 227),  # B200
-    "sm_120": (170, 99),  # RTX 5090
-    "gfx90a": (104, 64),  # MI250
-    "gfx942": (304, 64),  # MI300X
-    "gfx950": (256, 160),  # MI355X
-    "gfx1100": (96, 64),  # RX 7900
-}
-TARGETS = {name: Target(name, sms, kb * 1024) for name, (sms, kb) in _KB.items()}
+TARGETS = {name: Target(name, gpu) for name, gpu in GPUS.items()}
 
 
 class Driver:
@@ -143,9 +130,8 @@ def fake_gpu(
         if run is not None:
             run(launches[-1])
 
-    capability, sms, shared = target.capability, target.sms, target.shared_limit
-    host = _common.Host(capability, sms, shared, collect, early=early, device="cuda")
-    major, minor = capability
+    host = _common.Host(target.capability, target.record, collect, early=early, device="cuda")
+    major, minor = target.capability
     properties = SimpleNamespace(major=major, minor=minor, gcnArchName=target.architecture)
     with (
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),

@@ -3,11 +3,13 @@
     python tests/tools/compile_gate.py [--full] [--pdl] [--target sm_90] [--kernel conv2d] [--json]
 
 The real launchers run on fake CUDA tensors under a stub driver, so that what is compiled is what
-would be launched; nothing is executed. A case fails on spills, on more shared memory than a block
-may have, on ptxas' warnings of serialised wgmma (C7510 to C7515), and on sm_90 for matrix kernels
-without wgmma or with no more of them than waits, for others without loads of 16 bytes. Each kernel
-is also compiled for programmatic dependent launch, with ``--pdl`` each row: nothing may touch
-global memory before the wait. Needs no GPU and no C compiler. Exit status 1 when a case fails.
+would be launched; nothing is executed. Each target gets the arithmetic that its users have: TF32 on
+NVIDIA's GPUs. A case fails on spills, on more shared memory than a block may have or than was
+counted when its row was chosen, on ptxas' warnings of serialised wgmma (C7510 to C7515), and on
+sm_90 for matrix kernels without wgmma or with no more of them than waits, for others without loads
+of 16 bytes. Each kernel is also compiled for programmatic dependent launch, with ``--pdl`` each
+row: nothing may touch global memory before the wait. Needs no GPU and no C compiler. Ends with a
+table by target; exit status 1 when a case fails.
 """
 
 from __future__ import annotations
@@ -36,20 +38,17 @@ if os.environ.pop("TRITON_INTERPRET", "0") == "1" and "triton" in sys.modules:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-import named_gpu
 import torch
 import triton
-from named_gpu import fake_gpu
+from named_gpu import TARGETS, fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastres.kernels import conv, elementwise, global_pool, pool
-from fastres.kernels._config import HOPPER, ProblemSize, TileConfig, select_config
+from fastres.kernels._config import ProblemSize, TileConfig, select_config
+from fastres.kernels._gpu import HOPPER
 
 NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
-
-
-TARGETS = {name: named_gpu.TARGETS[name] for name in ("sm_80", "sm_90", "sm_100", "gfx942")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ class Case:
     ttir: str = ""  # an operation of Triton's IR that is due, likewise
     unusable: str = ""  # why the row cannot serve the target at all
     pdl: bool = False  # for programmatic dependent launch
+    counted: int = 0  # bytes of shared memory, at most, by which the row was chosen
 
 
 @dataclass
@@ -78,6 +78,7 @@ class Verdict:
     spilled: int = 0  # bytes of stack, or spilled vector registers on AMD
     shared: int = 0
     shared_limit: int = 0
+    counted: int = 0
     wgmma: int = 0
     waits: int = 0
     seconds: float = 0.0  # of CPU time, ptxas' included
@@ -146,6 +147,10 @@ def judge(case: Case, verdict: Verdict, log: str) -> None:
         verdict.problems.append(
             f"{verdict.shared} bytes of shared memory, a block may have {verdict.shared_limit}"
         )
+    if verdict.counted and verdict.shared > verdict.counted:
+        verdict.problems.append(
+            f"{verdict.shared} bytes of shared memory, {verdict.counted} were counted"
+        )
     warned = sorted(set(re.findall(r"C751[0-5]", log)))
     if warned:
         verdict.problems.append(f"ptxas warns {', '.join(warned)}: serialised wgmma")
@@ -155,10 +160,9 @@ def judge(case: Case, verdict: Verdict, log: str) -> None:
 
 def compile_case(case: Case) -> Verdict:
     """Compile one case in this process. The compiler's output is read, so it goes to a file."""
-    target = named_gpu.TARGETS[case.target]
-    verdict = Verdict(
-        case.kernel, case.what, case.config, case.target, shared_limit=target.shared_limit
-    )
+    target = TARGETS[case.target]
+    verdict = Verdict(case.kernel, case.what, case.config, case.target)
+    verdict.shared_limit, verdict.counted = target.record.shared_limit, case.counted
     if case.unusable:
         verdict.problems.append(case.unusable)
         return verdict
@@ -303,10 +307,11 @@ def conv_case(
     kind: str, row: TileConfig, dtype: torch.dtype, shape: str, target: str
 ) -> Case | None:
     """The row as the launcher would use it there; None where it is pruned."""
-    fitted = row.fitted(dtype.itemsize, TARGETS[target].shared_limit)
+    gpu = TARGETS[target].record
+    fitted = row.fitted(kind, gpu)
     unusable = ""
     if fitted != row and target == "sm_90":
-        unusable = f"{row.shared_bytes(dtype.itemsize)} bytes of shared memory: never as written"
+        unusable = f"{row.shared_bytes(kind, gpu)} bytes of shared memory: never as written"
     elif fitted is None or (CONV_SHAPES[shape].split_k > 1 and not row.can_split_k):
         return None
     used = replace(fitted or row, split_k=CONV_SHAPES[shape].split_k)
@@ -322,7 +327,17 @@ def conv_case(
         wide=rf"LDGSTS\.E\S*\.{bits}" if target == "sm_90" and bits else "",
         ttir=INT64 if shape == "int64" else ROUNDED if kind == "tf32" else "",
         unusable=unusable,
+        counted=used.shared_bytes(kind, gpu) if nvidia(target) else 0,
     )
+
+
+def nvidia(target: str) -> bool:
+    return target.startswith("sm_")
+
+
+def kinds(target: str) -> tuple[str, ...]:
+    """Arithmetic that users have there: AMD's GPUs are not asked for TF32."""
+    return ("half", "tf32", "ieee") if nvidia(target) else ("half", "ieee")
 
 
 def conv_cases(full: bool) -> Iterator[Case | None]:
@@ -330,14 +345,13 @@ def conv_cases(full: bool) -> Iterator[Case | None]:
     for kind, rows in conv.CONFIGS.items():
         first, last = DTYPES[kind][0], DTYPES[kind][-1]
         for index, row in enumerate(rows):
-            yield conv_case(kind, row, first, "3x3", "sm_80")
-            yield conv_case(kind, row, first, "3x3", "sm_90")
+            targets = [target for target in TARGETS if kind in kinds(target)]
+            for number, target in enumerate(targets):
+                yield conv_case(kind, row, (first, last)[number % 2], "3x3", target)
             split = None if index % 2 else conv_case(kind, row, last, "split", "sm_90")
             yield split or conv_case(kind, row, last, "1x1", "sm_90")
-            yield conv_case(kind, row, last, "3x3", "sm_100")
-            yield conv_case(kind, row, first, "3x3", "gfx942")
             if full:
-                for dtype, shape, target in product(DTYPES[kind], CONV_SHAPES, TARGETS):
+                for dtype, shape, target in product(DTYPES[kind], CONV_SHAPES, targets):
                     yield conv_case(kind, row, dtype, shape, target)
         for shape in ("1x1/2", "stem", "stem4", "ragged", "groups", "int64"):
             problem = CONV_SHAPES[shape].problem(first.itemsize)
@@ -389,6 +403,23 @@ def show(verdict: Verdict) -> str:
     return line + ("; ".join(verdict.problems) or "ok")
 
 
+def summary(verdicts: list[Verdict]) -> str:
+    """A table in Markdown, a line for each target."""
+    lines = ["| target | compiled | failed | spilling | most registers | most shared memory |"]
+    lines.append("|---" * 6 + "|")
+    for target in TARGETS:
+        found = [v for v in verdicts if v.target == target]
+        if found:
+            limit = TARGETS[target].record.shared_limit
+            cells = (
+                f"{target} | {len(found)} | {sum(bool(v.problems) for v in found)} | "
+                f"{sum(bool(v.spilled) for v in found)} | {max(v.registers for v in found)} | "
+                f"{max(v.shared for v in found):,} of {limit:,}"
+            )
+            lines.append(f"| {cells} |")
+    return "\n".join(lines)
+
+
 def arguments(about: str, full: str, example: str) -> argparse.ArgumentParser:
     """The options that both gates have."""
     parser = argparse.ArgumentParser(description=about)
@@ -423,6 +454,7 @@ def run(cases: Iterable[Case | None], options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([asdict(v) for v in verdicts], indent=1))
     else:
+        print(summary(verdicts))
         print(f"{len(verdicts)} compiled, {len(failed)} failed (triton {triton.__version__})")
     return 1 if failed or not verdicts else 0
 
@@ -433,13 +465,18 @@ def main() -> int:
     parser.add_argument(
         "--row",
         nargs=6,
+        action="append",
         metavar=("KIND", "M", "N", "K", "WARPS", "STAGES"),
-        help="judge this conv2d tile instead of the shipped ones, such as: half 128 128 64 8 3",
+        help="judge this conv2d tile instead of the shipped ones, such as half 128 128 64 8 3; "
+        "repeat",
     )
     options = parser.parse_args()
     if options.row:
-        kind, row = options.row[0], TileConfig(*map(int, options.row[1:]))
-        cases = [conv_case(kind, row, DTYPES[kind][0], "3x3", target) for target in TARGETS]
+        cases = [
+            conv_case(kind, TileConfig(*map(int, sizes)), DTYPES[kind][0], "3x3", target)
+            for (kind, *sizes), target in product(options.row, TARGETS)
+            if kind in kinds(target)
+        ]
         return run(cases, options)
     every = [*conv_cases(options.full), *image_cases()]
     return run(with_pdl((case for case in every if case is not None), options.pdl), options)

@@ -20,10 +20,11 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from compile_gate import ROUNDED, TARGETS, Case, arguments, run, with_pdl
+from compile_gate import ROUNDED, TARGETS, Case, arguments, kinds, nvidia, run, with_pdl
 
 from fastres.kernels import b2b_gemm, gemm, head, stem
-from fastres.kernels._config import HOPPER, TileConfig
+from fastres.kernels._config import TileConfig
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels.experimental import bottleneck_hwnc, conv3x3_hwnc, hwnc
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -57,7 +58,6 @@ def stem_cases(full: bool) -> Iterator[Case]:
     """Each row for each target; on sm_90 from all that users have."""
 
     def case(row, target, inputs, dtype, precision="ieee", planar=True) -> Case:
-        nvidia = TARGETS[target].gpu.backend == "cuda"
         layout = "NCHW" if planar else "NHWC"
         wgmma = target == "sm_90" and row.columns >= 64 and dtype != torch.float32
         product = "" if dtype != torch.float32 else f" {precision}"
@@ -68,14 +68,17 @@ def stem_cases(full: bool) -> Iterator[Case]:
             target,
             stem_run(row, inputs, dtype, precision, planar),
             wgmma=wgmma and row.num_stages == 1,
-            wide=rf"(?s)(?=.*{'HGMMA' if wgmma else ''})(?=.*FMNMX\S*\.NAN)" if nvidia else "",
+            wide=rf"(?s)(?=.*{'HGMMA' if wgmma else ''})(?=.*FMNMX\S*\.NAN)"
+            if nvidia(target)
+            else "",
         )
 
     for target in TARGETS:
         for row in stem.CONFIGS["half"]:
             yield case(row, target, torch.float16, torch.float16)
         for row in stem.CONFIGS["single"]:
-            for precision in ("ieee", "tf32") if full or target == "sm_90" else ("tf32",):
+            found = kinds(target)[1:]  # of float32, the usual one first
+            for precision in found if full or target == "sm_90" else found[:1]:
                 yield case(row, target, torch.float32, torch.float32, precision)
     for row in stem.CONFIGS["half"] if full else stem.CONFIGS["half"][:1]:
         for planar in (True, False):
@@ -83,7 +86,7 @@ def stem_cases(full: bool) -> Iterator[Case]:
                 yield case(row, "sm_90", inputs, torch.bfloat16, planar=planar)
 
 
-TMA_TARGETS = ("sm_90", "sm_100")
+TMA_TARGETS = ("sm_90", "sm_100", "sm_120")
 PRECISIONS = {
     "half": ((torch.float16, "ieee"), (torch.bfloat16, "ieee")),
     "tf32": ((torch.float32, "tf32"),),
@@ -101,20 +104,30 @@ def tile_name(row: TileConfig) -> str:
 
 
 def tile_case(
-    kernel: str, what: str, row: TileConfig, target: str, kind: str, run: Callable[[], object]
-) -> Case:
-    """A matrix kernel whose tiles TMA moves."""
-    fitted = row.fitted(2 if kind == "half" else 4, TARGETS[target].shared_limit)
+    kernel: str,
+    what: str,
+    row: TileConfig,
+    target: str,
+    kind: str,
+    run: Callable[[TileConfig], object],
+) -> Case | None:
+    """A matrix kernel whose tiles TMA moves; None where the target has no room for the row."""
+    gpu = TARGETS[target].record
+    fitted = row.fitted(kind, gpu)
+    if fitted is None and target != "sm_90":
+        return None
+    used = fitted or row
     return Case(
         kernel,
         what,
-        tile_name(row),
+        tile_name(used),
         target,
-        run,
+        partial(run, used),
         wgmma=kind == "half" and target == "sm_90" and row.block_m >= 64,
         wide="UTMALDG",
         ttir=ROUNDED if kind == "tf32" else "",
-        unusable="" if fitted == row else "too much shared memory",
+        unusable="" if fitted == row or target != "sm_90" else "too much shared memory",
+        counted=used.shared_bytes(kind, gpu) if kernel == "gemm" else 0,
     )
 
 
@@ -132,16 +145,17 @@ def gemm_run(row: TileConfig, dtype: torch.dtype, precision: str, stride: int) -
     )
 
 
-def gemm_cases(full: bool) -> Iterator[Case]:
+def gemm_cases(full: bool) -> Iterator[Case | None]:
     for kind, rows in gemm.CONFIGS.items():
         first, last = PRECISIONS[kind][0], PRECISIONS[kind][-1]
         for row in rows:
             strides = (0,) if row.persistent else (0, 1, 2)
-            shown = {("sm_90", first, 0), ("sm_90", last, strides[-1]), ("sm_100", first, 0)}
+            shown = {(target, first, 0) for target in TMA_TARGETS}
+            shown.add(("sm_90", last, strides[-1]))
             every = product(TMA_TARGETS, PRECISIONS[kind], strides)
             for target, (dtype, precision), stride in every if full else sorted(shown, key=str):
                 what = f"{('single', 'pair', 'pair/2')[stride]} {short(dtype)} {precision}"
-                run = partial(gemm_run, row, dtype, precision, stride)
+                run = partial(gemm_run, dtype=dtype, precision=precision, stride=stride)
                 yield tile_case("gemm", what, row, target, kind, run)
 
 
@@ -175,7 +189,8 @@ def b2b_gemm_run(row: object, channels: int, reduced: int, dtype: torch.dtype) -
 
 def b2b_gemm_cases(full: bool) -> Iterator[Case]:
     for (index, row), target in product(enumerate(b2b_gemm.CONFIGS), TMA_TARGETS):
-        fitting = [seam for seam in SEAMS if b2b_gemm.fits(row, *seam, HOPPER)]
+        gpu = TARGETS[target].record
+        fitting = [seam for seam in SEAMS if b2b_gemm.fits(row, *seam, gpu)]
         if not fitting or (target != "sm_90" and not full):
             continue
         widths = shown(fitting, index, full)
@@ -205,7 +220,7 @@ def head_cases(full: bool) -> Iterator[Case]:
                 " ".join(map(str, astuple(row))),
                 target,
                 partial(head_run, row, dtype),
-                wide=r"(LDG|LDGSTS)\.E\S*\.128" if TARGETS[target].gpu.backend == "cuda" else "",
+                wide=r"(LDG|LDGSTS)\.E\S*\.128" if nvidia(target) else "",
             )
 
 
@@ -229,17 +244,20 @@ def hwnc_run(row: TileConfig, batch: int, stride: int, dtype: torch.dtype, preci
     )
 
 
-def hwnc_cases(full: bool) -> Iterator[Case]:
+def hwnc_cases(full: bool) -> Iterator[Case | None]:
     for kind, rows in hwnc.CONFIGS.items():
         first = PRECISIONS[kind][0]
         paths = HWNC_PATHS.items()
-        for (index, row), target, (path, sizes) in product(enumerate(rows), TMA_TARGETS, paths):
+        for (index, row), target, (path, sizes) in product(enumerate(rows), TMA_TARGETS[:2], paths):
             due = list(HWNC_PATHS)[index % 3] if target == "sm_90" else "pixel"
             if not full and path != due:
                 continue
             for dtype, precision in PRECISIONS[kind] if full else (first,):
                 what = f"{path} {short(dtype)} {precision}"
-                run = partial(hwnc_run, row, *sizes, dtype, precision)
+                batch, stride = sizes
+                run = partial(
+                    hwnc_run, batch=batch, stride=stride, dtype=dtype, precision=precision
+                )
                 yield tile_case("conv2d_hwnc", what, row, target, kind, run)
 
 
@@ -276,7 +294,7 @@ def sliding_cases(full: bool) -> Iterator[Case]:
                 partial(sliding_run, row, *sizes, dtype),
                 wgmma=True,
                 unusable=""
-                if row.shared_bytes() <= TARGETS["sm_90"].shared_limit
+                if row.shared_bytes() <= HOPPER.shared_limit
                 else "too much shared memory",
             )
 
@@ -311,7 +329,7 @@ def block_cases(full: bool) -> Iterator[Case]:
             )
 
 
-def all_cases(full: bool) -> Iterable[Case]:
+def all_cases(full: bool) -> Iterable[Case | None]:
     yield from stem_cases(full)
     yield from gemm_cases(full)
     yield from b2b_gemm_cases(full)
@@ -324,7 +342,8 @@ def all_cases(full: bool) -> Iterable[Case]:
 def main() -> int:
     parser = arguments(__doc__.partition("\n")[0], "every dtype and path of every row", "stem")
     options = parser.parse_args()
-    return run(with_pdl(all_cases(options.full), options.pdl), options)
+    cases = (case for case in all_cases(options.full) if case is not None)
+    return run(with_pdl(cases, options.pdl), options)
 
 
 if __name__ == "__main__":

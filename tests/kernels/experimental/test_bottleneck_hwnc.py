@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 pytest.importorskip("fastres.kernels.experimental.bottleneck_hwnc")
 
 from fastres.kernels import LAUNCHES
-from fastres.kernels._config import HOPPER
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels.experimental import bottleneck_hwnc as module
 from fastres.kernels.experimental.bottleneck_hwnc import (
     CONFIGS,

@@ -12,7 +12,8 @@ from helpers import with_edit
 pytest.importorskip("fastres.kernels.experimental.conv3x3_hwnc")
 
 from fastres.kernels import LAUNCHES
-from fastres.kernels._config import HOPPER, ProblemSize
+from fastres.kernels._config import ProblemSize
+from fastres.kernels._gpu import HOPPER
 from fastres.kernels.experimental import conv3x3_hwnc as module
 from fastres.kernels.experimental.conv3x3_hwnc import CONFIGS, Conv3x3Config
 from fastres.kernels.experimental.hwnc import conv2d_hwnc, conv2d_hwnc_ref, select
