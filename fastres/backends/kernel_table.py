@@ -84,8 +84,9 @@ TABLES: dict[str, tuple[ChoiceRule, ...]] = {
 }
 """Rules by architecture; their order has no meaning.
 
-Not chosen because unmeasured and doubtful: ``cudnn``; ``b2b_gemm`` of width 256, whose prediction is
-within 2 % of its parts', and on sm_100, whose widest tile does not reach the matrix units there. The kernels in ``kernels/experimental`` have no rules.
+Not chosen because unmeasured and doubtful: ``cudnn``; ``b2b_gemm`` of width 256, whose prediction
+is within 2 % of its parts', and on sm_100, where its widest tile does not reach the matrix units
+(mma.sync). The kernels in ``kernels/experimental`` have no rules.
 """
 
 _LIKE = {"sm_86": "sm_80", "sm_87": "sm_80", "sm_103": "sm_100", "sm_120": "sm_89"}

@@ -126,8 +126,8 @@ def test_a_product_takes_as_long_as_the_gpu_needs():
     problem, row = conv(256, 14, 256, 256, 3), TileConfig(128, 128, 64, 8, 3)
     ours = estimated_cycles(row, problem, "half", HOPPER)
     slow, starved = replace(HOPPER, matrix=512, mma=512), replace(HOPPER, l2=7)
-    assert estimated_cycles(row, problem, "half", slow) > 2 * ours
-    assert estimated_cycles(row, problem, "half", starved) > 2 * ours
+    assert estimated_cycles(row, problem, "half", slow) > 1.5 * ours
+    assert estimated_cycles(row, problem, "half", starved) > 1.5 * ours
 
 
 @pytest.mark.parametrize("math_mode", KINDS)
