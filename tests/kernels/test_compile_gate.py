@@ -130,24 +130,25 @@ def test_the_gate_sees_no_gpu_even_where_there_is_one():
     assert import_gate("repr(os.environ['CUDA_VISIBLE_DEVICES'])") == "''"
 
 
-def test_rows_of_one_gpu():
-    """One has too much shared memory, one too many registers, one neither."""
-    rows = ("half 128 256 64 8 6", "half 256 256 32 4 2", "half 64 64 64 4 3")
-    given = [word for row in rows for word in ("--row", *row.split())]
-    status, (large, spilling, fitting) = gate("--target", "sm_90", *given)
+def rows(*rows: str) -> list[str]:
+    return [word for row in rows for word in ("--row", *row.split())]
+
+
+def test_rows_that_do_not_fit_fail():
+    """One has too much shared memory, the other too many registers."""
+    given = rows("half 128 256 64 8 6", "half 256 256 32 4 2")
+    status, (large, spilling) = gate("--target", "sm_90", *given)
     assert status == 1
     assert "bytes of shared memory: never as written" in " ".join(large["problems"])
     assert "spills" in " ".join(spilling["problems"])
-    assert fitting["problems"] == []
-    assert fitting["wgmma"] > fitting["waits"] > 0
-    assert 0 < fitting["shared"] <= fitting["shared_limit"]
-    assert 0 < fitting["registers"] <= 255
 
 
-def test_shared_memory_is_counted_as_the_compiler_lays_it_out():
-    """A row of halves that Ada has room for by one buffer less, and one that rounds to TF32."""
-    rows = ("half 256 64 64 8 3", "tf32 64 64 32 4 2")
-    targets = [word for name in ("sm_89", "sm_100") for word in ("--target", name)]
-    verdicts = passed(*targets, *(w for row in rows for w in ("--row", *row.split())))
+def test_rows_that_fit_pass_and_their_shared_memory_is_counted_as_laid_out():
+    given = rows("half 64 64 64 4 3", "tf32 64 64 32 4 2")
+    verdicts = passed("--target", "sm_89", "--target", "sm_90", *given)
     counted_rightly(verdicts)
-    assert [v["config"] for v in verdicts if v["target"] == "sm_89"][:1] == ["256x64x64 w8 s3"]
+    assert len({v["shared"] for v in verdicts}) == 4, "two targets, two kinds"
+    hopper = next(v for v in verdicts if v["target"] == "sm_90" and v["what"] == "3x3 float16")
+    assert hopper["wgmma"] > hopper["waits"] > 0
+    assert 0 < hopper["shared"] <= hopper["shared_limit"]
+    assert 0 < hopper["registers"] <= 255
