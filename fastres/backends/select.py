@@ -13,6 +13,7 @@ from .aten import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
 from .fused import EXPERIMENTAL
 from .kernel_choice import FORCE_VARIABLE, KernelSelector, architecture_of, forced
 from .kernel_table import family
+from .onednn_int8 import Int8Ops, OneDNNInt8Ops, int8_products
 from .triton import FAILED, TritonOps
 
 __all__ = [
@@ -63,6 +64,18 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
         _warn_of_emulation(dtype)
         ops.emulated = True
     return ops
+
+
+def select_int8_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOps:
+    """What computes the steps of a plan with 8-bit convolutions on this device.
+
+    Raises:
+        BackendError: ``backend="triton"``, which has no 8-bit kernels.
+    """
+    if check_backend(backend) == "triton":
+        raise BackendError("backend='triton' has no 8-bit kernels; take 'auto'")
+    onednn = device.type == "cpu" and dtype is torch.float32 and _onednn_takes(dtype)
+    return OneDNNInt8Ops() if onednn and int8_products() else Int8Ops(dtype)
 
 
 def _native(dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..backends.select import select_ops
+from ..backends.select import select_int8_ops, select_ops
 from ..errors import BackendError, FrozenError, InputError, InputTypeError, VerificationError
 from ..graph.fold import Weights
 from ..graph.ir import Call, Conv2d
@@ -79,9 +79,9 @@ class FastModel(nn.Module):
         self._refused: str | None = None
         self._lock = RLock()
         self.folded = nn.Module()
-        for index, (weight, bias) in folded.items():
-            self.folded.register_parameter(f"weight{index}", _constant(weight))
-            self.folded.register_parameter(f"bias{index}", _constant(bias))
+        for index, tensors in folded.items():
+            for name, tensor in zip(("weight", "bias", "scale"), tensors, strict=False):
+                self.folded.register_parameter(f"{name}{index}", _constant(tensor))
         self.kept = kept
         self._index = {step.name: index for index, step in enumerate(traced.steps)}
         self._argument_names = fx_program.argument_names(traced)
@@ -188,8 +188,10 @@ class FastModel(nn.Module):
         return super().train(False)
 
     def _step_weights(self, step: Step) -> Weights:
-        index = self._index[step.name]
-        return getattr(self.folded, f"weight{index}"), getattr(self.folded, f"bias{index}")
+        index, own = self._index[step.name], self.folded._parameters
+        names = [f"{name}{index}" for name in ("weight", "bias", "scale")]
+        found: Any = tuple(own[name] for name in names if name in own)
+        return found
 
     def _runner(self, device: torch.device) -> GraphRunner:
         found = self._runners.get(device)
@@ -197,7 +199,8 @@ class FastModel(nn.Module):
             return found
         with self._lock:
             if device not in self._runners:
-                ops, names = select_ops(self.backend, device, self.dtype), kept_names(self.traced)
+                select = select_int8_ops if self.traced.eight_bit[0] else select_ops
+                ops, names = select(self.backend, device, self.dtype), kept_names(self.traced)
                 weights = self._step_weights
                 executor = Executor(self.traced, self.kept, ops, self.dtype, weights, names)
                 self._runners[device] = GraphRunner(executor, casts=self.source_dtype)
@@ -238,6 +241,8 @@ class FastModel(nn.Module):
         return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
 
     def _on_triton_kernels(self) -> bool:
+        if self.traced.eight_bit[0]:
+            return False
         try:
             return select_ops(self.backend, self._home(), self.dtype).name == "triton"
         except BackendError:

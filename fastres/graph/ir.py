@@ -38,11 +38,39 @@ class Normalize:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """The numbers that a tensor of bytes stands for: q for (q - zero) * scale.
+
+    ``scale`` is positive and a float32 number, ``zero`` from 0 to 255 and even: halves then go to
+    the same neighbour whether zero is added before rounding, as oneDNN does, or after, as ONNX.
+    """
+
+    scale: float
+    zero: int
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """float32 to bytes: round(x / scale) + zero, halves to even, clamped to 0 to 255."""
+
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Dequantize:
+    """Bytes to float32."""
+
+    grid: Grid
+
+
+@dataclass(frozen=True)
 class Conv2d:
     """Convolution, with the batch norm folded into it and the epilogue fused behind it.
 
     With ``residual`` the node's second input is added before the ReLU. With ``images`` the first
     input are centred and padded 8-bit images, and the rest of their normalisation is folded in.
+    With ``x_grid`` it reads bytes and has 8-bit weights; with ``y_grid`` its result are bytes too,
+    and its residual are bytes on ``residual_grid``.
     """
 
     weight: str
@@ -58,6 +86,9 @@ class Conv2d:
     residual: bool = False
     relu: bool = False
     images: Normalize | None = None
+    x_grid: Grid | None = None
+    y_grid: Grid | None = None
+    residual_grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +139,14 @@ class AvgPool2d:
 
 @dataclass(frozen=True)
 class GlobalAvgPool:
-    """Mean over H and W, to (N, C, 1, 1) or, without ``keepdim``, to (N, C)."""
+    """Mean over H and W, to (N, C, 1, 1) or, without ``keepdim``, to (N, C).
+
+    With ``x_grid`` it reads bytes; its result is floating point.
+    """
 
     keepdim: bool = True
     dims: Pair = (-2, -1)
+    x_grid: Grid | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +181,8 @@ class Call:
 Operation: TypeAlias = (
     Input
     | Normalize
+    | Quantize
+    | Dequantize
     | Conv2d
     | BatchNorm2d
     | Linear

@@ -19,6 +19,7 @@ from .ir import (
     BatchNorm2d,
     Call,
     Conv2d,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Graph,
@@ -29,6 +30,7 @@ from .ir import (
     Operation,
     Pair,
     Parameter,
+    Quantize,
     ReLU,
     refs,
 )
@@ -86,6 +88,12 @@ class Plan:
     def fallbacks(self) -> tuple[tuple[Step, str], ...]:
         """The steps that stay PyTorch calls, each with the reason."""
         return tuple((s, fallback_reason(s.op)) for s in self.steps if fallback_reason(s.op))
+
+    @property
+    def eight_bit(self) -> tuple[int, int]:
+        """How many convolutions compute in 8 bits, and how many there are."""
+        convolutions = [step.op for step in self.steps if isinstance(step.op, Conv2d)]
+        return sum(op.x_grid is not None for op in convolutions), len(convolutions)
 
     @property
     def fuses(self) -> bool:
@@ -160,6 +168,8 @@ class Plan:
         lines.append(f"{len(self.steps)} steps, {len(left)} left to PyTorch" + ":" * bool(left))
         if not self.fuses:
             left.append("nothing is fused: each step is one layer")
+        if self.eight_bit[0]:
+            left.append("{} of {} convolutions in 8 bits".format(*self.eight_bit))
         if self.chosen_for:
             shapes = ", ".join("x".join(map(str, shape)) for shape in self.chosen_for)
             left.append(f"kernels chosen for {shapes}")
@@ -321,7 +331,7 @@ def describe(op: Operation) -> str:
             "residual" * op.residual,
             "ReLU" * op.relu,
         ]
-        return " + ".join(w for w in words if w)
+        return " + ".join(w for w in words if w) + ", 8 bits" * (op.x_grid is not None)
     if isinstance(op, Linear):
         return f"linear {op.in_features}->{op.out_features}" + " + ReLU" * op.relu
     if isinstance(op, Add):
@@ -340,6 +350,8 @@ _NAMES: dict[type, str] = {
     AvgPool2d: "average pool",
     GlobalAvgPool: "global average pool",
     Flatten: "flatten (view)",
+    Quantize: "to 8 bits",
+    Dequantize: "to float32",
 }
 
 
@@ -391,7 +403,7 @@ def output_shape(op: Operation, inputs: list[Shape | None]) -> Shape | None:
         return (*x[:2], 1, 1) if op.keepdim else x[:2]
     if isinstance(op, Flatten) and x:
         return (x[0], prod(x[1:]))
-    if isinstance(op, (ReLU, Add, BatchNorm2d)):
+    if isinstance(op, (ReLU, Add, BatchNorm2d, Quantize, Dequantize)):
         return x
     return None
 

@@ -116,12 +116,16 @@ def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
 
 
 class Centered(nn.Module):
-    """8-bit images minus the whole part of their mean, padded with its rest (see above)."""
+    """8-bit images minus the whole part of their mean, padded with its rest (see above).
 
-    def __init__(self, mean: Sequence[float], layout: str) -> None:
+    With ``as_bytes`` the images stay as they are, and are padded with the whole part.
+    """
+
+    def __init__(self, mean: Sequence[float], layout: str, as_bytes: bool = False) -> None:
         super().__init__()
         self.numbers = tuple(mean)
         self.layout = layout
+        self.as_bytes = as_bytes
         exact = 255 * torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1)
         self.register_buffer("whole", exact.round(), persistent=False)
         self.register_buffer("rest", exact - exact.round(), persistent=False)
@@ -134,9 +138,12 @@ class Centered(nn.Module):
         n, c, height, width = images.shape
         down, right = padding
         size = (n, height + 2 * down, width + 2 * right, c)
-        out = self.whole.new_empty(size).permute(0, 3, 1, 2)
+        like, edge = (images, self.whole) if self.as_bytes else (self.whole, self.rest)
+        out = like.new_empty(size).permute(0, 3, 1, 2)
         inside = out[:, :, down : down + height, right : right + width]
-        inside.copy_(images).sub_(self.whole)
+        inside.copy_(images)
+        if not self.as_bytes:
+            inside.sub_(self.whole)
         for border in (
             out[:, :, :down],
             out[:, :, down + height :],
@@ -144,7 +151,7 @@ class Centered(nn.Module):
             out[:, :, :, right + width :],
         ):
             if border.numel():
-                border.copy_(self.rest.expand_as(border))
+                border.copy_(edge.expand_as(border))
         return out
 
 

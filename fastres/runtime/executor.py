@@ -26,11 +26,13 @@ from ..graph.ir import (
     BatchNorm2d,
     Call,
     Conv2d,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Linear,
     MaxPool2d,
     Operation,
+    Quantize,
     ReLU,
     attribute,
     substitute,
@@ -123,7 +125,7 @@ class Executor:
         with torch.inference_mode(False), torch.no_grad():
             folded = {step.name: self._weights(step) for step in steps}
             if changed is None:
-                self._device = next((w.device for w, _ in folded.values()), torch.device("cpu"))
+                self._device = next((w.device for w, *_ in folded.values()), torch.device("cpu"))
             for step in steps:
                 self._prepared[step.name] = self._prepare(step, folded[step.name])
             if not self.plan.source_layout:
@@ -282,7 +284,8 @@ class Executor:
 
     def _bind(self, step: Step) -> Callable[..., Any] | None:
         """What computes the step from the values of its inputs; None for what PyTorch computes."""
-        op, ops = step.op, self.ops
+        op: Any = step.op
+        ops: Any = self.ops
         match op:
             case Conv2d(residual=True):
                 return self._bind_weights(step, partial(self._conv_add, step))
@@ -302,6 +305,10 @@ class Executor:
                 return partial(ops.avg_pool, op)
             case GlobalAvgPool():
                 return partial(ops.global_avg_pool, op)
+            case Quantize():
+                return partial(ops.quantize, op.grid)
+            case Dequantize():
+                return partial(ops.dequantize, op.grid)
         return None
 
     def _bind_weights(self, step: Step, compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -357,8 +364,12 @@ class Executor:
         op: Any = step.op
         if residual_fits(op, x, residual):
             return self.ops.conv(op, prepared, x, residual, step.in_place)
-        bare = self.ops.conv(replace(op, relu=False, residual=False), prepared, x)
-        return self._add(op.relu, False, bare, residual)
+        ops: Any = self.ops
+        bare = ops.conv(replace(op, relu=False, residual=False, y_grid=None), prepared, x)
+        if op.y_grid is None:
+            return self._add(op.relu, False, bare, residual)
+        residual = ops.dequantize(op.residual_grid, residual)
+        return ops.quantize(op.y_grid, self._add(op.relu, False, bare, residual))
 
     def _autocast(self, compute: Callable[..., Any], x: Tensor, *others: Any) -> Any:
         """Under autocast a PyTorch step may have widened ``x``; the weights stay as they are."""
@@ -435,7 +446,7 @@ def _settle(tensors: Iterable[Tensor]) -> None:
 def _relu_unfused(steps: Sequence[Step]) -> Iterator[Step]:
     """Each convolution with ReLU as two steps, the second in place."""
     for step in steps:
-        if isinstance(step.op, Conv2d) and step.op.relu:
+        if isinstance(step.op, Conv2d) and step.op.relu and step.op.x_grid is None:
             yield replace(step, op=replace(step.op, relu=False), frees=())
             yield replace(step, op=ReLU(), inputs=(step.name,), in_place=True)
         else:
