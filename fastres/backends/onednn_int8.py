@@ -108,8 +108,8 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
         self._sum = torch.ops.onednn.qconv2d_pointwise.binary
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
-        prepared: tuple[Any, ...] = super().prepare(op, weights)
-        return _PackedInt8(*prepared, most=self._most) if _in_8_bits(op) else prepared
+        prepared: Any = super().prepare(op, weights)
+        return _PackedInt8(prepared, self._most) if _in_8_bits(op) else prepared
 
     def conv(
         self,
@@ -155,12 +155,13 @@ class _PackedInt8:
 
     __slots__ = ("bias", "dense", "packed", "scale", "zeros")
 
-    def __init__(self, weight: Tensor, bias: Tensor, scale: Tensor, most: int) -> None:
+    def __init__(self, weights: tuple[Tensor, Tensor, Tensor], most: int) -> None:
+        weight, self.bias, scale = weights
         if int(weight.abs().amax()) > most:
             weight = (weight * (most / 127)).round().to(torch.int8)
             scale = scale * (127 / most)
         self.dense: Tensor | None = weight
-        self.bias, self.scale = bias, scale
+        self.scale = scale
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
         self.packed: Tensor | None = None
 

@@ -64,6 +64,8 @@ OPERATIONS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         ir.Conv2d,
+        ir.Quantize,
+        ir.Dequantize,
         ir.BatchNorm2d,
         ir.Linear,
         ir.ReLU,
@@ -75,7 +77,8 @@ OPERATIONS: dict[str, type] = {
         ir.Call,
     )
 }
-PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize}
+GRIDS = dict.fromkeys(("grid", "x_grid", "y_grid", "residual_grid"), ir.Grid)
+PARTS: dict[str, type] = {"norm": ir.BatchNorm2d, "images": ir.Normalize, **GRIDS}
 SPECIAL = (torch.dtype, torch.memory_format, torch.device)
 CONSTANTS = {
     (kind.__name__, str(value).removeprefix("torch.")): value

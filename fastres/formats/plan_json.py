@@ -26,6 +26,7 @@ from ..errors import CheckpointError
 from ..graph import ir
 from ..graph.ir import Call, Conv2d, Graph, Input, Node, Operation, Parameter, Ref
 from ..graph.plan import Plan, Step, schedule
+from ..graph.quantize import value_grids
 from ..models.preprocess import Centered, Normalize
 from .allowed import (
     ATTRIBUTES,
@@ -54,6 +55,11 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def _is_grid(value: Any) -> bool:
+    scaled = type(value) is ir.Grid and type(value.scale) is float and 0 < value.scale < 2.0**100
+    return scaled and 0 <= value.zero <= 255
+
+
 def is_text(value: Any) -> bool:
     """A string that can be shown on a terminal and in a picture."""
     return isinstance(value, str) and value.isprintable()
@@ -75,6 +81,8 @@ _IS: dict[Any, Callable[[Any], bool]] = {  # by what a dataclass says of its fie
     "Callable[..., Any] | str": is_text,
     "BatchNorm2d | None": lambda v: v is None or type(v) is ir.BatchNorm2d,
     "Normalize | None": lambda v: v is None or type(v) is ir.Normalize,
+    "Grid": lambda v: _is_grid(v),
+    "Grid | None": lambda v: v is None or _is_grid(v),
     "Operation": lambda v: type(v) in OPERATIONS.values(),
     "Any": lambda v: True,
 }
@@ -115,7 +123,12 @@ def decode_plan(data: Any) -> Plan:
         raise CheckpointError(f"a plan of {len(nodes) - len(parameters)} steps, layout {layout!r}")
     graph = Graph(tuple(nodes), parameters, decode(data["output"]), layout)
     _check_names(graph)
-    return schedule(graph)
+    plan = schedule(graph)
+    try:
+        value_grids(plan)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    return plan
 
 
 def members(
@@ -258,6 +271,7 @@ def _decode_step(data: Any) -> Step:
 
 def _encode_operation(op: Operation) -> dict[str, Any]:
     values = {field.name: getattr(op, field.name) for field in fields(op)}
+    values = {k: v for k, v in values.items() if v is not None or not k.endswith("_grid")}
     if isinstance(op, Call):
         values["target"] = _encode_target(op)
     for name, part in PARTS.items():
@@ -385,7 +399,8 @@ def encode_module(module: nn.Module) -> dict[str, Any]:
 
 def _numbers(module: Normalize | Centered) -> dict[str, Any]:
     if isinstance(module, Centered):
-        return {"mean": encode(module.numbers), "layout": module.layout}
+        as_bytes = {"as_bytes": True} if module.as_bytes else {}
+        return {"mean": encode(module.numbers), "layout": module.layout, **as_bytes}
     mean, std = (encode(tuple(t.tolist())) for t in (module.mean, module.std))
     return {"mean": mean, "std": std, "layout": module.layout}
 

@@ -7,9 +7,9 @@ group means is exactly its steps run in order, so any backend may run them one b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
-from .ir import Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, Operation, refs
+from .ir import Conv2d, Flatten, GlobalAvgPool, Linear, MaxPool2d, Operation, ReLU, refs
 from .plan import Plan, Shape, Step
 
 Pattern = Callable[[Sequence[Step], dict[str, int]], int]
@@ -265,3 +265,13 @@ def _is_conv(
 
 def _adds(step: Step) -> bool:
     return isinstance(step.op, Conv2d) and step.op.residual
+
+
+def relu_apart(steps: Sequence[Step]) -> Iterator[Step]:
+    """Each convolution with ReLU as two steps, the second in place; bytes know no NaN to keep."""
+    for step in steps:
+        if isinstance(step.op, Conv2d) and step.op.relu and step.op.x_grid is None:
+            yield replace(step, op=replace(step.op, relu=False), frees=())
+            yield replace(step, op=ReLU(), inputs=(step.name,), in_place=True)
+        else:
+            yield step

@@ -7,7 +7,7 @@ torch's allocator reuses their buffers, inside a CUDA graph's private pool as we
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import Lock
@@ -37,7 +37,7 @@ from ..graph.ir import (
     attribute,
     substitute,
 )
-from ..graph.patterns import FusionGroup, Grouping, ungrouped
+from ..graph.patterns import FusionGroup, Grouping, relu_apart, ungrouped
 from ..graph.plan import Plan, Shape, Step, parameter_paths
 from .inputs import check_inputs, common_shapes
 
@@ -101,7 +101,7 @@ class Executor:
         self._finite: dict[str, bool] = {}
         self._finite_weights = True
         self._prepared_groups: dict[str, tuple[Tensor, ...]] = {}
-        self._unfused = ungrouped(_relu_unfused(plan.steps))
+        self._unfused = ungrouped(relu_apart(plan.steps))
         self._schedules: dict[Hashable, _Schedule] = {}
         self._bound: dict[_Schedule | None, tuple[_Bound, ...]] = {}  # None: with ReLU apart
         self._falling_back = Lock()
@@ -441,16 +441,6 @@ def _settle(tensors: Iterable[Tensor]) -> None:
     """Wait until folded weights are there, for calls on other streams know nothing of this one."""
     for device in {t.device for t in tensors if t.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
-
-
-def _relu_unfused(steps: Sequence[Step]) -> Iterator[Step]:
-    """Each convolution with ReLU as two steps, the second in place."""
-    for step in steps:
-        if isinstance(step.op, Conv2d) and step.op.relu and step.op.x_grid is None:
-            yield replace(step, op=replace(step.op, relu=False), frees=())
-            yield replace(step, op=ReLU(), inputs=(step.name,), in_place=True)
-        else:
-            yield step
 
 
 def _is_finite(value: Any) -> bool:
