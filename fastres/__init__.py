@@ -38,6 +38,7 @@ from .models.registry import (
 from .models.resnet import BasicBlock, Bottleneck, ResNet
 from .models.summary import Summary, summary
 from .runtime.verify import Verification, verify
+from .train.loop import fit
 from .version import __version__ as __version__
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "create_model",
     "export",
     "features",
+    "fit",
     "from_keras",
     "list_models",
     "load",

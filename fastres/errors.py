@@ -43,3 +43,7 @@ class InputError(FastresError, ValueError, RuntimeError):
 
 class InputTypeError(FastresError, TypeError, RuntimeError):
     """An input of the wrong type or dtype."""
+
+
+class TrainingError(FastresError, RuntimeError):
+    """A training run that cannot go on: its loss is no finite number."""

@@ -18,7 +18,8 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="A network, e.g. resnet50, or a .h5, .keras or fused .safetensors file.",
+        help="A network, e.g. resnet50, a .h5, .keras or fused .safetensors file, or the folder "
+        "of a training run.",
     ),
 ]
 Target = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
@@ -98,7 +99,7 @@ def plot(
 def read_network(
     source: str, size: int | None, weights: str | None = None, checkpoint: Path | None = None
 ) -> nn.Module:
-    """What the argument names: a Keras file, a fused file, or a network of the table."""
+    """What the argument names: a Keras or fused file, a training run, a network of the table."""
     suffix = Path(source).suffix
     if suffix in (*KERAS, FUSED) and (weights or checkpoint):
         raise ValueError(f"--weights and --checkpoint do not go with {source}, which has weights")
@@ -114,6 +115,10 @@ def read_network(
         from ..formats.fused_file import load
 
         return load(source)
+    if (Path(source) / "config.json").is_file():
+        from ..train.checkpoints import load_trained
+
+        return load_trained(source)
     if Path(source).is_file():
         raise ValueError(
             f"{source} is no .h5, .keras or fused .safetensors file; name its network instead, "
@@ -172,7 +177,7 @@ def _fused(
     from ..bench.run import parse_dtype
     from ..frontends.fast_model import FastModel
     from ..frontends.optimize import optimize
-    from ..models.resnet import ResNet
+    from ..models.registry import VARIANTS
 
     kind = None if dtype is None else parse_dtype(dtype)
     network = read_network(source, size, weights, checkpoint)
@@ -183,7 +188,7 @@ def _fused(
             raise ValueError(f"{source} is folded in {network.dtype} already; got --dtype {dtype}")
         return network
     images = _images(4, network, size)
-    if isinstance(network, ResNet) and weights is None and checkpoint is None:
+    if source in VARIANTS and weights is None and checkpoint is None:
         ERR.print("note: the parameters are random; give --weights or --checkpoint", markup=False)
         calibrate_(network, images)
     fast = optimize(network, example_input=images, dtype=kind)

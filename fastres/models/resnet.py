@@ -101,6 +101,7 @@ class BasicBlock(nn.Module):
         self.bn2 = norm_layer(planes)
         self.downsample = downsample
         self.stride = stride
+        self.residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x
@@ -110,7 +111,8 @@ class BasicBlock(nn.Module):
 
         if self.downsample is not None:
             identity = self.downsample(x)
-        out += identity
+        if self.residual:
+            out += identity
         return self.relu(out)
 
 
@@ -168,6 +170,7 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
         self.stride = stride
+        self.residual = True
 
     def forward(self, x: Tensor) -> Tensor:
         identity = x
@@ -178,7 +181,8 @@ class Bottleneck(nn.Module):
 
         if self.downsample is not None:
             identity = self.downsample(x)
-        out += identity
+        if self.residual:
+            out += identity
         return self.relu(out)
 
 
@@ -206,6 +210,7 @@ class ResNet(LiveModule):
             ``"1x1"`` (v1, the paper).
         shortcut: where shapes differ, ``"B"`` projects by a 1x1 convolution and ``"A"`` pads with
             zeros.
+        residual: whether blocks add their shortcut; without it the network is a plain one.
         backend: what may compute inference, ``"auto"``, ``"triton"`` or ``"torch"``.
 
     Raises:
@@ -228,6 +233,7 @@ class ResNet(LiveModule):
         stem: str = "imagenet",
         stride_on: str = "3x3",
         shortcut: str = "B",
+        residual: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__(backend)
@@ -254,7 +260,7 @@ class ResNet(LiveModule):
 
         self._norm_layer = norm_layer or nn.BatchNorm2d
         self._stride_on = stride_on
-        self._shortcut = shortcut
+        self._shortcut = shortcut if residual else None
         self.inplanes = planes
         self.dilation = 1
         self.groups = groups
@@ -312,11 +318,14 @@ class ResNet(LiveModule):
         other = (outplanes, planes, 1, None, *width, self.dilation, norm)
         stage = [block(*first, **first_options)]
         stage += [block(*other, **options) for _ in range(1, blocks)]
+        if self._shortcut is None:
+            for made in stage:
+                made.residual = False
         self.inplanes = outplanes
         return nn.Sequential(*stage)
 
     def _make_shortcut(self, outplanes: int, stride: int) -> nn.Module | None:
-        if stride == 1 and self.inplanes == outplanes:
+        if self._shortcut is None or (stride == 1 and self.inplanes == outplanes):
             return None
         if self._shortcut == "A":
             return ZeroPadShortcut(self.inplanes, outplanes, stride)

@@ -34,6 +34,7 @@ NORMALISED = (
     (r"(not what was asked for): .*?;", r"\1: REASON;"),
     (r"(PyTorch cannot export model to \S+): .*", r"\1: REASON"),
     (r"(could not be loaded|not a plan: \w+): .*", r"\1: REASON"),
+    (r"(is no idx file of bytes|cannot read \S*set\.npz|last\.safetensors): .*", r"\1: REASON"),
     (r"(does not describe a fused model): .*", r"\1: REASON"),
     (r"(does not describe a Keras model) \(.*\)", r"\1 (REASON)"),
     (r"(cannot get weights from \S+): .*?;", r"\1: REASON;"),
@@ -157,6 +158,8 @@ UNREACHABLE = {
     "formats/export.py export interrupt": "Ctrl-C or a signal, passed on: test_targets.py",
     "backends/fused.py FusedKernel.run NotImplementedError": "each kernel has a run of its own",
     "frontends/fast_shell.py _build_parts TraceError": "caught two lines below",
+    "train/trainer.py Trainer._end_if_signalled KeyboardInterrupt": "of a signal: test_resume.py",
+    "train/trainer.py Trainer._end_if_signalled SystemExit": "of a signal: test_resume.py",
 }
 """By what is raised, or by the place: why no user meets this ``raise``."""
 

@@ -142,6 +142,7 @@ COMMANDS = (
     *("plan resnet18 --checkpoint .", "plot resnet18 gone/model.svg", "report compare . ."),
     *("tune resnet18 --batch 0", "tune resnet18 --device cpu", "tune resnet18 --dtype int8"),
     "verify resnet18 --weights DEFAULT --checkpoint a.pth",
+    *("train", "train imagenet", "train digits --opt lamb", "train --resume gone"),
     *("report", "report compare gone.json gone.json", "report compare a.json"),
 )
 

@@ -1,0 +1,402 @@
+"""Images and labels, where they come from, and the order and augmentation of a run.
+
+Images in memory are uint8, or floating-point and then taken as they are; those of a folder are
+decoded as they are needed. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..models.classify import read_image
+from ..models.digits import digits_split
+from .config import Config
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IDX = {"train": "train", "validation": "t10k"}
+SOURCES = "digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file or a folder of images"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a data set.
+
+    Attributes:
+        images: (N, C, H, W), uint8 or floating-point; None where they are decoded from ``source``.
+        labels: (N,), int64.
+        source: a dataset of (image, label) that holds the images instead.
+    """
+
+    images: Tensor | None
+    labels: Tensor
+    source: Dataset[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and is judged by.
+
+    Attributes:
+        name: as the user gave it.
+        classes: their names.
+        mean: of each channel of uint8 images in [0, 1], and their ``std``; None for images that
+            are taken as they are.
+    """
+
+    name: str
+    train: Split
+    validation: Split | None
+    classes: tuple[str, ...]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def digest(self) -> str:
+        """A hash of the training images and labels; of files their names and sizes."""
+        found = hashlib.sha256(self.train.labels.numpy().tobytes())
+        if self.train.images is not None:
+            found.update(self.train.images.contiguous().view(torch.uint8).numpy().tobytes())
+        for path in getattr(self.train.source, "paths", ()):
+            found.update(f"{path.name} {path.stat().st_size}\n".encode())
+        return found.hexdigest()[:16]
+
+
+def open_data(spec: str) -> Data:
+    """The data set that a command names.
+
+    Args:
+        spec: ``digits``, ``mnist:DIR``, ``fashion-mnist:DIR`` (idx files, gzipped or not),
+            ``cifar10:DIR`` (its Python version), a ``.npz`` file (``x_train``, ``y_train`` and
+            perhaps ``x_test``, ``y_test``, as Keras' own), or a folder with ``train/CLASS/*`` and
+            perhaps ``val/CLASS/*``.
+
+    Raises:
+        ValueError: no such data set, files that are missing or damaged; the message says which.
+    """
+    name, _, folder = spec.partition(":")
+    if spec == "digits":
+        return _normalised(spec, [_split(spec, *digits_split(p)) for p in ("train", "heldout")])
+    if name in ("mnist", "fashion-mnist") and folder:
+        return _normalised(spec, [_idx(Path(folder), part) for part in IDX])
+    if name == "cifar10" and folder:
+        return _normalised(spec, _cifar10(Path(folder)))
+    if spec.endswith(".npz"):
+        return _normalised(spec, _npz(Path(spec)))
+    if Path(spec).is_dir():
+        return _folder(Path(spec))
+    raise ValueError(f"there is no data set {spec!r}; give {SOURCES}")
+
+
+def from_tensors(
+    images: Any, labels: Any, validation: tuple[Any, Any] | None = None, name: str = "tensors"
+) -> Data:
+    """Data of tensors or arrays: images (N, C, H, W) or (N, H, W, C), labels (N,) or one-hot.
+
+    Raises:
+        ValueError: their shapes do not fit.
+    """
+    parts = [_split("train", images, labels)]
+    if validation is not None:
+        parts.append(_split("validation", *validation))
+    return _normalised(name, parts)
+
+
+def _split(name: str, images: Any, labels: Any) -> Split:
+    x, y = torch.as_tensor(images), torch.as_tensor(labels)
+    if x.dim() == 3:
+        x = x[:, None]
+    if x.dim() == 4 and x.shape[1] not in (1, 3, 4) and x.shape[3] in (1, 3, 4):
+        x = x.permute(0, 3, 1, 2)
+    if x.dim() != 4 or not (x.dtype is torch.uint8 or x.is_floating_point()):
+        raise ValueError(
+            f"{name} images must be (N, C, H, W), uint8 or floating-point; "
+            f"got {x.dtype} of shape {tuple(x.shape)}"
+        )
+    if y.dim() == 2:
+        y = y[:, 0] if y.shape[1] == 1 else y.argmax(1)
+    if y.dim() != 1 or y.is_floating_point() or len(y) != len(x) or not len(y):
+        raise ValueError(
+            f"{name} labels must be one integer for each of the {len(x)} images; "
+            f"got {y.dtype} of shape {tuple(y.shape)}"
+        )
+    return Split(x.contiguous(), y.long())
+
+
+def _normalised(name: str, parts: Sequence[Split]) -> Data:
+    train, *others = parts
+    assert train.images is not None
+    classes = tuple(map(str, range(int(train.labels.max()) + 1)))
+    data = Data(name, train, others[0] if others else None, classes)
+    if train.images.dtype is not torch.uint8:
+        return data
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean, std = [], []
+    for channel in train.images.unbind(1):
+        shares = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
+        mean.append(float((shares * values).sum()))
+        std.append(float((shares * (values - mean[-1]) ** 2).sum().sqrt()) or 1.0)
+    return replace(data, mean=tuple(mean), std=tuple(std))
+
+
+def _idx(folder: Path, part: str) -> Split:
+    """An idx pair, http://yann.lecun.com/exdb/mnist: big-endian magic, sizes, bytes."""
+    images = _idx_array(folder, f"{IDX[part]}-images-idx3-ubyte")
+    labels = _idx_array(folder, f"{IDX[part]}-labels-idx1-ubyte")
+    return _split(part, torch.from_numpy(images), torch.from_numpy(labels).long())
+
+
+def _idx_array(folder: Path, name: str) -> np.ndarray[Any, Any]:
+    for path, opened in ((folder / name, open), (folder / f"{name}.gz", gzip.open)):
+        if path.is_file():
+            try:
+                with opened(path, "rb") as file:
+                    data = file.read()
+                sizes = np.frombuffer(data, ">i4", data[3], 4)
+                values = np.frombuffer(data, np.uint8, offset=4 + 4 * len(sizes))
+                return values.reshape(sizes).copy()
+            except (OSError, EOFError, IndexError, ValueError) as error:
+                raise ValueError(f"{path} is no idx file of bytes: {error}") from error
+    raise ValueError(f"there is no {name} nor {name}.gz in {folder}: download it and put it there")
+
+
+def _cifar10(folder: Path) -> list[Split]:
+    from torchvision.datasets import CIFAR10
+
+    try:  # which compares the files with their hashes before it reads them
+        parts = [CIFAR10(str(folder), train=train) for train in (True, False)]
+    except RuntimeError as error:
+        raise ValueError(
+            f"there is no whole CIFAR-10 in {folder}: unpack cifar-10-python.tar.gz there ({error})"
+        ) from error
+    return [_split("cifar10", part.data, part.targets) for part in parts]
+
+
+def _npz(path: Path) -> list[Split]:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    if not {"x_train", "y_train"} <= arrays.keys():
+        raise ValueError(f"{path} must hold x_train and y_train; got {', '.join(arrays) or 'none'}")
+    parts = [_split("x_train", arrays["x_train"], arrays["y_train"])]
+    if "x_test" in arrays:
+        parts.append(_split("x_test", arrays["x_test"], arrays["y_test"]))
+    return parts
+
+
+class ImageFiles(Dataset[tuple[Tensor, int]]):
+    """Images of class folders. ``self[epoch, index]`` depends on nothing but these and the seed.
+
+    Args:
+        paths: the files, and their ``labels``.
+        size: height and width.
+        seed: of the augmentation; None for none: the middle of the resized image.
+    """
+
+    def __init__(
+        self, paths: list[Path], labels: list[int], size: int = 224, seed: int | None = None
+    ) -> None:
+        self.paths, self.labels, self.seed = paths, labels, seed
+        from torchvision.transforms import v2
+
+        if seed is None:
+            parts = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)]
+        else:
+            parts = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose([*parts, v2.PILToTensor()])
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        epoch, index = key
+        if self.seed is None:
+            return read_image(self.paths[index], self.transform), self.labels[index]
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(mixed(self.seed, epoch, index))
+            return read_image(self.paths[index], self.transform), self.labels[index]
+
+
+def _folder(root: Path) -> Data:
+    if not (root / "train").is_dir():
+        raise ValueError(f"{root} must hold train/CLASS/*.jpg and perhaps val/CLASS/*.jpg")
+    train, classes = _files(root / "train")
+    if not (root / "val").is_dir():
+        return Data(str(root), train, None, classes, *IMAGENET)
+    validation, others = _files(root / "val")
+    if others != classes:
+        odd = ", ".join(sorted(set(classes) ^ set(others)))
+        raise ValueError(
+            f"{root}/train and {root}/val must have the same classes; not in both: {odd}"
+        )
+    return Data(str(root), train, validation, classes, *IMAGENET)
+
+
+def _files(folder: Path) -> tuple[Split, tuple[str, ...]]:
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+
+    try:
+        found = ImageFolder(str(folder))
+    except FileNotFoundError as error:  # a class without images, or no class
+        raise ValueError(f"{folder} is no folder of classes: {error}") from error
+    bad = []
+    for path, _ in found.samples:
+        try:
+            with Image.open(path) as image:
+                image.verify()
+        except Exception as error:  # damaged files raise nearly anything in Pillow
+            bad.append(f"{path} ({type(error).__name__})")
+    if bad:
+        listed = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
+        raise ValueError(f"{len(bad)} of {len(found.samples)} files are no images: {listed}")
+    paths, labels = [Path(path) for path, _ in found.samples], found.targets
+    return Split(None, torch.tensor(labels), ImageFiles(paths, labels)), tuple(found.classes)
+
+
+def mixed(*numbers: int) -> int:
+    """A seed made of several numbers, of which no two lists have the same in practice."""
+    text = " ".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+
+
+def generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU, seeded by :func:`mixed`."""
+    return torch.Generator().manual_seed(mixed(*numbers))
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of a run on this process.
+
+    Args:
+        data: what they are of.
+        config: the options.
+        device: where they go.
+        rank: of this process among ``world``.
+    """
+
+    data: Data
+    config: Config
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    def order(self, epoch: int) -> list[Tensor]:
+        """The indices of each batch of a training epoch.
+
+        Processes get equally many; a last batch of one image, on which a batch norm can fail, is
+        left out.
+        """
+        n = len(self.data.train)
+        order = torch.randperm(n, generator=generator(self.config.seed, epoch))
+        mine = order[: n - n % self.world][self.rank :: self.world]
+        batches = list(mine.split(self.config.batch_size))
+        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images and labels of an epoch, from its ``start``-th batch on."""
+        order = self.order(epoch)[start:]
+        images = self._images(self.data.train, order, epoch)
+        for number, (batch, x) in enumerate(zip(order, images, strict=True), start):
+            y = self.data.train.labels[batch].to(self.device)
+            x = self._prepared(self._augmented(x, batch, epoch))
+            yield self._blended(x, y, epoch, number)
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation images of this process, none twice."""
+        part = self.data.validation
+        assert part is not None
+        order = list(torch.arange(self.rank, len(part), self.world).split(self.config.batch_size))
+        for batch, x in zip(order, self._images(part, order, 0), strict=True):
+            yield self._prepared(x), part.labels[batch].to(self.device)
+
+    def sample(self) -> Tensor:
+        """One training image as the network gets it."""
+        first = [torch.zeros(1, dtype=torch.long)]
+        return self._prepared(next(iter(self._images(self.data.train, first, 0))))
+
+    def _images(self, part: Split, order: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
+        """The batches' images on the device, as they are stored or decoded."""
+        if part.images is not None:
+            for batch in order:
+                yield part.images[batch.to(part.images.device)].to(self.device)
+            return
+        assert part.source is not None
+        source: Any = part.source
+        if isinstance(source, ImageFiles):
+            seed = self.config.seed if part is self.data.train else None
+            source = ImageFiles(source.paths, source.labels, self.config.resize or 224, seed)
+        keys = [[(epoch, int(index)) for index in batch] for batch in order]
+        state = torch.get_rng_state()  # which a loader draws from
+        loader = iter(DataLoader(source, batch_sampler=keys, num_workers=self.config.workers))
+        torch.set_rng_state(state)
+        for x, _ in loader:
+            yield x.to(self.device, non_blocking=True)
+
+    def _augmented(self, x: Tensor, batch: Tensor, epoch: int) -> Tensor:
+        """Mirrored and moved by what (seed, epoch, index) says."""
+        if self.data.train.images is None:
+            return x
+        n, s = len(self.data.train), self.config.shift
+        if self.config.flip:
+            flips = torch.rand(n, generator=generator(self.config.seed, epoch, 1)) < 0.5
+            x = torch.where(flips[batch].to(x.device)[:, None, None, None], x.flip(3), x)
+        if s:
+            moves = generator(self.config.seed, epoch, 2)
+            x = _moved(x, torch.randint(0, 2 * s + 1, (n, 2), generator=moves)[batch], s)
+        return x
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Resized, normalised images in float32 and the run's memory format."""
+        wide = x.float() if x.dtype is torch.uint8 else x
+        size = self.config.resize
+        if size is not None and wide.shape[2:] != (size, size):
+            wide = F.interpolate(wide, (size, size), mode="bilinear", antialias=True)
+        if x.dtype is torch.uint8 and self.data.mean is not None and self.data.std is not None:
+            mean, std = (torch.tensor(v, device=x.device) for v in (self.data.mean, self.data.std))
+            wide = (wide / 255 - mean[:, None, None]) / std[:, None, None]
+        order = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        return wide.contiguous(memory_format=order)
+
+    def _blended(self, x: Tensor, y: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """Images and labels mixed by torchvision's MixUp or CutMix, where that is wanted."""
+        from_torchvision = _blends(self.config, len(self.data.classes))
+        if not from_torchvision:
+            return x, y
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(mixed(self.config.seed, epoch, number, self.rank, 3))
+            chosen = from_torchvision[int(torch.randint(len(from_torchvision), ()))]
+            x, y = chosen(x, y)
+        return x, y
+
+
+def _blends(config: Config, classes: int) -> list[Any]:
+    if not (config.mixup_alpha or config.cutmix_alpha):
+        return []
+    from torchvision.transforms import v2
+
+    kinds = ((v2.MixUp, config.mixup_alpha), (v2.CutMix, config.cutmix_alpha))
+    return [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+
+
+def _moved(x: Tensor, moves: Tensor, most: int) -> Tensor:
+    """(N, C, H, W) images moved by ``moves`` - ``most`` pixels down and right, zeros behind."""
+    n, c, h, w = x.shape
+    padded = F.pad(x, [most] * 4)
+    rows = torch.arange(h) + moves[:, :1]
+    columns = torch.arange(w) + moves[:, 1:]
+    image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None]
+    index = (image, channel, rows[:, None, :, None], columns[:, None, None, :])
+    return padded[tuple(i.to(x.device) for i in index)]

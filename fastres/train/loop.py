@@ -1,0 +1,148 @@
+"""The loop: ``fit`` trains a network and can be interrupted at any step without changing a bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..models.preprocess import Normalize
+from .checkpoints import Folder
+from .config import Config
+from .data import Batches, Data, from_tensors, open_data
+from .report import Reporter
+from .trainer import Trainer
+
+
+@dataclass
+class Run:
+    """What a training run found.
+
+    Attributes:
+        model: the network, in eval mode, with its last weights.
+        history: a row for each epoch: ``epoch``, ``lr``, ``train_loss``, ``train_accuracy``,
+            ``loss``, ``accuracy`` and ``top5`` of validation (None without), ``images_per_second``,
+            ``data_wait`` (share of time), ``seconds`` and ``weights``, a hash of them.
+        best: the row of the best epoch.
+        folder: where the files are; None for a run without.
+        normalize: turns uint8 images into what the network was trained on; None where images were
+            taken as they were.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+    folder: str | None = None
+    normalize: Normalize | None = None
+
+
+def fit(
+    model: nn.Module,
+    train: Any,
+    labels: Any = None,
+    *,
+    validation: tuple[Any, Any] | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow_change: Sequence[str] = (),
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    described: dict[str, Any] | None = None,
+    **options: Any,
+) -> Run:
+    """Train ``model`` in place.
+
+    Args:
+        model: takes (N, C, H, W) images and gives (N, classes) logits.
+        train: images, as a tensor or an array, (N, C, H, W) or (N, H, W, C), with ``labels``, (N,)
+            or one-hot; or the name of a data set, see :func:`fastres.train.data.open_data`. uint8
+            images are normalised by their own mean and deviation, others are taken as they are.
+        labels: of ``train``.
+        validation: images and labels to judge each epoch by; a named data set has its own.
+        folder: where options, metrics, curves and checkpoints are kept; None keeps none.
+        resume: go on from the folder's last checkpoint; the result is that of a run never cut.
+        overwrite: whether another run in the folder may be replaced.
+        allow_change: options that a resumed run may have otherwise.
+        device: by default where the model's parameters are.
+        progress: show progress on standard error.
+        described: what ``config.json`` says of the network.
+        options: the fields of :class:`fastres.train.config.Config`: ``epochs``, ``batch_size``,
+            ``lr``, ``opt`` ...
+
+    Raises:
+        TypeError: an option that is unknown.
+        ValueError: an option, an image or a label that does not fit; a folder with another run.
+        TrainingError: the loss became infinite or no number; the last checkpoint is untouched.
+        KeyboardInterrupt, SystemExit: a first SIGINT, or SIGTERM or SIGUSR1, ended the run after
+            its step and a checkpoint; a second ends it at once.
+    """
+    config = Config.of(options)
+    data = _data(train, labels, validation)
+    rank, world = _join(config)
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    if world > 1 and where.type == "cuda":
+        where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    _check_sizes(data, config, world)
+    held = None if folder is None else Folder(folder, resume, overwrite)
+    batches = Batches(data, config, where, rank, world)
+    with _deterministic(config):
+        torch.manual_seed(config.seed)
+        trainer = Trainer(model, batches, held, Reporter(progress and rank == 0, config.epochs))
+        trainer.check_labels()
+        if held is not None:
+            trainer.describe(described or {}, resume, allow_change)
+        trainer.run()
+    normalize = Normalize(data.mean, data.std) if data.mean and data.std else None
+    kept = None if held is None else str(held.path)
+    return Run(trainer.model, trainer.history, trainer.best, kept, normalize)
+
+
+def _data(train: Any, labels: Any, validation: tuple[Any, Any] | None) -> Data:
+    if isinstance(train, Data):
+        return train
+    if isinstance(train, (str, os.PathLike)):
+        if labels is not None or validation is not None:
+            raise ValueError(f"labels and validation do not go with {str(train)!r}, which has them")
+        return open_data(os.fspath(train))
+    if labels is None and isinstance(train, (tuple, list)) and len(train) == 2:
+        train, labels = train
+    if labels is None:
+        raise ValueError("labels must be given with images")
+    return from_tensors(train, labels, validation)
+
+
+def _check_sizes(data: Data, config: Config, world: int) -> None:
+    """Raises ValueError where not every process can get one whole batch."""
+    if config.batch_size * world > len(data.train):
+        raise ValueError(
+            f"batch_size must be at most the {len(data.train)} training images over {world} "
+            f"processes, got {config.batch_size}"
+        )
+
+
+def _join(config: Config) -> tuple[int, int]:
+    """This process' rank and the number of processes, which torchrun tells."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+@contextmanager
+def _deterministic(config: Config) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    if config.use_deterministic_algorithms:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
