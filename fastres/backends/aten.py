@@ -17,7 +17,7 @@ from torch import Tensor
 from ..graph.fold import Weights
 from ..graph.ir import AvgPool2d, Conv2d, GlobalAvgPool, Linear, MaxPool2d, Operation
 from ..graph.patterns import FusionGroup, Grouping, ungrouped
-from ..graph.plan import Plan, Shape, window_output
+from ..graph.plan import Plan, Shape, pool_output, window_output
 from .memory_format import to_contiguous, unchanged
 
 
@@ -175,6 +175,12 @@ class _Packed:
         return self.packed
 
 
+POOLED_BYTES = 2**20
+"""A max pool takes about so much at a time: PyTorch's makes indices of 8 bytes an output, which for
+bfloat16 images are as large as its input, and are freed at once."""
+BANDS = 3  # of a single image
+
+
 class OneDNNOps(AtenOps):
     """The CPU: convolution, bias, residual and ReLU in one oneDNN primitive, weights pre-packed.
 
@@ -220,6 +226,27 @@ class OneDNNOps(AtenOps):
         if in_place:
             return self._add_in_place(residual, x, weight, bias, *geometry, *epilogue)
         return self._add(x, residual, weight, bias, *geometry, *epilogue)
+
+    def max_pool(self, op: MaxPool2d, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.nbytes <= POOLED_BYTES:
+            return super().max_pool(op, x)
+        if len(x) == 1:
+            return torch.cat([*self._pooled_bands(op, x)], 2)
+        images = max(1, POOLED_BYTES * len(x) // x.nbytes)
+        return torch.cat([super(OneDNNOps, self).max_pool(op, part) for part in x.split(images)])
+
+    def _pooled_bands(self, op: MaxPool2d, x: Tensor) -> Iterator[Tensor]:
+        """The pooled rows of one image, top to bottom, each band from the rows that it needs."""
+        vertical = (op.kernel[0], op.stride[0], op.padding[0], op.dilation[0])
+        kernel, stride, padding, dilation = vertical
+        rows = pool_output(x.shape[2], *vertical, op.ceil_mode)
+        above = -(-padding // stride)  # windows that would reach into the padding of a band
+        band = -(-rows // BANDS)
+        for first in range(0, rows, band):
+            last, start = min(first + band, rows), max(0, first - above)
+            end = (last - 1) * stride - padding + dilation * (kernel - 1) + 1
+            pooled = super().max_pool(op, x[:, :, start * stride : end])
+            yield pooled[:, :, first - start : last - start]
 
     def _unpacked(self, prepared: _Packed, op: Conv2d, x: Tensor) -> Weights:
         """Any weights of the right shape: an empty batch never reads them."""

@@ -1,6 +1,8 @@
 """The executor and its CPU backends: every form of a sum, weights in place, who serves what."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from fastres.backends import select
 from fastres.backends.select import AtenOps, OneDNNOps, select_ops
 from fastres.errors import BackendError, FoldError
 from fastres.graph import fold, plan, trace
-from fastres.graph.ir import Conv2d, Flatten
+from fastres.graph.ir import Conv2d, Flatten, MaxPool2d
 from fastres.runtime.executor import Executor
 
 CPU = torch.device("cpu")
@@ -87,6 +89,26 @@ def test_onednn_packs_once_and_stays_right_for_other_sizes():
             x = torch.randn(2, 3, size, size)
             expected = model._forward_impl(x)
             torch.testing.assert_close(made.run([x]), expected, rtol=1e-4, atol=1e-5)
+
+
+@onednn
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("shape", [(1, 3, 13, 6), (1, 2, 4, 9), (5, 3, 7, 6)])
+def test_a_pool_in_portions_is_the_pool(shape, layout, monkeypatch):
+    """Every geometry that PyTorch takes; distinct values, so that a wrong window shows."""
+    monkeypatch.setattr("fastres.backends.aten.POOLED_BYTES", 4 * math.prod(shape) // 2)
+    x = torch.randperm(math.prod(shape)).float().view(shape).sub(20)
+    x[0, 0, 3, 2] = math.nan
+    x = x.contiguous(memory_format=layout)
+    tried = 0
+    for k, s, p, d, up in itertools.product((1, 2, 3), (1, 2, 3), (0, 1), (1, 2), (False, True)):
+        if p <= k // 2 and (k - 1) * d < shape[2]:
+            op = MaxPool2d((k, k), (s, 1), (p, p), (d, 1), up)
+            wanted, found = AtenOps().max_pool(op, x), OneDNNOps().max_pool(op, x)
+            assert torch.equal(found.nan_to_num(-99), wanted.nan_to_num(-99)), op
+            assert found.stride() == wanted.stride()
+            tried += 1
+    assert tried > 30
 
 
 def test_refolding_writes_into_the_same_storage():
