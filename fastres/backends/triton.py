@@ -119,7 +119,7 @@ class TritonOps(AtenOps):
             FAILED[error.device] = str(error)
             warnings.warn(
                 f"fastres goes on without its Triton kernels on {error.device}, by PyTorch's: "
-                f"{error}{_advice(error.__cause__)}",
+                f"{error}{advice(error.__cause__)}",
                 stacklevel=2,
             )
         return CudnnOps()
@@ -270,7 +270,7 @@ _REMEDIES = {
 }
 
 
-def _advice(cause: BaseException | None) -> str:
+def advice(cause: BaseException | None) -> str:
     """What the user may do about a failure of Triton, as far as its cause is known."""
     text = f"{type(cause).__name__}: {cause}"
     return next((f"; {remedy}" for sign, remedy in _REMEDIES.items() if sign in text), "")

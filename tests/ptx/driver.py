@@ -111,10 +111,12 @@ def only_ptx(backend: Any, stages: dict[str, Any], *rest: Any) -> None:
 def running(target: str, early: bool = False, **options: Any) -> Iterator[Gpu]:
     """Inside, a GPU of this ``target`` runs our kernels on tensors of the CPU."""
     gpu = Gpu(target, **options)
-    before = knobs.runtime.add_stages_inspection_hook
+    before, cache = knobs.runtime.add_stages_inspection_hook, knobs.cache.dir
     knobs.runtime.add_stages_inspection_hook = only_ptx
+    knobs.cache.dir = f"{cache}-ptx"  # a real GPU must not find kernels without machine code
     try:
         with compiling_for(TARGETS[target]), _common.hosted(gpu.host(early)):
             yield gpu
     finally:
         knobs.runtime.add_stages_inspection_hook = before
+        knobs.cache.dir = cache

@@ -11,7 +11,7 @@ the launchers and the compiler are the real ones.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
@@ -32,6 +31,7 @@ from fastres.graph.ir import Conv2d, Linear
 from fastres.graph.plan import Plan, Step
 from fastres.kernels import _common
 from fastres.kernels._gpu import GPUS, Gpu
+from fastres.perf import kernel_check
 from fastres.runtime.executor import Executor
 
 CUDA = torch.device("cuda", 0)
@@ -46,10 +46,7 @@ class Target:
 
     @property
     def gpu(self) -> GPUTarget:
-        """As Triton's compiler wants it."""
-        if self.architecture.startswith("sm_"):
-            return GPUTarget("cuda", int(self.architecture[3:]), 32)
-        return GPUTarget("hip", self.architecture, 32 if len(self.architecture) > 6 else 64)
+        return kernel_check.gpu_target(self.architecture)
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -60,30 +57,9 @@ class Target:
 TARGETS = {name: Target(name, gpu) for name, gpu in GPUS.items()}
 
 
-class Driver:
-    """As much of a GPU's driver as compiling takes."""
-
-    def __init__(self, target: Target) -> None:
-        self.target = target.gpu
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> int | str:
-        return self.target.arch  # Triton keeps what it compiled by the device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextmanager
-def compiling_for(target: Target) -> Iterator[None]:
+def compiling_for(target: Target) -> AbstractContextManager[None]:
     """Inside, Triton compiles for this GPU."""
-    triton.runtime.driver.set_active(Driver(target))
-    try:
-        yield
-    finally:
-        triton.runtime.driver._active = None
+    return kernel_check.compiling_for(target.gpu)
 
 
 @dataclass(frozen=True)

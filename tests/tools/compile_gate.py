@@ -19,7 +19,6 @@ import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -46,8 +45,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fastres.kernels import conv, elementwise, global_pool, pool
 from fastres.kernels._config import ProblemSize, TileConfig, select_config
 from fastres.kernels._gpu import HOPPER
+from fastres.perf.kernel_check import disassembled, resources
 
-NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 CASE_TIMEOUT_S = 120
 
 
@@ -85,16 +84,6 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def disassemble(cubin: bytes, tool: str, *flags: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [NVIDIA_BIN / tool, *flags, file.name], capture_output=True, text=True, check=True
-        )
-    return done.stdout
-
-
 TOUCHES = {
     "griddepcontrol.wait": r"\b(?:ld|st|red|atom)\.\S*global|\bcp\.async|\bcp\.reduce",
     "ACQBULK": r"\b(?:LDG|STG|LDGSTS|ATOMG|ATOM|RED|UTMALDG|UTMASTG|UTMAREDG|UBLKCP)\b",
@@ -115,27 +104,19 @@ def inspect(kernel, case: Case, verdict: Verdict) -> None:
     """Fill in what the compiler made."""
     if case.pdl:
         verdict.problems += wait_problems("griddepcontrol.wait", kernel.asm["ptx"])
-        sass = disassemble(kernel.asm["cubin"], "nvdisasm", "-c")
+        sass = disassembled(kernel.asm["cubin"], "nvdisasm", "-c")
         verdict.problems += wait_problems("ACQBULK", sass)
     elif "griddepcontrol" in kernel.asm.get("ptx", ""):
         verdict.problems.append("waits although it is launched after the end of those before it")
     if not re.search(case.ttir, kernel.asm.get("ttir", "")):  # Gluon has none
         verdict.problems.append(f"no {case.ttir} in Triton's IR")
-    verdict.shared = kernel.metadata.shared
-    if "cubin" in kernel.asm:
-        usage = disassemble(kernel.asm["cubin"], "cuobjdump", "--dump-resource-usage")
-        verdict.registers = int(re.search(r"REG:(\d+)", usage)[1])
-        if not (case.wgmma or case.wide):
-            return
-        sass = disassemble(kernel.asm["cubin"], "nvdisasm", "-c")
+    verdict.registers, verdict.spilled, verdict.shared = resources(kernel)
+    if "cubin" in kernel.asm and (case.wgmma or case.wide):
+        sass = disassembled(kernel.asm["cubin"], "nvdisasm", "-c")
         verdict.wgmma = len(re.findall(r"\bHGMMA\b", sass))
         verdict.waits = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
         if not re.search(case.wide, sass):
             verdict.problems.append(f"no {case.wide}: memory is accessed in small pieces")
-    else:
-        code = kernel.asm["amdgcn"]
-        verdict.registers = int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1])
-        verdict.spilled = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", code)[1])
 
 
 KNOWN_SPILLS = {

@@ -16,7 +16,7 @@ import fastres
 from fastres import cli, files
 from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import ungrouped
-from fastres.perf import clocks, forecast, roofline, timing
+from fastres.perf import clocks, forecast, kernel_check, roofline, timing
 from fastres.perf.timing import Method, Samples
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
@@ -40,6 +40,9 @@ add("benchmark: products of a GPU", lambda: benchmark(dtypes=["tf32"]))
 add("benchmark: no device's name", lambda: benchmark(device="a GPU"))
 add("benchmark: another device", lambda: benchmark(device="meta"))
 add("benchmark: a GPU that is not here", lambda: benchmark(device="cuda:99"))
+add("doctor: no such GPU", lambda: kernel_check.compile_kernels("sm_42"))
+add("doctor: no such kernel", lambda: kernel_check.check_kernels(torch.device("cpu"), ["conv5"]))
+add("doctor: nothing is compiled", lambda: kernel_check.compile_kernels("sm_90"))
 add("preset: no such preset", lambda: presets.preset("slow", torch.device("cpu")))
 
 
