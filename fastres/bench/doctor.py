@@ -20,14 +20,13 @@ from ..backends.select import select_ops
 from ..errors import VerificationError
 from ..frontends.optimize import optimize
 from ..models.registry import create_model
-from ..perf.timing import Method, Progress, one_line
+from ..perf.timing import Progress, one_line
 from .accuracy import calibrate_, random_images
-from .presets import Spec
+from .presets import Spec, preset
 from .report import Report
 from .results import Check
 from .run import run
 
-QUICK = Method(rounds=8, budget=4.0, sample=0.02, warmup=0.1)
 COMPILED = "compile CUDA graphs"
 
 
@@ -39,15 +38,11 @@ def doctor(
     compiled: bool = False,
     follow: Callable[[str], Progress] | None = None,
 ) -> Report:
-    """Look at the machine, run or compile each standard kernel, time the network on a GPU.
+    """Look at the machine, check each kernel of those named, or of all, and time the network.
 
-    Args:
-        model: the network that is timed, in float16 at batches 1 and 32.
-        device: a CUDA device; on the CPU nothing is timed, and kernels run in Triton's interpreter.
-        target: an architecture, such as ``"sm_90"``, to compile all kernels for instead.
-        kernels: only these.
-        compiled: whether torch.compile is timed too, which takes minutes where it finds no cache.
-        follow: takes the title of some work and returns what is told (done, wanted).
+    With ``target``, such as ``"sm_90"``, kernels are compiled for that GPU instead. Without a GPU
+    they run where TRITON_INTERPRET=1, and nothing is timed. ``compiled`` times torch.compile too,
+    which takes minutes where it finds no cache.
 
     Raises:
         ValueError: an unknown model, target or kernel.
@@ -67,7 +62,7 @@ def doctor(
         return report
     contenders = ("cuDNN fused", *((COMPILED,) if compiled else ()))
     specs = [Spec(model, n, dtypes=("float16",), baselines=contenders) for n in (1, 32)]
-    timed = run(specs, device, QUICK, progress=follow)
+    timed = run(specs, device, preset("quick", "cuda").method, progress=follow)
     return replace(timed, title=report.title, checks=(*report.checks, *timed.checks))
 
 

@@ -16,7 +16,7 @@ import typer
 
 from ..errors import FastresError, WeightsError
 from ..files import exiting_on_signals
-from . import doctor, files, models, runs
+from . import files, models, runs
 from . import train as training
 from . import tune as tuning
 from .console import ERR
@@ -60,7 +60,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "convert": (files.convert, "fastres convert resnet50.h5 fused.safetensors"),
     "export": (files.export, "fastres export resnet50 resnet50.onnx --checkpoint resnet50.pth"),
     "plot": (files.plot, "fastres plot resnet50 resnet50.svg --size 224"),
-    "doctor": (doctor.doctor, "fastres doctor --output doctor.json"),
+    "doctor": (models.doctor, "fastres doctor --output doctor.json"),
     "env": (models.env, "fastres env --json"),
 }
 for _name, (_command, _example) in COMMANDS.items():

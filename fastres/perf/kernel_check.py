@@ -161,10 +161,6 @@ def check_kernels(
 ) -> list[Outcome]:
     """Run each standard kernel, or those ``chosen`` by name, and compare all bits.
 
-    Args:
-        device: a CUDA device, or the CPU under Triton's interpreter.
-        tell: called with (done, wanted).
-
     Raises:
         ValueError: a name is no standard kernel's.
     """
@@ -183,11 +179,10 @@ def check_kernels(
 def compile_kernels(
     architecture: str, chosen: Sequence[str] = (), tell: Tell | None = None
 ) -> list[Outcome]:
-    """Compile each standard kernel for a GPU that is not here, with the tile that it would get.
+    """Compile them for a GPU that is not here, with the tiles that they would get there.
 
     Raises:
-        ValueError: nobody knows the architecture, a name is no standard kernel's, or Triton was
-            imported with TRITON_INTERPRET=1, which compiles nothing.
+        ValueError: an architecture or a name that nobody knows, or TRITON_INTERPRET=1.
     """
     if architecture not in GPUS:
         raise ValueError(f"target must be one of {', '.join(GPUS)}; got {architecture!r}")

@@ -154,7 +154,7 @@ def test_on_a_gpu_the_network_is_timed_behind_the_checks(monkeypatch, compiled):
     monkeypatch.setattr(page, "_machine", lambda device: [Check("GPU", True, "one")])
     monkeypatch.setattr(page, "_outcomes", lambda *_: [Check("relu", True, "exact")])
     monkeypatch.setattr(page, "run", timed)
-    report = page.doctor("resnet18", device=torch.device("cuda"), compiled=compiled)
+    report = page.doctor("resnet18", torch.device("cuda"), compiled=compiled)
     assert [check.name for check in report.checks] == ["GPU", "relu", "resnet18, batch 32"]
     assert not report.ok
     assert {(s.model, s.batch, s.dtypes) for s in asked} == {
