@@ -38,10 +38,10 @@ def brief(monkeypatch):
 @pytest.mark.interpreter
 def test_kernels_are_exact_and_what_was_found_is_listed(brief, capsys, tmp_path):
     file = tmp_path / "doctor.json"
-    code, rows = ask(capsys, "--kernel", "relu", "--kernel", "stem", "--output", str(file))
+    code, rows = ask(capsys, "--kernel", "relu", "--kernel", "linear", "--output", str(file))
     assert code == 0
     assert rows["relu, float16"]["detail"] == "exact on whole numbers"
-    assert {"stem, float32", "versions", "GPU", "C compiler", "libcuda"} <= set(rows)
+    assert {"linear, float32", "versions", "GPU", "C compiler", "libcuda"} <= set(rows)
     assert "gemm, float16" not in rows
     assert json.loads(file.read_text())["checks"] == list(rows.values())
 
