@@ -128,19 +128,19 @@ class Trainer:
             self.random = None
         self.reporter.begin(epoch + 1, self.steps, self.step)
         self.started, self.waited = time.perf_counter(), 0.0
-        first = self.step
+        self.images = 0
         while self.step < self.steps:
             before = time.perf_counter()
             group = list(islice(batches, accumulate))
             ready = time.perf_counter()
             images = self._take_step(group)
+            self.images += images
             self.step += 1
             self.waited += ready - before
             self.reporter.step(
                 epoch + 1, self.step, self.steps, images, time.perf_counter() - before
             )
             self._pause()
-        self.images = (self.steps - first) * self.config.batch_size * accumulate
 
     def _take_step(self, group: Sequence[tuple[Tensor, Tensor]]) -> int:
         """One step of the optimizer on the batches of a group; returns its images."""

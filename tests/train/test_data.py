@@ -91,6 +91,12 @@ def test_folders_of_classes(workers, tmp_path):
     assert torch.equal(found[2], found[3])
     assert torch.equal(next(batches.train(1, 1))[0], list(batches.train(1))[1][0])
     assert sum(len(x) for x, _ in batches.validation()) == 6
+    for name in ("cat/1.png", "cat/2.png"):
+        (tmp_path / "train" / name).write_bytes((tmp_path / "train/cat/0.png").read_bytes())
+    batches = Batches(data, Config(batch_size=6, resize=16), torch.device("cpu"))
+    crops = next(batches.train(0))[0][batches.order(0)[0].argsort()][:3]
+    assert not torch.equal(crops[0], crops[1])
+    assert not torch.equal(crops[1], crops[2])
 
 
 def test_a_damaged_picture_is_named_at_the_start(tmp_path):

@@ -69,14 +69,14 @@ def test_two_epochs_by_hand():
 
 
 def test_gradients_of_unequal_batches_are_of_all_their_images():
-    """50 images in threes: the last step has 2 of them, in batches of 2 and none."""
+    """50 images by fours: the last step has two batches of 4 and one of 2."""
     plain, fitted = (nn.Sequential(nn.Flatten(), nn.Linear(64, 3)) for _ in range(2))
     fitted.load_state_dict(plain.state_dict())
     options = {"epochs": 1, "lr_scheduler": "constant", "momentum": 0.0, "weight_decay": 0.0}
-    train(fitted, batch_size=4, accumulate=3, **options)
+    train(fitted, batch_size=4, accumulate=5, **options)
     x, optimizer = normalised(IMAGES), torch.optim.SGD(plain.parameters(), 0.05)
     batches = iter(Batches(from_tensors(IMAGES, LABELS), Config(batch_size=4), CPU).order(0))
-    while group := list(islice(batches, 3)):
+    while group := list(islice(batches, 5)):
         together = torch.cat(group)
         optimizer.zero_grad()
         F.cross_entropy(plain(x[together]), LABELS[together]).backward()
@@ -155,6 +155,18 @@ def test_augmentation_depends_on_epoch_and_index_alone():
     assert set(kept.tolist()) <= set(data.train.images[changed.index(True)].flatten().tolist())
 
 
+def test_a_last_batch_of_one_is_left_out():
+    """A batch norm over one pixel of one image has no deviation."""
+    data = from_tensors(IMAGES[:49], LABELS[:49])
+    for size, sizes in ((8, [8] * 6), (9, [9] * 5 + [4]), (49, [49])):
+        batches = Batches(data, Config(batch_size=size), CPU).order(0)
+        assert list(map(len, batches)) == sizes
+    shares = [Batches(data, Config(batch_size=8), CPU, rank, 2).order(0) for rank in (0, 1)]
+    seen = [set(torch.cat(share).tolist()) for share in shares]
+    assert len(seen[0]) == len(seen[1]) == 24
+    assert not seen[0] & seen[1]
+
+
 def test_mixing_two_images_mixes_their_labels():
     pytest.importorskip("torchvision")
     batches = Batches(from_tensors(IMAGES, LABELS), Config(batch_size=50, mixup_alpha=1.0), CPU)
@@ -171,6 +183,7 @@ def test_what_keras_users_have_is_taken():
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(24, 64, 64, 3, generator=generator).numpy()
     y = F.one_hot(torch.arange(24) % 6).numpy()
+    assert from_tensors(x, y).train.labels.tolist() == [i % 6 for i in range(24)]
     model = fastres.create_model("resnet20", num_classes=6)
     run = fit(model, x, y, epochs=2, batch_size=8, lr=0.01, progress=False, validation=(x, y))
     assert len(run.history) == 2
