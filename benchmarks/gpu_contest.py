@@ -21,6 +21,8 @@ import torch
 import triton
 from torch import Tensor
 
+from fastres.backends.aten import cudnn_benchmarking
+from fastres.bench.run import float32_products
 from fastres.perf.clocks import captured
 from fastres.perf.timing import Method, measure, one_line
 from fastres.runtime.tolerance import allowed_error, rms
@@ -210,7 +212,7 @@ def _checked(contenders: Mapping[str, Call], operands: Operands, reference: Call
 
 def _judge(operands: Operands, reference: Call) -> Judge:
     # Nobody waits for the fastest float64 convolution: cuDNN need not look for it.
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, allow_tf32=False):
+    with cudnn_benchmarking(False), float32_products("ieee"):
         return Judge(tensors(reference(*operands, upcast=True)), tensors(reference(*operands)))
 
 

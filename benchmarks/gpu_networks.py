@@ -260,7 +260,7 @@ def _agreement(setting: Setting) -> dict[str, Any]:
     exact = eager(model, torch.float32, torch.contiguous_format)
     same = eager(model, fast.dtype, torch.channels_last)
     right = {"fastres": 0, "eager in the same dtype": 0}
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+    with run.float32_products("ieee"):
         for seed in range(count // part):
             x = natural_images(part, size, seed, setting.device)
             want = exact(x).argmax(1)

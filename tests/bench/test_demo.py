@@ -48,6 +48,7 @@ def test_right_answers_are_shown_and_timed(without_interpreter, monkeypatch):
         "fastres agrees with PyTorch",
         "interpreter",
     ]
+    assert "get the same answer by onednn" in found.checks[2].detail
     assert [case.shape for case in found.cases] == [(64, 1, 8, 8), (4, 3, 224, 224)]
     for case in found.cases:
         names = [timing.name for timing in case.comparison.timings]

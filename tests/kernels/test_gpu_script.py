@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fastres.kernels.gemm import GemmConfig
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the script itself runs")
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 COMPILED_FOR = os.environ.get("FASTRES_PTX")
 TINY = Setting(CPU, tiny=True)
 CHEAP = ("ceilings", "gemm", "b2b_gemm", "split", "launches", "head", "repeats")
@@ -282,3 +284,31 @@ def test_the_tables_hold_what_was_measured_and_say_what_was_not(log, capsys):
 def test_a_figure_of_which_less_is_better(got, met):
     figure = gpu_verdict.Figure("ms", 0.20, 0.12, "{:.2f}", lambda records: got, less=True)
     assert figure.row({})[-1] == met
+
+
+def test_the_gate_is_started_where_it_lies_with_the_processes_that_we_may_use(monkeypatch):
+    commands = []
+
+    def start(command, **options):
+        commands.append(command)
+        return SimpleNamespace(stdout="[]")
+
+    monkeypatch.setattr(kernels_gpu.subprocess, "run", start)
+    monkeypatch.setattr(kernels_gpu.os, "sched_getaffinity", lambda pid: set(range(40)))
+    for case in kernels_gpu.gate_cases(SimpleNamespace(tiny=False)):
+        assert case.run() == {"verdicts": [], "failures": {}}
+    for command in commands:
+        assert Path(command[1]).is_file()
+        assert command[-2:] == ["--jobs", "16"]
+    assert len(commands) == 2
+
+
+def test_make_gpu_runs_every_test_of_a_gpu_the_kernels_first():
+    make = ["make", "--dry-run", "SETUP=0", "gpu-tests"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    named = [word for word in done.stdout.split() if word.startswith("tests/gpu/")]
+    assert named[0] == "tests/gpu/test_kernels_gpu.py"
+    there = {f"tests/gpu/{path.name}" for path in (ROOT / "tests/gpu").glob("test_*.py")}
+    assert len(named) == len(there)
+    assert set(named) == there
+    assert "--maxfail=25" in done.stdout
