@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ GUARD = 64  # elements on each side of a guarded tensor
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fault", type=int, help="only tests of this row of docs/fault-matrix.md")
     parser.addoption("--sweep", action="store_true", help="tests with the mark sweep too")
+    parser.addoption("--used", type=int, default=0, help="list so many of the heaviest tests")
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m, which may ask for the marks given here
@@ -126,7 +128,10 @@ def slowness() -> float:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     """A test that is not marked as long fails where it takes too much CPU time, on any machine."""
+    global _phase
     report: pytest.TestReport = yield
+    (seconds, peak), _phase = _phase, (cpu_seconds(), peak_gigabytes())
+    report.user_properties.append(("used", (_phase[0] - seconds, _phase[1] - peak)))
     if call.when == "setup":
         item.stash[STARTED] = cpu_seconds()
     elif call.when == "call" and report.passed and not any(map(item.get_closest_marker, LONG)):
@@ -141,6 +146,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
 
 
 STARTED = pytest.StashKey[float]()
+_phase = cpu_seconds(), peak_gigabytes()  # at the end of the phase before, first of collection
 
 
 @pytest.fixture(autouse=True)
@@ -180,12 +186,27 @@ def pytest_testnodedown(node) -> None:
 USED: dict[str, tuple[float, float]] = {}
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     used = USED or {"tests": (peak_gigabytes(), cpu_seconds())}
     each = ", ".join(
         f"{name} {peak:.1f} GB {seconds:.0f} s" for name, (peak, seconds) in used.items()
     )
     terminalreporter.write_line(f"peak memory and CPU time: {each}")
+    for line in heaviest(terminalreporter.stats, config.getoption("--used")):
+        terminalreporter.write_line(line)
+
+
+def heaviest(reports: dict[str, list[pytest.TestReport]], count: int) -> list[str]:
+    """The ``count`` tests that took the most CPU time, and those that raised the peak the most."""
+    tests: dict[str, tuple[float, float]] = {}
+    for report in chain.from_iterable(reports.values()):
+        for _, (seconds, peak) in getattr(report, "user_properties", ()):
+            before = tests.get(report.nodeid, (0.0, 0.0))
+            tests[report.nodeid] = before[0] + seconds, before[1] + peak
+    chosen = dict.fromkeys(
+        test for by in (0, 1) for test in sorted(tests, key=lambda t: -tests[t][by])[:count]
+    )
+    return [f"{tests[test][0]:6.1f} s {tests[test][1]:+.2f} GB {test}" for test in chosen]
 
 
 @pytest.fixture(autouse=True)
