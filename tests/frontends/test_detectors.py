@@ -100,7 +100,7 @@ def matched(a, b):
 NAMES = ["ssdlite", *CLASSES]
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @pytest.mark.fault(84)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)

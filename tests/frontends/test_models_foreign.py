@@ -17,16 +17,19 @@ from tutorials import MnistResNet18, batch_norm_by_hand
 import fastres
 from fastres.errors import CheckpointError, FoldError
 
+SHALLOW = [1, 1, 1, 1]  # blocks a stage: half of a ResNet-18
+
 
 @pytest.fixture
 def images():
     return real_images(2, 64).double()
 
 
-def twins(name="resnet18", **kwargs):
+def twins():
     """fastres' network and torchvision's with the same adversarial weights, in float64."""
-    theirs = adversarial_(torchvision.models.get_model(name, weights=None, **kwargs)).double()
-    ours = fastres.create_model(name, **kwargs).double().eval()
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, SHALLOW)
+    theirs = adversarial_(theirs).double()
+    ours = fastres.ResNet(fastres.BasicBlock, SHALLOW).double().eval()
     ours.load_state_dict(theirs.state_dict())
     same_eps_(ours, theirs)
     return ours, theirs
@@ -52,7 +55,7 @@ class TestFolding:
         assert len(fast.plan().steps) == 1
 
     def test_sync_batch_norm(self, images):
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(MnistResNet18(in_channels=3))
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(MnistResNet18(in_channels=3, width=16))
         model = adversarial_(model).double()
         assert any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
         fast = fastres.optimize(model, example_input=images)
@@ -95,7 +98,7 @@ class TestFolding:
         assert [why for _, why in fast.plan().fallbacks] == ["has hooks or a forward of its own"]
 
     def test_a_networks_children_in_a_sequential(self, images):
-        source = adversarial_(torchvision.models.resnet18()).double()
+        source = twins()[1]
         headless = nn.Sequential(*list(source.children())[:-1]).eval()
         fast = fastres.optimize(headless, example_input=images)
         with torch.no_grad():
@@ -106,13 +109,13 @@ class TestFolding:
     @pytest.mark.parametrize("channels", [1, 4, 12])
     @pytest.mark.parametrize("classes", [0, 1, 7])
     def test_other_channels_and_classes(self, channels, classes):
-        model = timm.create_model("resnet18", in_chans=channels, num_classes=classes)
-        model = adversarial_(model).double()
+        sizes = {"channels": (16, 24, 32, 40), "in_chans": channels, "num_classes": classes}
+        model = adversarial_(timm.create_model("resnet18", **sizes)).double()
         images = real_images(2, 32, channels).double()
         fast = fastres.optimize(model, example_input=images)
         with torch.no_grad():
             torch.testing.assert_close(fast(images), model(images))
-        assert fast(images).shape == (2, classes or 512)
+        assert fast(images).shape == (2, classes or 40)
 
     def test_nonsense_statistics_are_refused_by_name(self, images):
         model = adversarial_(timm.create_model("resnet18"))
@@ -147,16 +150,16 @@ class TestCheckpoints:
         ours, theirs = twins()
         state = {prefix + name: value for name, value in theirs.state_dict().items()}
         torch.save({"state_dict": state, "epoch": 3}, tmp_path / "wrapped.pth")
-        fresh = fastres.resnet18().double().eval()
+        fresh = fastres.ResNet(fastres.BasicBlock, SHALLOW).double().eval()
         fastres.load_checkpoint(fresh, tmp_path / "wrapped.pth")
         same_eps_(fresh, theirs)
         with torch.no_grad():
             torch.testing.assert_close(fresh(images), theirs(images))
 
     def test_timms_keys_are_torchvisions(self, tmp_path, images):
-        theirs = adversarial_(timm.create_model("resnet50")).double()
+        theirs = adversarial_(timm.create_model("resnet50", layers=SHALLOW)).double()
         fastres.save_checkpoint(theirs, tmp_path / "timm.safetensors")
-        ours = fastres.resnet50().double().eval()
+        ours = fastres.ResNet(fastres.Bottleneck, SHALLOW).double().eval()
         fastres.load_checkpoint(ours, tmp_path / "timm.safetensors")
         same_eps_(ours, theirs)
         with torch.no_grad():
@@ -180,13 +183,15 @@ def grad_cam(model, images, label):
 
     def keep(_, __, output):
         kept["maps"] = output
-        output.register_hook(lambda gradient: kept.update(gradient=gradient))
+        hook = output.register_hook(lambda gradient: kept.update(gradient=gradient))
+        kept["hook"] = hook  # the tensor and its hook's dictionary would hold each other forever
 
     handle = model.layer4.register_forward_hook(keep)
     model.zero_grad()
     logits = model(images)
     logits[:, label].sum().backward()
     handle.remove()
+    kept.pop("hook").remove()
     weights = kept["gradient"].mean((2, 3), keepdim=True)
     return (weights * kept["maps"]).sum(1).relu().detach(), logits.detach()
 
@@ -219,7 +224,8 @@ class TestTools:
         assert shapes["ours"] == shapes["theirs"]
 
     def test_the_summary_is_that_of_torchvisions(self):
-        found, wanted = (fastres.summary(m, (1, 3, 64, 64)) for m in twins("resnet50"))
+        both = fastres.resnet50(), torchvision.models.resnet50()
+        found, wanted = (fastres.summary(m, (1, 3, 64, 64)) for m in both)
         assert found.table == wanted.table
         assert found.to_dict() == wanted.to_dict()
 

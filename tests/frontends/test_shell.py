@@ -7,17 +7,15 @@ import sys
 
 import pytest
 import torch
+from fused import small
 from helpers import adversarial_, real_images
 from torch import nn
-from torchvision.models import resnet18
 from tutorials import MnistResNet18
-from zoo import CASES
+from zoo import _huggingface
 
 import fastres
 from fastres.frontends.fast_shell import FastShell
 from fastres.graph.trace import TraceError
-
-HUGGING_FACE = next(case for case in CASES if case.name.endswith("basic"))
 
 
 class Optional(nn.Module):
@@ -26,8 +24,8 @@ class Optional(nn.Module):
     def __init__(self):
         super().__init__()
         self.name = "optional"
-        self.trunk = MnistResNet18(in_channels=3).net[:5]
-        self.head = nn.Linear(512, 5)
+        self.trunk = MnistResNet18(in_channels=3, width=16).net[:5]
+        self.head = nn.Linear(128, 5)
 
     def forward(self, x, with_features=False):
         features = self.trunk(x)
@@ -111,7 +109,7 @@ def test_layout_of_the_images_reaches_the_outputs(source, images):
     with torch.no_grad():
         wanted = source(nhwc, True)["features"]
     assert fast(nhwc, True)["features"].stride() == wanted.stride()
-    assert wanted.stride() == (2048, 1, 1024, 512)
+    assert wanted.stride() == (512, 1, 256, 128)
 
 
 class Viewing(Optional):
@@ -119,7 +117,7 @@ class Viewing(Optional):
 
     def forward(self, x, with_features=False):
         features = self.trunk(x).view(len(x), -1)
-        return self.head(features.view(len(x), 512, -1).mean(2))
+        return self.head(features.view(len(x), 128, -1).mean(2))
 
 
 def test_code_that_views_memory_gets_the_layout_it_knows(images):
@@ -134,7 +132,7 @@ def test_a_part_used_twice_is_fused_once(images):
     class Siamese(nn.Module):
         def __init__(self):
             super().__init__()
-            self.left = MnistResNet18(in_channels=3).net[:5]
+            self.left = MnistResNet18(in_channels=3, width=16).net[:5]
             self.right = self.left
 
         def forward(self, x, y=None):
@@ -156,7 +154,7 @@ def test_hooks_on_a_part_run(source, images):
         wanted = source(images)
     del seen[:]
     torch.testing.assert_close(fast(images), wanted)
-    assert seen == [(2, 512, 2, 2)]
+    assert seen == [(2, 128, 2, 2)]
 
 
 def test_other_dtypes_are_folded_from_the_source(source, images):
@@ -222,7 +220,7 @@ def test_a_branch_baked_in_by_the_trace_is_caught(images):
     class Checked(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net = MnistResNet18(in_channels=3)
+            self.net = MnistResNet18(in_channels=3, width=16)
 
         def forward(self, x):
             return self.net(x) if isinstance(x, torch.Tensor) else self.net(x) * 2
@@ -233,14 +231,14 @@ def test_a_branch_baked_in_by_the_trace_is_caught(images):
 
 @pytest.fixture(scope="module")
 def both():
-    source = HUGGING_FACE.model().double()
-    return source, fastres.optimize(source, example_input=HUGGING_FACE.inputs()[0].double())
+    sizes = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 24, 32, 40], "embedding_size": 16}
+    source = adversarial_(_huggingface("basic", **sizes)).double()
+    return source, fastres.optimize(source, example_input=real_images(2, 64).double())
 
 
 class TestHuggingFace:
-    def test_outputs_are_the_sources_dataclasses(self, both):
+    def test_outputs_are_the_sources_dataclasses(self, both, images):
         source, fast = both
-        images = HUGGING_FACE.inputs()[0].double()
         labels = torch.tensor([0, 1])
         with torch.no_grad():
             wanted = source(images, labels=labels, output_hidden_states=True)
@@ -251,9 +249,8 @@ class TestHuggingFace:
         strides = [h.stride() for h in wanted.hidden_states]
         assert [h.stride() for h in found.hidden_states] == strides
 
-    def test_tuples_and_keywords(self, both):
+    def test_tuples_and_keywords(self, both, images):
         source, fast = both
-        images = HUGGING_FACE.inputs()[0].double()
         with torch.no_grad():
             wanted = source(pixel_values=images, return_dict=False)
         found = fast(pixel_values=images, return_dict=False)
@@ -270,7 +267,7 @@ class TestHuggingFace:
 
 
 def test_wrappers_are_looked_through(images):
-    source = adversarial_(resnet18(num_classes=4)).double()
+    source = small().double()
     wrapped = nn.DataParallel(torch.compile(source))
     fast = fastres.optimize(wrapped.eval(), example_input=images)
     with torch.no_grad():

@@ -83,11 +83,11 @@ class ResBlock(nn.Module):
 class MnistResNet18(nn.Module):
     """ResNet-18 for 32x32 digits, the modules kept in one Sequential called ``net``."""
 
-    def __init__(self, in_channels=1, num_classes=10, use_residual=True):
+    def __init__(self, in_channels=1, num_classes=10, use_residual=True, width=64):
         super().__init__()
         stem = nn.Sequential(
-            nn.Conv2d(in_channels, 64, 7, stride=2, padding=3),
-            nn.BatchNorm2d(64),
+            nn.Conv2d(in_channels, width, 7, stride=2, padding=3),
+            nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
         )
@@ -98,13 +98,13 @@ class MnistResNet18(nn.Module):
 
         self.net = nn.Sequential(
             stem,
-            stage(64, 64, 1),
-            stage(64, 128, 2),
-            stage(128, 256, 2),
-            stage(256, 512, 2),
+            stage(width, width, 1),
+            stage(width, 2 * width, 2),
+            stage(2 * width, 4 * width, 2),
+            stage(4 * width, 8 * width, 2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(512, num_classes),
+            nn.Linear(8 * width, num_classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:

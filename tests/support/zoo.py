@@ -111,10 +111,18 @@ def _detector_images(images: Tensor) -> tuple:
 
 
 def _detector(name: str) -> Callable[[], nn.Module]:
-    """At a size at which a CPU is quick."""
-    return lambda: _torchvision(
-        name, weights_backbone=None, min_size=96, max_size=128, box_detections_per_img=20
-    )
+    """At a size at which a CPU is quick, with a narrow head: the usual one is large."""
+
+    def build() -> nn.Module:
+        from torchvision.models.detection import faster_rcnn
+
+        sizes = {"min_size": 96, "max_size": 128, "box_detections_per_img": 20}
+        model = _torchvision(name, weights_backbone=None, **sizes)
+        model.roi_heads.box_head = faster_rcnn.TwoMLPHead(256 * 7 * 7, 64)
+        model.roi_heads.box_predictor = faster_rcnn.FastRCNNPredictor(64, 91)
+        return model
+
+    return build
 
 
 def _retinanet() -> nn.Module:
