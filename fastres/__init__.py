@@ -11,7 +11,6 @@ from .formats.fused_file import load, save
 from .formats.keras_import import from_keras
 from .frontends.dynamo import refresh
 from .frontends.optimize import FastModel, optimize
-from .frontends.quantize import Quantization, quantize
 from .graph.diagram import plot_model
 from .models.checkpoint import load_checkpoint, save_checkpoint
 from .models.features import Features, features
@@ -38,6 +37,7 @@ from .models.registry import (
 )
 from .models.resnet import BasicBlock, Bottleneck, ResNet
 from .models.summary import Summary, summary
+from .perf.host_memory import HostMemory, keep_memory
 from .runtime.verify import Verification, verify
 from .train.loop import fit
 from .version import __version__ as __version__
@@ -48,8 +48,8 @@ __all__ = [
     "FastModel",
     "FastresError",
     "Features",
+    "HostMemory",
     "Normalize",
-    "Quantization",
     "ResNet",
     "Summary",
     "Verification",
@@ -59,12 +59,12 @@ __all__ = [
     "features",
     "fit",
     "from_keras",
+    "keep_memory",
     "list_models",
     "load",
     "load_checkpoint",
     "optimize",
     "plot_model",
-    "quantize",
     "refresh",
     "resnet18",
     "resnet20",

@@ -16,6 +16,7 @@ import typer
 
 from ..errors import FastresError, WeightsError
 from ..files import exiting_on_signals
+from ..perf.host_memory import keep_memory
 from . import files, models, runs
 from . import train as training
 from . import tune as tuning
@@ -102,5 +103,6 @@ def one_line(message: str) -> str:
 
 def main() -> NoReturn:
     """The entry point."""
+    keep_memory()
     with exiting_on_signals():
         sys.exit(run())

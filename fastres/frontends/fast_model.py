@@ -51,13 +51,10 @@ class FastModel(nn.Module):
         positional: whether all of its parameters can be given by position.
         verification: the measured comparison with the source; None before the first call, and
             for ``verify=False``.
-        report: what :func:`quantize` measured; None of a model in floats.
     """
 
     signature: ClassVar[inspect.Signature]
     positional: ClassVar[bool]
-    report: Any = None
-    for_onnx = False  # while it is exported to ONNX
 
     def __init__(
         self,
@@ -241,8 +238,6 @@ class FastModel(nn.Module):
             return _ANY_LAYOUT if in_functorch() else _ATEN
         # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
-        if self.for_onnx:
-            return _ONNX
         return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
 
     def _on_triton_kernels(self) -> bool:
@@ -373,7 +368,6 @@ def in_float64(model: FastModel) -> FastModel:
 
 _ATEN = fx_program.Aten()
 _ANY_LAYOUT = fx_program.AnyLayout()
-_ONNX = fx_program.Onnx()
 _CUSTOM_OPS = fx_program.CustomOps()
 
 

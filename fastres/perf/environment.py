@@ -13,19 +13,28 @@ from typing import Any
 
 import torch
 
+from .host_memory import host_memory
+
 PACKAGES = (
     *("torch", "torchvision", "triton", "numpy", "safetensors", "timm", "scikit-learn"),
-    *("torch-tensorrt", "onnxruntime", "onnxruntime-gpu", "openvino"),
+    *("torch-tensorrt", "onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "zentorch"),
 )
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
     "FASTRES_KERNELS",
     "FASTRES_PDL",
     "FASTRES_TUNED",
+    "GLIBC_TUNABLES",
     "KMP_AFFINITY",
+    "KMP_BLOCKTIME",
+    "LD_PRELOAD",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_TRIM_THRESHOLD_",
     "MKL_NUM_THREADS",
     "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",
+    "OMP_WAIT_POLICY",
+    "ONEDNN_MAX_CPU_ISA",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "PYTORCH_CUDA_ALLOC_CONF",
     "TRITON_INTERPRET",
@@ -174,6 +183,7 @@ def flags() -> dict[str, Any]:
         "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
         "mkldnn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
         "cuda": torch.version.cuda,
+        "host_memory": host_memory().detail,
     }
 
 
