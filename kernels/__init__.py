@@ -16,7 +16,7 @@ elif __name__ != "fastres.kernels":
 else:
     from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
     from ._ahead import compile_ahead
-    from ._common import COMPILING, INTERPRETED, LAUNCHES, KernelError
+    from ._common import COMPILING, INTERPRETED, LAUNCHES, OPERATORS, KernelError, runs_on
     from ._config import TileConfig, gpu_of
     from ._split_k import new_workspace
     from ._tma import has_tma
@@ -29,6 +29,7 @@ __all__ = [
     "COMPILING",
     "INTERPRETED",
     "LAUNCHES",
+    "OPERATORS",
     "KernelError",
     "TileConfig",
     "add_relu",
@@ -54,6 +55,7 @@ __all__ = [
     "pool",
     "relu",
     "relu_ref",
+    "runs_on",
     "b2b_gemm",
     "stem",
 ]

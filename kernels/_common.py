@@ -27,11 +27,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class KernelError(RuntimeError):
-    """A kernel that cannot be compiled or launched on ``device``, with arguments that are right."""
-
-    def __init__(self, message: str, device: torch.device) -> None:
-        super().__init__(message)
-        self.device = device
+    """A kernel that cannot be compiled or launched, with arguments that are right."""
 
 
 LAUNCHES: Counter[str] = Counter()
@@ -205,7 +201,32 @@ def launch(kernel, grid: int, device: torch.device, /, *args: Any, **meta: Any) 
             raise
         why = (str(error).strip() or "no message").splitlines()[0]
         message = f"{kernel.__name__} cannot run: {type(error).__name__}: {why}"
-        raise KernelError(message, device) from error
+        raise KernelError(message) from error
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What a custom operator computes by our kernel and by PyTorch, and its result on fake tensors,
+    all of the same arguments."""
+
+    kernel: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    fake: Callable[..., Tensor]
+
+
+OPERATORS: dict[str, Operator] = {}
+"""The custom operators ``torch.ops.fastres.*`` by name: on CUDA our kernels, on the CPU PyTorch."""
+
+
+def register(name: str, found: Operator) -> Any:
+    """Make ``torch.ops.fastres.<name>``, for torch.compile and torch.export."""
+    OPERATORS[name] = found
+    made = torch.library.custom_op(
+        f"fastres::{name}", found.kernel, mutates_args=(), device_types="cuda"
+    )
+    made.register_fake(found.fake)
+    made.register_kernel("cpu", found.plain)
+    return made
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
@@ -312,9 +333,13 @@ def product_precision(dtype: torch.dtype, precision: str) -> str:
     return precision if dtype is torch.float32 else "ieee"
 
 
-def check_device(x: Tensor) -> None:
+def runs_on(device: torch.device) -> bool:
     """Kernels run on CUDA tensors, or on the CPU where something runs them there."""
-    if x.device.type != "cuda" and host(x.device) is None:
+    return device.type == "cuda" or host(device) is not None
+
+
+def check_device(x: Tensor) -> None:
+    if not runs_on(x.device):
         raise RuntimeError(
             f"x is on {x.device}; Triton kernels take CUDA tensors, or CPU tensors when "
             "TRITON_INTERPRET=1 was set before triton was imported"

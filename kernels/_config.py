@@ -13,7 +13,7 @@ from math import ceil
 
 import torch
 
-from ._common import host
+from ._common import KernelError, host
 from ._gpu import BYTES, Gpu, record_of
 
 BARRIER_BYTES = 64  # of shared memory, at most, beside operands that are read asynchronously
@@ -178,11 +178,11 @@ def select_config(
     """The row of least estimated cycles among those that fit; the first of equals.
 
     Raises:
-        RuntimeError: no row fits the GPU's shared memory.
+        KernelError: no row fits the GPU's shared memory.
     """
     usable = candidates(rows, problem, math_mode, gpu)
     if not usable:
-        raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
+        raise KernelError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
     return min(usable, key=lambda config: estimated_cycles(config, problem, math_mode, gpu))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ._common import (
     IntPair,
+    Operator,
     await_producers,
     check_activation,
     check_channels_last,
@@ -38,6 +39,7 @@ from ._common import (
     launch,
     needs_int64,
     product_precision,
+    register,
     relu_keeping_nan,
     store_rounded,
     window_count,
@@ -438,8 +440,7 @@ def conv2d(
     return out
 
 
-@torch.library.custom_op("fastres::conv2d", mutates_args=(), device_types="cuda")
-def conv2d_op(
+def _conv2d_ours(
     x: Tensor,
     w: Tensor,
     b: Tensor | None,
@@ -451,7 +452,7 @@ def conv2d_op(
     relu: bool,
     precision: str,
 ) -> Tensor:
-    """:func:`conv2d` as a functional operator for torch.compile and torch.export."""
+    """:func:`conv2d` as a functional operator."""
     return conv2d(
         x,
         w,
@@ -466,16 +467,14 @@ def conv2d_op(
     )
 
 
-@conv2d_op.register_fake
-def _(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
+def _conv2d_fake(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
     geometry = _check(x, w, b, residual, stride, padding, dilation, groups, precision)
     return torch.empty(
         geometry.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
 
 
-@conv2d_op.register_kernel("cpu")
-def _(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
+def _conv2d_plain(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
     g = _check(x, w, b, residual, stride, padding, dilation, groups, precision)
     return conv2d_ref(
         x,
@@ -488,3 +487,6 @@ def _(x, w, b, residual, stride, padding, dilation, groups, relu, precision):
         residual=residual,
         relu=relu,
     )
+
+
+conv2d_op = register("conv2d", Operator(_conv2d_ours, _conv2d_plain, _conv2d_fake))

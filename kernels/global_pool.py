@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import await_producers, launch, needs_int64, store_rounded
+from ._common import Operator, await_producers, launch, needs_int64, register, store_rounded
 from .pool import PoolConfig, check_image, pooled_output
 
 CONFIGS: tuple[PoolConfig, ...] = (
@@ -106,19 +106,22 @@ def global_avg_pool(
     return out
 
 
-@torch.library.custom_op("fastres::global_avg_pool", mutates_args=(), device_types="cuda")
-def global_avg_pool_op(x: Tensor) -> Tensor:
-    """:func:`global_avg_pool` as a functional operator for torch.compile and torch.export."""
+def _global_avg_pool_ours(x: Tensor) -> Tensor:
+    """:func:`global_avg_pool` as a functional operator."""
     return global_avg_pool(x)
 
 
-@global_avg_pool_op.register_fake
-def _(x):
+def _global_avg_pool_fake(x):
     check_image(x)
     return torch.empty_like(global_avg_pool_ref(x))
 
 
-@global_avg_pool_op.register_kernel("cpu")
-def _(x):
+def _global_avg_pool_plain(x):
     check_image(x)
     return global_avg_pool_ref(x)
+
+
+global_avg_pool_op = register(
+    "global_avg_pool",
+    Operator(_global_avg_pool_ours, _global_avg_pool_plain, _global_avg_pool_fake),
+)

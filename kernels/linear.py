@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._common import check_contiguous, check_like, check_shape, check_tensor, check_vector
+from ._common import (
+    Operator,
+    check_contiguous,
+    check_like,
+    check_shape,
+    check_tensor,
+    check_vector,
+    register,
+)
 from ._config import TileConfig
 from .conv import CONFIGS as CONFIGS
 from .conv import conv2d
@@ -97,19 +105,19 @@ def linear(
     return y.view(y.shape[:2]) if out is None else out
 
 
-@torch.library.custom_op("fastres::linear", mutates_args=(), device_types="cuda")
-def linear_op(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, precision: str) -> Tensor:
-    """:func:`linear` as a functional operator for torch.compile and torch.export."""
+def _linear_ours(x: Tensor, w: Tensor, b: Tensor | None, relu: bool, precision: str) -> Tensor:
+    """:func:`linear` as a functional operator."""
     return linear(x, w, b, relu=relu, precision=precision)
 
 
-@linear_op.register_fake
-def _(x, w, b, relu, precision):
+def _linear_fake(x, w, b, relu, precision):
     _check(x, w, b)
     return x.new_empty(x.shape[0], w.shape[0])
 
 
-@linear_op.register_kernel("cpu")
-def _(x, w, b, relu, precision):
+def _linear_plain(x, w, b, relu, precision):
     _check(x, w, b)
     return linear_ref(x, w, b, relu=relu)
+
+
+linear_op = register("linear", Operator(_linear_ours, _linear_plain, _linear_fake))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ._common import (
     IntPair,
+    Operator,
     await_producers,
     check_activation,
     check_channels_last,
@@ -32,6 +33,7 @@ from ._common import (
     int_pair,
     launch,
     needs_int64,
+    register,
     store_rounded,
     window_count,
 )
@@ -349,8 +351,7 @@ def _fake(x: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("fastres::max_pool2d", mutates_args=(), device_types="cuda")
-def max_pool2d_op(
+def _max_pool2d_ours(
     x: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -358,19 +359,17 @@ def max_pool2d_op(
     dilation: Sequence[int],
     ceil_mode: bool,
 ) -> Tensor:
-    """:func:`max_pool2d` as a functional operator for torch.compile and torch.export."""
+    """:func:`max_pool2d` as a functional operator."""
     return max_pool2d(
         x, kernel_size, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
     )
 
 
-@max_pool2d_op.register_fake
-def _(x, kernel_size, stride, padding, dilation, ceil_mode):
+def _max_pool2d_fake(x, kernel_size, stride, padding, dilation, ceil_mode):
     return _fake(x, _check(x, kernel_size, stride, padding, dilation, ceil_mode).shape)
 
 
-@max_pool2d_op.register_kernel("cpu")
-def _(x, kernel_size, stride, padding, dilation, ceil_mode):
+def _max_pool2d_plain(x, kernel_size, stride, padding, dilation, ceil_mode):
     g = _check(x, kernel_size, stride, padding, dilation, ceil_mode)
     return max_pool2d_ref(
         x,
@@ -382,8 +381,12 @@ def _(x, kernel_size, stride, padding, dilation, ceil_mode):
     )
 
 
-@torch.library.custom_op("fastres::avg_pool2d", mutates_args=(), device_types="cuda")
-def avg_pool2d_op(
+max_pool2d_op = register(
+    "max_pool2d", Operator(_max_pool2d_ours, _max_pool2d_plain, _max_pool2d_fake)
+)
+
+
+def _avg_pool2d_ours(
     x: Tensor,
     kernel_size: Sequence[int],
     stride: Sequence[int],
@@ -392,7 +395,7 @@ def avg_pool2d_op(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
-    """:func:`avg_pool2d` as a functional operator for torch.compile and torch.export."""
+    """:func:`avg_pool2d` as a functional operator."""
     return avg_pool2d(
         x,
         kernel_size,
@@ -404,13 +407,15 @@ def avg_pool2d_op(
     )
 
 
-@avg_pool2d_op.register_fake
-def _(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+def _avg_pool2d_fake(
+    x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+):
     return _fake(x, _check(x, kernel_size, stride, padding, 1, ceil_mode).shape)
 
 
-@avg_pool2d_op.register_kernel("cpu")
-def _(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override):
+def _avg_pool2d_plain(
+    x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override
+):
     g = _check(x, kernel_size, stride, padding, 1, ceil_mode)
     return avg_pool2d_ref(
         x,
@@ -421,3 +426,8 @@ def _(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_ove
         count_include_pad=count_include_pad,
         divisor_override=divisor_override,
     )
+
+
+avg_pool2d_op = register(
+    "avg_pool2d", Operator(_avg_pool2d_ours, _avg_pool2d_plain, _avg_pool2d_fake)
+)

@@ -25,6 +25,7 @@ class AtenOps:
     """Every step by plain PyTorch operators: any device, any dtype."""
 
     name: ClassVar[str] = "torch"
+    falls_back = False  # whether others go on where it fails; else that is an error
     emulated = False  # the products, on a processor without instructions for the dtype
     fused_relu_drops_nan: ClassVar[bool] = False
 
@@ -113,8 +114,9 @@ class AtenOps:
         """The group's outputs from its inputs; None where its kernel cannot take these inputs."""
         return None
 
-    def instead(self, error: Exception) -> AtenOps | None:
-        """What computes the steps from now on, after this error of one; None: the error stands."""
+    def instead(self, why: Exception | str, device: torch.device) -> AtenOps | None:
+        """What computes the steps on ``device`` from now on, after this error of one or because the
+        answers are wrong; None: nothing else does."""
         return None
 
     def compile_ahead(

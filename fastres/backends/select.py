@@ -30,6 +30,8 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "torch")
+GPUS = {"cuda"}
+"""Types of devices on which auto may take our kernels."""
 
 
 def check_backend(backend: str) -> str:
@@ -54,7 +56,7 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
                 "(or set TRITON_INTERPRET=1 before triton is imported)"
             )
         return triton_ops()
-    if device.type == "cuda":
+    if device.type in GPUS:
         ours = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
         return _triton_or_cudnn() if ours and _suits_triton(device) else CudnnOps()
     if device.type != "cpu" or dtype is torch.float64:

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +30,43 @@ FAILED: dict[torch.device, str] = {}
 """Devices on which a kernel could not run, with the reason: ``backend="auto"`` avoids them."""
 
 
+def give_up(why: Exception | str, device: torch.device) -> None:
+    """Take our kernels on ``device`` for failed, in this process, with one warning."""
+    if device in FAILED:
+        return
+    FAILED[device] = str(why)
+    advice = advice(why.__cause__) if isinstance(why, Exception) else ""
+    warnings.warn(
+        f"fastres goes on without its Triton kernels on {device}, by PyTorch's: {why}{advice}",
+        stacklevel=2,
+    )
+
+
+@cache
+def register_fallbacks(kernels: Any) -> None:
+    """``torch.ops.fastres.<name>_or_plain`` for each custom operator: where our kernel cannot run,
+    PyTorch computes the same, with one warning."""
+    for name, found in kernels.OPERATORS.items():
+        schema = str(getattr(torch.ops.fastres, name).default._schema)
+        torch.library.custom_op(
+            f"fastres::{name}_or_plain",
+            partial(_or_plain, kernels, found),
+            mutates_args=(),
+            schema="(" + schema.partition("(")[2],
+        ).register_fake(found.fake)
+
+
+def _or_plain(kernels: Any, found: Any, x: Tensor, *rest: Any) -> Tensor:
+    if x.device not in FAILED and kernels.runs_on(x.device):
+        try:
+            y: Tensor = found.kernel(x, *rest)
+            return y
+        except kernels.KernelError as error:
+            give_up(error, x.device)
+    plain: Tensor = found.plain(x, *rest)
+    return plain
+
+
 class TritonOps(AtenOps):
     """fastres' own kernels: CUDA, or CPU tensors under Triton's interpreter.
 
@@ -36,15 +74,11 @@ class TritonOps(AtenOps):
         cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
         selector: what decides between kernels; by default what is in force on the device.
 
-    Attributes:
-        falls_back: whether cuDNN and PyTorch go on once a kernel cannot run; else that is an error.
-
     Raises:
         BackendError: there is no Triton.
     """
 
     name = "triton"
-    falls_back = False
     fused: ClassVar[tuple[FusedKernel, ...]] = FUSED_KERNELS
 
     def __init__(self, *, cudnn: bool = False, selector: KernelSelector | None = None) -> None:
@@ -53,6 +87,7 @@ class TritonOps(AtenOps):
         except ImportError as error:
             raise BackendError(f"backend='triton' needs the package triton: {error}") from error
         self.kernels: Any = kernels
+        register_fallbacks(kernels)
         self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
         self.selector = selector
         self._held = threading.local()
@@ -109,19 +144,13 @@ class TritonOps(AtenOps):
         """The memory order in which a fused kernel runs on these inputs."""
         return NHWC
 
-    def instead(self, error: Exception) -> AtenOps | None:
+    def instead(self, why: Exception | str, device: torch.device) -> AtenOps | None:
         """PyTorch and cuDNN, for this process and device, with one warning."""
-        if not isinstance(error, self.kernels.KernelError):
+        if isinstance(why, Exception) and not isinstance(why, self.kernels.KernelError):
             return None
         if not self.falls_back or _capturing() or self.kernels.COMPILING.get():
             return None
-        if error.device not in FAILED:
-            FAILED[error.device] = str(error)
-            warnings.warn(
-                f"fastres goes on without its Triton kernels on {error.device}, by PyTorch's: "
-                f"{error}{advice(error.__cause__)}",
-                stacklevel=2,
-            )
+        give_up(why, device)
         return CudnnOps()
 
     def setting(self) -> Hashable:

@@ -22,6 +22,7 @@ from ..graph.ir import Call, Conv2d
 from ..graph.plan import Plan, Step, kept_names, parameter_paths
 from ..runtime.cuda_graph import GraphRunner, warm_up
 from ..runtime.executor import Executor
+from ..runtime.first_call import can_show_errors
 from ..runtime.guards import GRADIENT, ambient_reason, in_functorch
 from ..runtime.verify import Verification
 from . import fx_program
@@ -238,7 +239,9 @@ class FastModel(nn.Module):
             return _ANY_LAYOUT if in_functorch() else _ATEN
         # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
-        return _CUSTOM_OPS if self._on_triton and not exporting else _ATEN
+        if exporting or not self._on_triton:
+            return _ATEN
+        return _OR_PLAIN if self.backend == "auto" else _CUSTOM_OPS
 
     def _on_triton_kernels(self) -> bool:
         if self.traced.eight_bit[0]:
@@ -369,6 +372,7 @@ def in_float64(model: FastModel) -> FastModel:
 _ATEN = fx_program.Aten()
 _ANY_LAYOUT = fx_program.AnyLayout()
 _CUSTOM_OPS = fx_program.CustomOps()
+_OR_PLAIN = fx_program.CustomOps("_or_plain")
 
 
 def _tensors(module: nn.Module) -> list[Tensor | None]:
@@ -397,9 +401,3 @@ def _keeping_dtype(fn: Any, tensor: Tensor) -> Tensor:
     """``fn(tensor)`` for a move; a cast is not meant for biases, which are wider than the model."""
     moved: Tensor = fn(tensor)
     return moved if moved.dtype is tensor.dtype else tensor.to(moved.device)
-
-
-def can_show_errors(arguments: Sequence[Any]) -> bool:
-    """Whether there is something to compare: all tensors hold elements, and finite ones only."""
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    return all(t.numel() > 0 and bool(torch.isfinite(t).all()) for t in tensors)

@@ -129,7 +129,18 @@ class AnyLayout(Aten):
 
 
 class CustomOps(Aten):
-    """The steps as fastres' custom operators around its Triton kernels."""
+    """The steps as fastres' custom operators around its Triton kernels.
+
+    Args:
+        suffix: of the operators' names: ``"_or_plain"`` for those that PyTorch stands in for.
+    """
+
+    def __init__(self, suffix: str = "") -> None:
+        self.suffix = suffix
+
+    def _op(self, name: str, *arguments: Any) -> Tensor:
+        found: Tensor = getattr(torch.ops.fastres, name + self.suffix)(*arguments)
+        return found
 
     def conv(
         self,
@@ -146,7 +157,8 @@ class CustomOps(Aten):
         channels, _, *kernel = weight.shape
         geometry = kernel, stride, padding, dilation
         fits = residual is None or is_result(residual, x, channels, *geometry)
-        y = torch.ops.fastres.conv2d(
+        y = self._op(
+            "conv2d",
             self.nhwc(x),
             weight,
             bias,
@@ -162,7 +174,7 @@ class CustomOps(Aten):
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        y = torch.ops.fastres.linear(rows, weight, bias, relu, matmul_precision())
+        y = self._op("linear", rows, weight, bias, relu, matmul_precision())
         return y.view(*x.shape[:-1], weight.shape[0])
 
     def max_pool(
@@ -174,9 +186,8 @@ class CustomOps(Aten):
         dilation: Pair,
         ceil_mode: bool,
     ) -> Tensor:
-        return torch.ops.fastres.max_pool2d(
-            self.nhwc(x), kernel, stride, padding, dilation, ceil_mode
-        )
+        rest = (kernel, stride, padding, dilation, ceil_mode)
+        return self._op("max_pool2d", self.nhwc(x), *rest)
 
     def avg_pool(
         self,
@@ -189,12 +200,12 @@ class CustomOps(Aten):
         divisor_override: int | None,
     ) -> Tensor:
         rest = (ceil_mode, count_include_pad, divisor_override)
-        return torch.ops.fastres.avg_pool2d(self.nhwc(x), kernel, stride, padding, *rest)
+        return self._op("avg_pool2d", self.nhwc(x), kernel, stride, padding, *rest)
 
     def global_avg_pool(self, x: Tensor, dims: Pair, keepdim: bool) -> Tensor:
         if x.dim() != 4:
             return super().global_avg_pool(x, dims, keepdim)
-        y = torch.ops.fastres.global_avg_pool(self.nhwc(x))
+        y = self._op("global_avg_pool", self.nhwc(x))
         return y if keepdim else y.flatten(1)
 
 

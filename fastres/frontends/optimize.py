@@ -23,10 +23,11 @@ from ..graph.ir import Conv2d, Linear, attribute
 from ..graph.match import has_hooks
 from ..graph.modules import duplicate, unwrapped
 from ..graph.plan import Plan, parameter_paths
+from ..runtime.first_call import can_show_errors
 from ..runtime.guards import Change, WeightGuard, heeds_training
 from ..runtime.verify import Verification, copied, undisturbed, verify
 from ..runtime.verify_steps import check_steps
-from .fast_model import FastModel, can_show_errors, with_signature
+from .fast_model import FastModel, with_signature
 from .fast_shell import FastShell
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -16,6 +16,7 @@ from ..graph.ir import attribute
 from ..graph.plan import Plan
 from .cuda_graph import GraphRunner, warm_up
 from .executor import Executor
+from .first_call import FirstCall, can_show_errors
 from .guards import GRADIENT, Change, WeightGuard, ambient_reason, busy_reason, pytorch_reason
 
 ExecutorKey = tuple[str, torch.device, torch.dtype]
@@ -54,6 +55,7 @@ class Live:
         self._runners: dict[ExecutorKey, GraphRunner] = {}
         self._stale: dict[ExecutorKey, set[str] | None] = {}
         self._unfoldable: set[ExecutorKey] = set()
+        self._unchecked: set[GraphRunner] = set()  # whose first answer is to be judged
         self._last: GraphRunner | None = None
 
     def run(self, x: Tensor) -> tuple[bool, Any]:
@@ -72,7 +74,32 @@ class Live:
         if early is not None and early.holds_for(runner):
             return True, early.output
         with torch.no_grad():
-            return True, runner(x.to(runner.executor.dtype) if _autocasts(x) else x)
+            x = x.to(runner.executor.dtype) if _autocasts(x) else x
+            if runner in self._unchecked:
+                return self._run_first(runner, x)
+            return True, runner(x)
+
+    def _run_first(self, runner: GraphRunner, x: Tensor) -> tuple[bool, Any]:
+        """The first call of kernels that auto chose: where their answer is not PyTorch's, others
+        go on. The other threads wait for the verdict."""
+        with self._lock:
+            if runner not in self._unchecked or _is_capturing(x):
+                return True, runner(x)
+            if not can_show_errors([x]):
+                self._last = None  # no graph is replayed before an answer was judged
+                return True, runner(x)
+            executor = runner.executor
+            call = FirstCall(executor, x)
+            output = runner(x)
+            why = call.wrong(output)
+            right = why is None or self._guard is None or self._guard.check() is not Change.NONE
+            if not right:  # and no weights changed meanwhile
+                if executor.reject(f"the first answer is wrong: {why}", x.device):
+                    why = call.wrong(executor.run([x]))
+                if why is not None:
+                    self._refuse(f"its answer is wrong: {why}")
+            self._unchecked.discard(runner)  # now that there is a verdict for the others
+            return right, output if right else None
 
     def _launch_early(self, x: Tensor) -> _Early | None:
         """Replay the graph that most likely serves the call, to look for changes while it runs."""
@@ -118,6 +145,7 @@ class Live:
             self._runners.clear()
             self._stale.clear()
             self._unfoldable.clear()
+            self._unchecked.clear()
             self._plan = self._guard = self._refused = self._last = None
 
     def _runner_for(self, x: Tensor) -> GraphRunner | None:
@@ -147,7 +175,10 @@ class Live:
         try:
             if key not in self._runners:
                 _refuse_during_capture(x)
-                self._runners[key] = GraphRunner(Executor(self._plan, self.module, ops, dtype))
+                runner = GraphRunner(Executor(self._plan, self.module, ops, dtype))
+                self._runners[key] = runner
+                if ops.falls_back:
+                    self._unchecked.add(runner)
             elif key in self._stale:
                 _refuse_during_capture(x)
                 self._runners[key].refold(self._stale[key])
@@ -343,8 +374,12 @@ def _autocasts(x: Tensor) -> bool:
     return eligible and torch.is_autocast_enabled(x.device.type)
 
 
+def _is_capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _refuse_during_capture(x: Tensor) -> None:
-    if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if _is_capturing(x):
         raise RuntimeError(
             "the model's weights are new or have changed since its last call; "
             "call it once outside the capture"
