@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    KernelError,
     await_producers,
     check_out_memory,
     check_shape,
@@ -179,11 +180,11 @@ def select_config(
     """The row of least estimated cycles among those that fit; the first of equals.
 
     Raises:
-        RuntimeError: no row fits the GPU.
+        KernelError: no row fits the GPU.
     """
     usable = [config for config in table if fits(config, channels, reduced, gpu)]
     if not usable:
-        raise RuntimeError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
+        raise KernelError(f"no tile fits {gpu.shared_limit} bytes of shared memory per block")
     return min(
         usable, key=lambda config: estimated_cycles(config, rows, channels, expanded, reduced, gpu)
     )

@@ -44,7 +44,7 @@ from ._common import (
     store_rounded,
     window_count,
 )
-from ._config import ProblemSize, TileConfig, gpu_of, select_config
+from ._config import Gpu, ProblemSize, TileConfig, gpu_of, select_config
 from ._split_k import split_workspace, sum_split_k
 
 CONFIGS: dict[str, tuple[TileConfig, ...]] = {
@@ -333,8 +333,8 @@ def math_mode_of(dtype: torch.dtype, precision: str) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _select(problem: ProblemSize, math_mode: str, device: torch.device) -> TileConfig:
-    return select_config(CONFIGS[math_mode], problem, math_mode, gpu_of(device))
+def _select(problem: ProblemSize, math_mode: str, gpu: Gpu) -> TileConfig:
+    return select_config(CONFIGS[math_mode], problem, math_mode, gpu)
 
 
 def conv2d(
@@ -390,7 +390,7 @@ def conv2d(
     c, r, s = w.shape[1:]
     problem = ProblemSize(batch * p * q, k // groups, c, r * s, groups, x.element_size())
     if config is None:
-        config = _select(problem, math_mode_of(x.dtype, precision), x.device)
+        config = _select(problem, math_mode_of(x.dtype, precision), gpu_of(x.device))
     programs = problem.tiles(config) * config.split_k
     launch(
         conv2d_kernel,

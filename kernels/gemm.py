@@ -326,11 +326,9 @@ def _check_pair(
 
 
 @lru_cache(maxsize=4096)
-def _select(
-    problem: ProblemSize, math_mode: str, persistent: bool, device: torch.device
-) -> GemmConfig:
+def _select(problem: ProblemSize, math_mode: str, persistent: bool, gpu: Gpu) -> GemmConfig:
     rows = [config for config in CONFIGS[math_mode] if persistent or not config.persistent]
-    config = select_config(rows, problem, math_mode, gpu_of(device))
+    config = select_config(rows, problem, math_mode, gpu)
     assert isinstance(config, GemmConfig)
     return config
 
@@ -366,7 +364,7 @@ def _run(
     channels2 = 0 if x2 is None else x2.shape[1]
     problem = ProblemSize(rows, outputs, x.shape[1] + channels2, 1, 1, x.element_size())
     if config is None:
-        config = _select(problem, math_mode_of(x.dtype, precision), x2 is None, x.device)
+        config = _select(problem, math_mode_of(x.dtype, precision), x2 is None, gpu_of(x.device))
     elif config.persistent and x2 is not None:
         raise ValueError("config must not be persistent for a pair of products")
     bm, bn, bk, parts = config.block_m, config.block_n, config.block_k, config.parts

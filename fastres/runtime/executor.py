@@ -204,8 +204,7 @@ class Executor:
                     for name in step.frees:
                         values.pop(name, None)
         except RuntimeError as error:
-            device = next((v.device for v in arguments if isinstance(v, Tensor)), self._device)
-            if not self._fall_back(ops, error, device):
+            if not self.fall_back(error, ops):
                 raise
             return self.run(arguments, observe, contiguous)
         return substitute(self.plan.output, lambda name: restore(values[name]))
@@ -231,18 +230,14 @@ class Executor:
         if not self.plan.fallbacks:  # PyTorch's steps may look at what no kernel has computed
             self.ops.compile_ahead(run, self._device, tell)
 
-    def reject(self, reason: str, device: torch.device) -> bool:
-        """Go on without the kernels whose answers on ``device`` are wrong; False if none would."""
-        return self._fall_back(self.ops, reason, device)
-
-    def _fall_back(self, ops: AtenOps, why: Exception | str, device: torch.device) -> bool:
-        """Go on with what ``ops`` names instead of itself, if anything.
+    def fall_back(self, why: Exception | str, ops: AtenOps | None = None) -> bool:
+        """Go on with what ``ops``, those of now by default, name instead, if anything.
 
         The steps before the failure wrote to values of that run alone, so it can be repeated.
         """
         with self._falling_back:
-            if self.ops is ops:
-                plainer = ops.instead(why, device)
+            if ops is None or self.ops is ops:
+                plainer = self.ops.instead(why, self._device)
                 if plainer is None:
                     return False
                 self.ops, self._prepared, self._prepared_groups = plainer, {}, {}

@@ -94,7 +94,7 @@ class Live:
             why = call.wrong(output)
             right = why is None or self._guard is None or self._guard.check() is not Change.NONE
             if not right:  # and no weights changed meanwhile
-                if executor.reject(f"the first answer is wrong: {why}", x.device):
+                if executor.fall_back(f"the first answer is wrong: {why}"):
                     why = call.wrong(executor.run([x]))
                 if why is not None:
                     self._refuse(f"its answer is wrong: {why}")

@@ -278,6 +278,7 @@ def _check(
     return shape
 
 
+@lru_cache(maxsize=4096)
 def select(
     problem: ProblemSize, math_mode: str, gpu: Gpu, slides: tuple[int, int, int, int] | None
 ) -> Config:
@@ -293,16 +294,6 @@ def select(
         config, problem, math_mode, gpu
     )
     return other if faster else config
-
-
-@lru_cache(maxsize=4096)
-def _select(
-    problem: ProblemSize,
-    math_mode: str,
-    slides: tuple[int, int, int, int] | None,
-    device: torch.device,
-) -> Config:
-    return select(problem, math_mode, gpu_of(device), slides)
 
 
 def _slides(x: Tensor, w: Tensor, stride: int, padding: int) -> bool:
@@ -366,7 +357,7 @@ def conv2d_hwnc(
     slides = _slides(x, w, stride, padding)
     if config is None:
         math_mode = math_mode_of(x.dtype, precision)
-        config = _select(problem, math_mode, shape if slides else None, x.device)
+        config = select(problem, math_mode, gpu_of(x.device), shape if slides else None)
     if not isinstance(config, GemmConfig):
         if not slides:
             raise ValueError(f"config must be a GemmConfig for this convolution, got {config}")

@@ -47,10 +47,10 @@ def test_auto_launches_our_kernels_where_a_table_knows_the_gpu(model, architectu
 
 def test_a_tile_fits_the_gpu_that_it_is_for(model):
     for architecture, target in TARGETS.items():
-        launches, _ = walk(model, target, (256, *SHAPE[1:]), torch.float32, "triton")
+        launches, _ = walk(model, target, (256, *SHAPE[1:]), torch.float16, "triton")
         convolutions = [x.meta for x in launches if x.kernel.__name__ == "conv2d_kernel"]
         bytes_of = (
-            (m["BLOCK_M"] + m["BLOCK_N"]) * m["BLOCK_K"] * 4 * (m["num_stages"] - 1)
+            (m["BLOCK_M"] + m["BLOCK_N"]) * m["BLOCK_K"] * 2 * (m["num_stages"] - 1)
             for m in convolutions
         )
         assert max(bytes_of) <= target.record.shared_limit, architecture
