@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import VerificationError
-from ..graph.match import has_hooks
 from .executor import Executor
 from .verify import Recast, compare, copied, undisturbed
 
@@ -26,9 +25,8 @@ class FirstCall:
     """A call of an executor, about to be made, whose answer is to be that of its module.
 
     Four images of the batch are compared by the rule of two, with a copy of the module, so that
-    nothing of it changes. Not judged are modules that cannot be copied, or inside of which hooks
-    would notice the copy's calls; those that answer differently each time or not image by image;
-    and all where the memory does not suffice.
+    nothing of it changes. Not judged are modules that cannot be copied, those that answer differently
+    each time or not image by image, and all where the memory does not suffice.
 
     Args:
         executor: of a module with ``_forward_impl``.
@@ -39,11 +37,9 @@ class FirstCall:
         self.executor, self.x, n = executor, x, len(x)
         self.places = sorted({0, n // 3, 2 * n // 3, n - 1})
         self.images = x[self.places]  # a model may write into its input
-        module = executor.module
         self.reference: nn.Module | None = None
-        if not any(map(has_hooks, list(module.modules())[1:])):
-            with suppress(VerificationError, torch.OutOfMemoryError):
-                self.reference = _Plain(copied(module).to(executor.dtype))
+        with suppress(VerificationError, torch.OutOfMemoryError):
+            self.reference = _Plain(copied(executor.module).to(executor.dtype))
 
     @undisturbed()
     def wrong(self, output: Any) -> str | None:

@@ -196,6 +196,17 @@ def test_no_tile_that_fits_is_a_failure_of_the_kernel():
 
 
 @pytest.mark.fault(88)
+def test_a_compiled_program_tries_no_kernel_after_one_that_failed():
+    _, answer = front_door("compiled optimize", "auto")
+    launched = _common.LAUNCHES.total()
+    with failing(RuntimeError("Cannot find ptxas")), torch.no_grad():
+        with pytest.warns(UserWarning, match="goes on without"):
+            answer(images(2, 8))
+        answer(images(2, 8))
+    assert _common.LAUNCHES.total() == launched + 1
+
+
+@pytest.mark.fault(88)
 def test_a_compiled_live_model_is_pytorchs_own():
     source = small()
     launched = _common.LAUNCHES.total()
