@@ -25,8 +25,8 @@ class FirstCall:
     """A call of an executor, about to be made, whose answer is to be that of its module.
 
     Four images of the batch are compared by the rule of two, with a copy of the module, so that
-    nothing of it changes. Not judged are modules that cannot be copied, those that answer differently
-    each time or not image by image, and all where the memory does not suffice.
+    nothing of it changes. Not judged are modules that cannot be copied, those that answer
+    differently each time or not image by image, and all where the memory does not suffice.
 
     Args:
         executor: of a module with ``_forward_impl``.
