@@ -189,7 +189,7 @@ def test_no_tile_that_fits_is_a_failure_of_the_kernel():
     model, x = network(), real_images(2, 8)
     made, before = executor(model, auto=True), _common.host(torch.device("cpu"))
     with (
-        _common.hosted(replace(before, shared_limit=1024)),
+        _common.hosted(replace(before, gpu=replace(before.gpu, shared_limit=1024))),
         pytest.warns(UserWarning, match="goes on without .* no tile fits 1024 bytes"),
     ):
         assert_right(made, model, x)
