@@ -35,9 +35,9 @@ def give_up(why: Exception | str, device: torch.device) -> None:
     if device in FAILED:
         return
     FAILED[device] = str(why)
-    advice = advice(why.__cause__) if isinstance(why, Exception) else ""
+    remedy = advice(why.__cause__) if isinstance(why, Exception) else ""
     warnings.warn(
-        f"fastres goes on without its Triton kernels on {device}, by PyTorch's: {why}{advice}",
+        f"fastres goes on without its Triton kernels on {device}, by PyTorch's: {why}{remedy}",
         stacklevel=2,
     )
 
