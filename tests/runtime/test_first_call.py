@@ -16,7 +16,7 @@ from fastres import ResNet
 from fastres.backends import triton
 from fastres.runtime import first_call
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.fault(88)]
+pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 
 
@@ -53,6 +53,7 @@ def served_by(model):
     return {name.split()[0] for name in model.plan().kernels if name and name != "view"}
 
 
+@pytest.mark.fault(88)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("factor", [1.02, float("nan")])
 def test_a_wrong_answer_is_never_given(dtype, factor):
@@ -70,6 +71,7 @@ def test_a_wrong_answer_is_never_given(dtype, factor):
     assert CPU in triton.FAILED
 
 
+@pytest.mark.fault(88)
 def test_another_model_avoids_the_kernels_in_silence():
     with spoiling(1.02):
         told(small(), images(2, 8))
@@ -78,6 +80,7 @@ def test_another_model_avoids_the_kernels_in_silence():
     assert_close(out, other, images(2, 8))
 
 
+@pytest.mark.fault(88)
 def test_a_right_answer_is_judged_once_and_nothing_is_said(judged):
     model = small()
     answers, messages = told(model, images(3, 8), images(3, 8), images(1, 12))
@@ -89,6 +92,7 @@ def test_a_right_answer_is_judged_once_and_nothing_is_said(judged):
     assert len(judged) == 2
 
 
+@pytest.mark.fault(88)
 def test_new_weights_are_not_judged_again(judged):
     model = small()
     told(model, images(2, 8))
@@ -99,6 +103,7 @@ def test_new_weights_are_not_judged_again(judged):
     assert len(judged) == 1
 
 
+@pytest.mark.fault(88)
 def test_few_images_are_computed_by_pytorch(monkeypatch):
     batches = []
     forward = nn.Conv2d.forward
@@ -107,6 +112,7 @@ def test_few_images_are_computed_by_pytorch(monkeypatch):
     assert set(batches) == {4}
 
 
+@pytest.mark.fault(88)
 def test_a_wrong_image_of_many_is_seen():
     model, x = small(), images(9, 8)
     executor = runner_of(model).executor
@@ -124,6 +130,7 @@ def runner_of(model):
     return next(iter(model._live()._runners.values()))
 
 
+@pytest.mark.fault(88)
 @pytest.mark.parametrize("x", [images(2, 8)[:0], images(2, 8) * float("nan")], ids=["empty", "NaN"])
 def test_what_shows_nothing_is_not_judged_and_the_next_call_is(judged, x):
     model = small()
@@ -134,6 +141,7 @@ def test_what_shows_nothing_is_not_judged_and_the_next_call_is(judged, x):
     assert len(judged) == 1
 
 
+@pytest.mark.fault(88)
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_a_backend_that_was_asked_for_is_not_judged(judged, backend):
     model = small(backend=backend)
@@ -145,6 +153,7 @@ def test_a_backend_that_was_asked_for_is_not_judged(judged, backend):
     assert wrong is (backend == "triton")
 
 
+@pytest.mark.fault(88)
 def test_nothing_of_the_model_and_no_random_state_changes():
     model, x = small(), images(3, 8)
     held = {name: t.clone() for name, t in model.state_dict().items()}
@@ -159,6 +168,7 @@ def test_nothing_of_the_model_and_no_random_state_changes():
     assert torch.equal(x, images(3, 8))
 
 
+@pytest.mark.fault(88)
 def test_pytorch_computes_on_a_copy(monkeypatch):
     model, called = small(), []
     forward = nn.Linear.forward
@@ -168,6 +178,7 @@ def test_pytorch_computes_on_a_copy(monkeypatch):
     assert not any(m is model.fc for m in called)
 
 
+@pytest.mark.fault(88)
 def test_threads_wait_for_the_verdict(judged):
     model, x = small(), images(2, 8)
     warned = pytest.warns(UserWarning, match="the first answer is wrong")
@@ -178,6 +189,7 @@ def test_threads_wait_for_the_verdict(judged):
         assert_close(out, model, x)
 
 
+@pytest.mark.fault(88)
 def test_a_plan_that_is_wrong_without_kernels_too_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(first_call.FirstCall, "wrong", lambda self, output: "off")
     model, x = small(), images(2, 8)
@@ -187,6 +199,7 @@ def test_a_plan_that_is_wrong_without_kernels_too_is_left_to_pytorch(monkeypatch
     assert "runs this model as ordinary PyTorch: its answer is wrong" in messages[1]
 
 
+@pytest.mark.fault(88)
 def test_a_subclass_that_returns_more_than_logits_is_judged(judged):
     class Both(ResNet):
         def _forward_impl(self, x):
@@ -202,6 +215,7 @@ def test_a_subclass_that_returns_more_than_logits_is_judged(judged):
     assert torch.equal(logits, wanted[1])
 
 
+@pytest.mark.fault(88)
 def test_under_inference_mode_and_autocast():
     model, x = small(), images(3, 8)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), spoiling(1.5):
