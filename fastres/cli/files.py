@@ -178,6 +178,7 @@ def _fused(
     from ..frontends.fast_model import FastModel
     from ..frontends.optimize import optimize
     from ..models.registry import VARIANTS
+    from ..models.resnet import ResNet
 
     kind = None if dtype is None else parse_dtype(dtype)
     network = read_network(source, size, weights, checkpoint)
@@ -188,7 +189,7 @@ def _fused(
             raise ValueError(f"{source} is folded in {network.dtype} already; got --dtype {dtype}")
         return network
     images = _images(4, network, size)
-    if source in VARIANTS and weights is None and checkpoint is None:
+    if isinstance(network, ResNet) and source in VARIANTS and not (weights or checkpoint):
         ERR.print("note: the parameters are random; give --weights or --checkpoint", markup=False)
         calibrate_(network, images)
     fast = optimize(network, example_input=images, dtype=kind)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,9 @@ class Folder:
             beside.unlink(missing_ok=True)
             try:
                 os.link(last, beside)
+                os.replace(beside, previous)
             except OSError:  # a file system without links
-                shutil.copyfile(last, beside)
-            os.replace(beside, previous)
+                atomic_write(previous, last.read_bytes())
         atomic_write(last, data)
 
     def load(self) -> Any:

@@ -90,9 +90,10 @@ def draws() -> bool:
 
 def write_curves(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     """Loss and accuracy over the epochs of one run or several, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     for plot, what in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         for name, history in runs.items():
             epochs = [row["epoch"] for row in history]
@@ -106,5 +107,5 @@ def write_curves(runs: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
         plot.grid(alpha=0.3)
         plot.legend()
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
+    FigureCanvasAgg(figure).print_png(data)
     atomic_write(path, data.getvalue())

@@ -52,7 +52,8 @@ class Gpu:
 
     def run(self, kernel: Any, grid: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
         compiled = kernel.warmup(*args, grid=(grid,), **meta)
-        assert compiled.metadata.target == triton.runtime.driver.active.target, "another GPU's code"
+        wanted = triton.runtime.driver.active.get_current_target()
+        assert compiled.metadata.target == wanted, "another GPU's code"
         self.launches[kernel.__name__] += 1
         memory = Memory(self.profile)
         values = list(arguments(memory, compiled, kernel, args))
