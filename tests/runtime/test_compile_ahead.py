@@ -137,5 +137,5 @@ def test_a_kernel_that_fails_in_the_pass_is_left_to_the_run():
     ops.falls_back = True
     told = copy_context()
     told.run(kernels.COMPILING.set, True)
-    assert told.run(ops.instead, error) is None
+    assert told.run(ops.instead, error, torch.device("cpu")) is None
     assert not FAILED

@@ -25,6 +25,7 @@ def fuzz(name, examples, observe=lambda case: None):
     run()
 
 
+@pytest.mark.slow
 @pytest.mark.fault(11)
 def test_random_networks_are_the_same_function():
     met = Counter()
