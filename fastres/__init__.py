@@ -11,6 +11,7 @@ from .formats.fused_file import load, save
 from .formats.keras_import import from_keras
 from .frontends.dynamo import refresh
 from .frontends.optimize import FastModel, optimize
+from .frontends.quantize import Quantization, quantize
 from .graph.diagram import plot_model
 from .models.checkpoint import load_checkpoint, save_checkpoint
 from .models.features import Features, features
@@ -50,6 +51,7 @@ __all__ = [
     "Features",
     "HostMemory",
     "Normalize",
+    "Quantization",
     "ResNet",
     "Summary",
     "Verification",
@@ -65,6 +67,7 @@ __all__ = [
     "load_checkpoint",
     "optimize",
     "plot_model",
+    "quantize",
     "refresh",
     "resnet18",
     "resnet20",

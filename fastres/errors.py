@@ -25,6 +25,10 @@ class VerificationError(FastresError, RuntimeError):
     """An optimised model whose answers differ too much from its source's."""
 
 
+class QuantizationError(FastresError, RuntimeError):
+    """A network that 8 bits cannot compute, or whose answers they change too often."""
+
+
 class FrozenError(FastresError, AttributeError):
     """An attribute that cannot be set on a fused copy, because its plan is made."""
 

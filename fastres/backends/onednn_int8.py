@@ -104,8 +104,8 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
     def __init__(self) -> None:
         super().__init__()
         self._most = 127 if int8_products() == "exact" else 64
-        self._plain = torch.ops.onednn.qconv2d_pointwise.default
-        self._sum = torch.ops.onednn.qconv2d_pointwise.binary
+        self._int8 = torch.ops.onednn.qconv2d_pointwise.default
+        self._int8_sum = torch.ops.onednn.qconv2d_pointwise.binary
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         prepared: Any = super().prepare(op, weights)
@@ -132,11 +132,11 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
             y = (op.y_grid.scale, op.y_grid.zero, torch.uint8)
         of_x = (x, grid.scale, grid.zero)
         if residual is None or op.residual_grid is None:
-            return self._plain(*of_x, *weight, packed.bias, *geometry, *y, relu, [], "")
+            return self._int8(*of_x, *weight, packed.bias, *geometry, *y, relu, [], "")
         if not in_place:  # the sum is written over the residual
             residual = residual.clone(memory_format=CHANNELS_LAST)
         of_sum: Any = (op.residual_grid.scale, op.residual_grid.zero, "sum", 1.0, relu, [], "")
-        return self._sum(*of_x, *weight, residual, packed.bias, *geometry, *y, *of_sum)
+        return self._int8_sum(*of_x, *weight, residual, packed.bias, *geometry, *y, *of_sum)
 
     def max_pool(self, op: MaxPool2d, x: Tensor) -> Tensor:
         if x.dtype is not torch.uint8:

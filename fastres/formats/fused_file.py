@@ -21,13 +21,14 @@ from ..errors import CheckpointError
 from ..files import check_target
 from ..frontends.fast_model import FastModel, with_signature
 from ..frontends.fast_shell import FastShell
+from ..frontends.quantize import Quantization
 from ..graph.ir import Call, Conv2d, Linear, Parameter
 from ..graph.plan import Plan, kept_names
 from ..models.checkpoint import read_metadata, save_checkpoint, state_dict_from_file
 from ..runtime.verify import Verification
 from . import plan_json
 
-FORMAT = 1
+FORMATS = (1, 2)  # the second has 8-bit steps
 SUFFIXES = (".safetensors",)
 KEY = "fastres"
 LONGEST = 2**24  # characters of the JSON, which takes some twenty times as many bytes once read
@@ -110,12 +111,14 @@ class _Description(NamedTuple):
     described: dict[str, Any]
     backend: str
     verification: Verification | None
+    report: Quantization | None
 
 
 def _describe(model: FastModel) -> dict[str, Any]:
-    verification = model.verification
+    verification, report = model.verification, model.report
     return {
-        "format": FORMAT,
+        "format": FORMATS[report is not None],
+        **({} if report is None else {"report": plan_json.encode(report.to_dict())}),
         "backend": model.backend,
         "dtype": plan_json.encode(model.dtype),
         "source_dtype": plan_json.encode(model.source_dtype),
@@ -134,19 +137,19 @@ def _parse(text: str) -> _Description:
     try:
         data = json.loads(text)
         version = data["format"]
-        if version == FORMAT:
+        if version in FORMATS:
             return _decode(data)
     except CheckpointError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"it does not describe a fused model: {reason}") from error
-    raise CheckpointError(f"it is of format {brief(version)}; this fastres reads format {FORMAT}")
+    raise CheckpointError(f"it is of format {brief(version)}; this fastres reads 1 and 2")
 
 
 def _decode(data: Any) -> _Description:
     names = ("backend", "dtype", "source_dtype", "signature", "plan", "modules", "described")
-    plan_json.members(data, "a fused model", ("format", *names, "verification"))
+    plan_json.members(data, "a fused model", ("format", *names, "verification"), ["report"])
     plan = plan_json.decode_plan(data["plan"])
     signature = _decode_signature(data["signature"])
     if str(_parameters(signature)) != str(plan.parameters):
@@ -164,6 +167,7 @@ def _decode(data: Any) -> _Description:
     if verification is not None:
         shape = {"shape": tuple(verification["shape"])}
         verification = plan_json.typed(Verification, {**verification, **shape})
+    report = plan_json.decode(data.get("report"))
     return _Description(
         plan,
         dtype,
@@ -173,6 +177,7 @@ def _decode(data: Any) -> _Description:
         described,
         check_backend(data["backend"]),
         verification,
+        None if report is None else plan_json.typed(Quantization, report),
     )
 
 
@@ -193,13 +198,15 @@ def _parameters(signature: inspect.Signature) -> tuple[Parameter, ...]:
 def _assemble(described: _Description, tensors: dict[str, Tensor]) -> FastModel:
     plan, dtype = described.plan, described.dtype
     _check_tensors(plan, tensors, dtype)
-    folded = {}
+    folded: dict[int, Any] = {}
     for index, step in enumerate(plan.steps):
         if isinstance(step.op, (Conv2d, Linear)):
             weight = tensors[f"folded.weight{index}"]
             if weight.dim() == 4:
                 weight = weight.contiguous(memory_format=torch.channels_last)
-            folded[index] = (weight, tensors.get(f"folded.bias{index}"))
+            scale = tensors.get(f"folded.scale{index}")
+            bias = tensors.get(f"folded.bias{index}")
+            folded[index] = (weight, bias) if scale is None else (weight, bias, scale)
     model = with_signature(described.signature)(
         plan,
         folded,
@@ -209,7 +216,7 @@ def _assemble(described: _Description, tensors: dict[str, Tensor]) -> FastModel:
         backend=described.backend,
         described=described.described,
     )
-    model.verification = described.verification
+    model.verification, model.report = described.verification, described.report
     return model
 
 
@@ -259,10 +266,15 @@ def _check_tensors(plan: Plan, tensors: dict[str, Tensor], dtype: torch.dtype) -
             shape, biased = (op.out_features, op.in_features), op.bias is not None
         else:
             continue
-        _checked(tensors, f"folded.weight{index}", shape, dtype)
-        if biased:
-            wide = torch.promote_types(dtype, torch.float32)
+        wide = torch.promote_types(dtype, torch.float32)
+        in_8_bits = isinstance(op, Conv2d) and op.x_grid is not None
+        _checked(tensors, f"folded.weight{index}", shape, torch.int8 if in_8_bits else dtype)
+        if biased or in_8_bits:
             _checked(tensors, f"folded.bias{index}", shape[:1], wide)
+        if in_8_bits != (f"folded.scale{index}" in tensors):
+            raise CheckpointError(f"step {step.name} has a scale too few or too many")
+        if in_8_bits:
+            _checked(tensors, f"folded.scale{index}", shape[:1], wide)
 
 
 def _checked(

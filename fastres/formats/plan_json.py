@@ -77,6 +77,7 @@ _IS: dict[Any, Callable[[Any], bool]] = {  # by what a dataclass says of its fie
     "tuple[int, ...]": lambda v: type(v) is tuple and all(map(_is_whole, v)),
     "tuple[str, ...]": lambda v: type(v) is tuple and all(map(is_text, v)),
     "tuple[Any, ...]": lambda v: type(v) is tuple,
+    "tuple[Any, ...] | None": lambda v: v is None or type(v) is tuple,
     "dict[str, Any]": lambda v: type(v) is dict and all(is_text(k) and k.isidentifier() for k in v),
     "Callable[..., Any] | str": is_text,
     "BatchNorm2d | None": lambda v: v is None or type(v) is ir.BatchNorm2d,

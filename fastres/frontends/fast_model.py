@@ -52,10 +52,13 @@ class FastModel(nn.Module):
         positional: whether all of its parameters can be given by position.
         verification: the measured comparison with the source; None before the first call, and
             for ``verify=False``.
+        report: what :func:`quantize` measured; None of a model in floats.
     """
 
     signature: ClassVar[inspect.Signature]
     positional: ClassVar[bool]
+    report: Any = None
+    for_onnx = False  # while it is exported to ONNX
 
     def __init__(
         self,
@@ -239,6 +242,8 @@ class FastModel(nn.Module):
             return _ANY_LAYOUT if in_functorch() else _ATEN
         # Dynamo takes torch.compiler.is_exporting() for True; the flag itself it reads as it is.
         exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+        if self.for_onnx:
+            return _ONNX
         if exporting or not self._on_triton:
             return _ATEN
         return _OR_PLAIN if self.backend == "auto" else _CUSTOM_OPS
@@ -371,6 +376,7 @@ def in_float64(model: FastModel) -> FastModel:
 
 _ATEN = fx_program.Aten()
 _ANY_LAYOUT = fx_program.AnyLayout()
+_ONNX = fx_program.Onnx()
 _CUSTOM_OPS = fx_program.CustomOps()
 _OR_PLAIN = fx_program.CustomOps("_or_plain")
 

@@ -56,10 +56,13 @@ class FastShell(nn.Module):
         body: the copy, of the source's own class.
         parts: the fused copies by the paths of their parts.
         reason: why the whole could not be traced.
+        report: what :func:`quantize` measured; None of a model in floats.
 
     Raises:
         TraceError: no part of the module can be traced either.
     """
+
+    report: Any = None
 
     def __init__(
         self,

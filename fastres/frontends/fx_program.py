@@ -24,15 +24,18 @@ from ..graph.ir import (
     BatchNorm2d,
     Call,
     Conv2d,
+    Dequantize,
     Flatten,
     GlobalAvgPool,
     Linear,
     MaxPool2d,
     Pair,
+    Quantize,
     ReLU,
     substitute,
 )
 from ..graph.plan import Plan, Step, kept_names
+from ..graph.quantize import value_grids
 
 Program: TypeAlias = Callable[..., Any]
 
@@ -81,6 +84,15 @@ class Aten:
         bias = None if bias is None else bias.to(weight.dtype)
         return self.relu(F.linear(x, weight, bias), relu)
 
+    def quantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        return (x / scale).round().add(zero).clamp(0, 255).to(torch.uint8)
+
+    def dequantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        return (x.to(torch.float32) - zero) * scale
+
+    def int8_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
+
     def add(self, x: Any, y: Any, relu: bool) -> Any:
         return self.relu(x + y, relu)
 
@@ -113,6 +125,24 @@ class Aten:
 
     def global_avg_pool(self, x: Tensor, dims: Pair, keepdim: bool) -> Tensor:
         return x.mean(dims, keepdim=keepdim)
+
+
+class Onnx(Aten):
+    """As :class:`Aten`, with ONNX's own operators to bytes and back, which runtimes fuse."""
+
+    def quantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        return self._linear("Quantize", x, torch.tensor(scale), zero, torch.uint8)
+
+    def dequantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
+        return self._linear("Dequantize", x, torch.tensor(scale), zero, torch.float32)
+
+    def int8_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
+        kind: Any = {"dtype": scale.dtype, "shape": weight.shape, "attrs": {"axis": 0}}
+        return torch.onnx.ops.symbolic("DequantizeLinear", (weight, scale), **kind)
+
+    def _linear(self, kind: str, x: Tensor, scale: Tensor, zero: int, to: torch.dtype) -> Tensor:
+        inputs = (x, scale, torch.tensor(zero, dtype=torch.uint8))
+        return torch.onnx.ops.symbolic(f"{kind}Linear", inputs, dtype=to, shape=x.shape)
 
 
 class AnyLayout(Aten):
@@ -253,6 +283,7 @@ class _Lowering:
         self.kept = {path: f"kept.{name}" for path, name in kept_names(plan).items()}
         self.graph = fx.Graph()
         self.values: dict[str, fx.Node] = {}
+        self.grids = value_grids(plan)
 
     def run(self) -> fx.Graph:
         graph = self.graph
@@ -275,13 +306,18 @@ class _Lowering:
 
     def _step(self, index: int, step: Step) -> fx.Node:
         op = step.op
-        x: Any = self.values[step.inputs[0]] if step.inputs else None
         if isinstance(op, Call):
             return self._call(op)
+        x: Any = self._number(step.inputs[0])
+        if isinstance(op, Dequantize):
+            return x
+        if isinstance(op, Quantize):
+            return self._ops("quantize", x, op.grid.scale, op.grid.zero)
         if isinstance(op, Conv2d):
-            residual = self.values[step.inputs[1]] if op.residual else None
+            residual = self._number(step.inputs[1]) if op.residual else None
             geometry = (op.stride, op.padding, op.dilation, op.groups, op.relu)
-            return self._ops("conv", x, *self._weights(index, step), residual, *geometry)
+            y = self._ops("conv", x, *self._weights(index, step), residual, *geometry)
+            return self._on_grid(step.name, y)
         if isinstance(op, Linear):
             return self._ops("linear", x, *self._weights(index, step), op.relu)
         if isinstance(op, Add):
@@ -289,9 +325,8 @@ class _Lowering:
         if isinstance(op, ReLU):
             return self._ops("relu", x)
         if isinstance(op, MaxPool2d):
-            return self._ops(
-                "max_pool", x, op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode
-            )
+            window = (op.kernel, op.stride, op.padding, op.dilation, op.ceil_mode)
+            return self._on_grid(step.name, self._ops("max_pool", x, *window))
         if isinstance(op, AvgPool2d):
             divisor = (op.ceil_mode, op.count_include_pad, op.divisor_override)
             return self._ops("avg_pool", x, op.kernel, op.stride, op.padding, *divisor)
@@ -305,11 +340,26 @@ class _Lowering:
     def _ops(self, method: str, *arguments: Any) -> fx.Node:
         return self.graph.call_method(method, (self.ops, *arguments))
 
+    def _number(self, name: str) -> fx.Node:
+        """A value in floating point, whatever holds it."""
+        value, grid = self.values[name], self.grids.get(name)
+        return value if grid is None else self._ops("dequantize", value, grid.scale, grid.zero)
+
+    def _on_grid(self, name: str, value: fx.Node) -> fx.Node:
+        """The number that a step has computed as what its readers take."""
+        grid = self.grids.get(name)
+        return value if grid is None else self._ops("quantize", value, grid.scale, grid.zero)
+
     def _weights(self, index: int, step: Step) -> tuple[fx.Node, fx.Node | None]:
         op: Any = step.op
-        biased = op.bias is not None or getattr(op, "norm", None) is not None
+        in_8_bits = getattr(op, "x_grid", None) is not None
+        biased = op.bias is not None or getattr(op, "norm", None) is not None or in_8_bits
         bias = self.graph.get_attr(f"folded.bias{index}") if biased else None
-        return self.graph.get_attr(f"folded.weight{index}"), bias
+        weight = self.graph.get_attr(f"folded.weight{index}")
+        if in_8_bits:
+            scale = self.graph.get_attr(f"folded.scale{index}")
+            weight = self._ops("int8_weight", weight, scale)
+        return weight, bias
 
     def _batch_norm(self, op: BatchNorm2d, x: fx.Node) -> fx.Node:
         paths = (op.mean, op.var, op.weight, op.bias)

@@ -239,12 +239,14 @@ def _whole(op: Conv2d) -> bool:
     return op.residual_grid is None and (op.images is None or op.x_grid == BYTES)
 
 
-def quantized_weight(weight: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantized_weight(
+    weight: torch.Tensor, most: int, least: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight (K, C, R, S) as int8 from -most to most, and each channel's scale (K,), float32.
 
-    A channel of zeros has the scale 1; no scale is below 2^-100, whose products could underflow.
+    Scales are not below ``least``, nor below 2^-100, whose products could underflow.
     """
-    largest = weight.double().abs().amax((1, 2, 3))
-    scale = torch.where(largest > 0, largest / most, 1.0).clamp_min(2.0**-100).float()
+    scale = torch.maximum(weight.double().abs().amax((1, 2, 3)) / most, least.double())
+    scale = torch.where(scale > 0, scale, 1.0).clamp_min(2.0**-100).float()
     whole = weight.double() / scale.double().view(-1, 1, 1, 1)
     return whole.round().clamp_(-most, most).to(torch.int8), scale

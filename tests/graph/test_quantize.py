@@ -234,11 +234,13 @@ def test_weights_are_rounded_by_channel():
     weight[2] = 0
     weight[3] = 1e-38
     for most in (127, 64):
-        whole, scale = quantized_weight(weight, most)
+        least = torch.tensor([0, 0, 0.25, 0, 0, 0])
+        whole, scale = quantized_weight(weight, most, least)
         assert whole.dtype is torch.int8
         assert scale.dtype is torch.float32
         assert whole.abs().amax((1, 2, 3)).tolist() == [most, most, 0, 0, most, most]
-        assert scale[2] == 1
+        assert scale[2] == 0.25
+        assert quantized_weight(torch.zeros(1, 1, 1, 1), most, torch.zeros(1))[1] == 1
         assert scale[3] == 2.0**-100
         live = [0, 1, 4, 5]
         error = (whole * scale.view(-1, 1, 1, 1) - weight)[live].abs().amax((1, 2, 3))

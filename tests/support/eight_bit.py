@@ -52,7 +52,7 @@ def engine(plan, model, ops, dtype=torch.float32):
         weight, bias = fold_step(step.op, lambda path: attribute(model, path), dtype)
         if not isinstance(step.op, Conv2d) or step.op.x_grid is None:
             return weight, bias
-        scale = 2.0 ** quantized_weight(weight, 127)[1].log2().ceil()
+        scale = 2.0 ** quantized_weight(weight, 127, torch.zeros(len(weight)))[1].log2().ceil()
         whole = (weight / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
         bias = torch.zeros(len(weight)) if bias is None else bias
         # Multiples of 2^-12, so that sums in float32 are exact.

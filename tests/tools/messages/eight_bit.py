@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
+from typing import Any
 
+import torch
+from fused import small
+from helpers import real_images
+from torch import nn
+
+import fastres
 from fastres.backends.onednn_int8 import Int8Ops
 from fastres.backends.select import select_int8_ops
 from fastres.formats.plan_json import decode_plan, encode_plan
@@ -21,3 +28,45 @@ add("8 bits: Triton", lambda: select_int8_ops("triton", torch.device("cpu"), tor
 add("8 bits: a step that reads bytes", lambda: value_grids(PLAN))
 add("8 bits: bytes given out", lambda: value_grids(Plan(PLAN.steps[:1], X, Ref("q"))))
 add("8 bits: a file whose grids do not fit", lambda: decode_plan(encode_plan(PLAN)))
+
+
+def quantized(model: Any = None, x: Any = None, **kwargs: Any) -> Any:
+    given = small() if model is None else model
+    images = real_images(36, 16) if x is None else x
+    return fastres.quantize(given, images, **{"min_agreement": None, **kwargs})
+
+
+def close_classes() -> None:
+    """Of thousands of random classes the two best are close together."""
+    model = fastres.ResNet(fastres.BasicBlock, [1, 1], num_classes=5000, planes=8).eval()
+    quantized(model, min_agreement=1.0, holdout=0.5)
+
+
+class Masks(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) > 0
+
+
+X36 = partial(real_images, 36, 16)
+REFUSED = {
+    "no images": lambda: quantized(x=[]),
+    "no iterable": lambda: quantized(x=3),
+    "an image without channels": lambda: quantized(x=[torch.ones(16, 16)]),
+    "labels of another number": lambda: quantized(x=(X36(), torch.zeros(3).long())),
+    "labels that are floats": lambda: quantized(x=[(X36(), torch.rand(36))]),
+    "labels outside of the classes": lambda: quantized(x=(X36(), torch.arange(36) + 100)),
+    "NaN while calibrating": lambda: quantized(x=[*X36(), X36()[0] * float("nan"), *X36()[:8]]),
+    "quantized already": lambda: quantized(quantized()),
+    "folded in bfloat16": lambda: quantized(
+        fastres.optimize(small(), verify=False, dtype=torch.bfloat16)
+    ),
+    "no convolution": lambda: quantized(keep="*"),
+    "keep of nothing": lambda: quantized(keep=("stem",)),
+    "a calibrator": lambda: quantized(calibrator="entropy"),
+    "a number of images": lambda: quantized(images=1),
+    "a share": lambda: quantized(holdout=1),
+    "agreement": close_classes,
+    "an output of truths": lambda: quantized(Masks(small()).eval()),
+}
+for name, call in REFUSED.items():
+    add(f"quantize: {name}", call)
