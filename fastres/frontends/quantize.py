@@ -231,7 +231,8 @@ def _singles(item: Any) -> Iterator[tuple[Tensor, int | None]]:
     batch = x if x.dim() == 4 else x[None]
     known = [None] * len(batch) if labels is None else torch.as_tensor(labels).reshape(-1).tolist()
     if len(known) != len(batch) or not all(v is None or type(v) is int for v in known):
-        raise ValueError(f"labels must be whole numbers, one an image; got {labels!r}")
+        got = f"{len(known)} for {len(batch)}, the first {known[:1]}"
+        raise ValueError(f"labels must be whole numbers, one for an image; got {got}")
     return zip(batch.split(1), known, strict=True)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from fused import small
-from helpers import real_images
+from helpers import adversarial_, real_images
 from torch import nn
 
 import fastres
@@ -17,7 +18,8 @@ from fastres.formats.plan_json import decode_plan, encode_plan
 from fastres.graph.ir import Grid, Parameter, Quantize, Ref, ReLU
 from fastres.graph.plan import Plan, Step
 from fastres.graph.quantize import value_grids
-from messages.provoke import add
+from fastres.models.checkpoint import read_metadata, state_dict_from_file
+from messages.provoke import add, case
 
 GRID = Grid(0.5, 0)
 X = (Parameter("x", True),)
@@ -38,13 +40,13 @@ def quantized(model: Any = None, x: Any = None, **kwargs: Any) -> Any:
 
 def close_classes() -> None:
     """Of thousands of random classes the two best are close together."""
-    model = fastres.ResNet(fastres.BasicBlock, [1, 1], num_classes=5000, planes=8).eval()
-    quantized(model, min_agreement=1.0, holdout=0.5)
+    model = fastres.ResNet(fastres.BasicBlock, [1, 1], num_classes=5000, planes=16)
+    quantized(adversarial_(model), real_images(40, 24), min_agreement=1.0, holdout=0.5)
 
 
-class Masks(nn.Sequential):
+class Chosen(nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) > 0
+        return super().forward(x).argmax(1)
 
 
 X36 = partial(real_images, 36, 16)
@@ -66,7 +68,25 @@ REFUSED = {
     "a number of images": lambda: quantized(images=1),
     "a share": lambda: quantized(holdout=1),
     "agreement": close_classes,
-    "an output of truths": lambda: quantized(Masks(small()).eval()),
+    "an output without floats": lambda: quantized(Chosen(small()).eval()),
 }
 for name, call in REFUSED.items():
     add(f"quantize: {name}", call)
+
+
+@case("load: an 8-bit step without its scale")
+def _() -> None:
+    fastres.save(quantized(), "int8.safetensors")
+    described = read_metadata("int8.safetensors")
+    state = state_dict_from_file("int8.safetensors")
+    del state["folded.scale1"]
+    fastres.save_checkpoint(state, "forged.safetensors", metadata=described)
+    fastres.load("forged.safetensors")
+
+
+@case("export: an 8-bit file that answers otherwise")
+def _() -> None:
+    model = quantized()
+    wrong = (lambda x: [model(x) / 2]), "a runtime"
+    with mock.patch("fastres.formats.export._runner", return_value=wrong):
+        fastres.export(model, "m.pt2", X36())

@@ -41,6 +41,9 @@ NORMALISED = (
     (r"(error|allowed) \d\S*", r"\1 NUMBER"),
     (r"RMS error \S+", "RMS error NUMBER"),
     (r" 0x[0-9a-f]+", " ADDRESS"),
+    (r"\d+\.\d+( dB|%)", r"NUMBER\1"),
+    (r"the worst steps (.*?) are .*: leave", r"the worst steps \1 are STEPS: leave"),
+    (r"keep=\(.*?\)", "keep=(STEPS)"),
 )
 
 
