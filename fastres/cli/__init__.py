@@ -18,6 +18,7 @@ from ..errors import FastresError, WeightsError
 from ..files import exiting_on_signals
 from ..perf.host_memory import keep_memory
 from . import files, models, runs
+from . import quantize as quantizing
 from . import train as training
 from . import tune as tuning
 from .console import ERR
@@ -58,6 +59,10 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "roofline": (models.roofline, "fastres roofline resnet50 --batch 256"),
     "tune": (tuning.tune, "fastres tune resnet50 --batch 1,32,256 --dtype float16"),
     "train": (training.train, "fastres train fashion-mnist:DIR --model resnet18 --epochs 10"),
+    "quantize": (
+        quantizing.quantize,
+        "fastres quantize resnet50 --checkpoint w.pth --data DIR -o int8.safetensors",
+    ),
     "convert": (files.convert, "fastres convert resnet50.h5 fused.safetensors"),
     "export": (files.export, "fastres export resnet50 resnet50.onnx --checkpoint resnet50.pth"),
     "plot": (files.plot, "fastres plot resnet50 resnet50.svg --size 224"),

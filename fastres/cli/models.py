@@ -24,6 +24,7 @@ from .console import (
     print_json,
     table,
 )
+from .quantize import Tested, verify_file
 from .runs import deliver
 
 if TYPE_CHECKING:
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 def verify(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A network, e.g. resnet50, or a .h5 or .keras file."),
+        typer.Argument(
+            metavar="MODEL", help="A network, e.g. resnet50, or a .h5, .keras or 8-bit file."
+        ),
     ],
     dtype: Dtype = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Images to compare on.")] = 8,
@@ -49,16 +52,23 @@ def verify(
         list[Path] | None,
         typer.Option("--images", help="A photograph for a Keras file, as pixels 0 to 255; repeat."),
     ] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Of an 8-bit file: images, as `quantize` takes.")
+    ] = None,
+    test: Tested = 1_000,
     as_json: AsJson = False,
 ) -> int:
     """Measure how far the optimised network's logits are from PyTorch's; exit code 1 if too far.
 
     Each convolution and linear step is judged on its own inputs as well. Without weights or a
     checkpoint the parameters are random, with batch norms that matter. A Keras file is compared
-    with Keras itself, which must be installed and loads it with safe_mode=True.
+    with Keras itself, which must be installed and loads it with safe_mode=True; a file of
+    ``fastres quantize`` with its definition in float64, on the images of --data.
     """
-    from .files import KERAS
+    from .files import FUSED, KERAS
 
+    if Path(model).suffix == FUSED:
+        return verify_file(model, data, test, size, as_json)
     if Path(model).suffix in KERAS:
         if dtype != "float32" or weights or checkpoint:
             raise ValueError(f"{model} has weights of its own and is compared in float32")

@@ -145,6 +145,7 @@ COMMANDS = (
     *("plan resnet18 --checkpoint .", "plot resnet18 gone/model.svg", "report compare . ."),
     *("tune resnet18 --batch 0", "tune resnet18 --device cpu", "tune resnet18 --dtype int8"),
     "verify resnet18 --weights DEFAULT --checkpoint a.pth",
+    "quantize resnet18 --data digits -o q.safetensors",
     *("train", "train imagenet", "train digits --opt lamb", "train --resume gone"),
     *("report", "report compare gone.json gone.json", "report compare a.json"),
 )
@@ -175,7 +176,7 @@ def said_of_fused(command: str) -> Raised:
 
 
 for command in (
-    "summary fused.safetensors",
+    *("summary fused.safetensors", "verify fused.safetensors"),
     "convert fused.safetensors again.safetensors --dtype float16",
     "convert fused.safetensors again.safetensors --checkpoint weights.pth",
 ):
