@@ -43,12 +43,7 @@ class AtenOps:
         return prepared
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         weight, bias = prepared
         y = F.conv2d(x, weight, bias, op.stride, op.padding, op.dilation, op.groups)
@@ -207,12 +202,7 @@ class OneDNNOps(AtenOps):
         return self.prepare(op, weights)
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         if x.shape[0] == 0:
             return super().conv(op, self._unpacked(prepared, op, x), x, residual, in_place)
@@ -265,12 +255,7 @@ class CudnnOps(AtenOps):
     name = "cudnn"
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         weight, bias = prepared
         served = op.relu and bias is not None and x.is_cuda and _has_cudnn()

@@ -186,12 +186,7 @@ class HwncOps(TritonOps):
         return lambda v: v.contiguous(memory_format=order) if _is_hwnc(v) else plain(v)
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         """A 1x1 convolution of HWNC images takes their pixels as images of one pixel."""
         one = (op.kernel, op.stride, op.padding, op.groups) == ((1, 1), (1, 1), (0, 0), 1)

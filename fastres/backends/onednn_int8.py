@@ -36,12 +36,7 @@ class Int8Ops(AtenOps):
         return weights if _in_8_bits(op) else super().prepare(op, weights)
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         if op.x_grid is None:
             return super().conv(op, prepared, x, residual, in_place)
@@ -112,12 +107,7 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
         return _PackedInt8(prepared, self._most) if _in_8_bits(op) else prepared
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         grid = op.x_grid
         if grid is None:

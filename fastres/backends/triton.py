@@ -193,12 +193,7 @@ class TritonOps(AtenOps):
         return weights
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         weight, bias = prepared
         if residual is not None:

@@ -157,12 +157,7 @@ class FasterOfTwo(CudnnOps):
         self.choices: dict[Any, bool] = {}
 
     def conv(
-        self,
-        op: Conv2d,
-        prepared: Any,
-        x: Tensor,
-        residual: Tensor | None = None,
-        in_place: bool = False,
+        self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
     ) -> Tensor:
         key = (op, tuple(x.shape))
         if key not in self.choices and torch.cuda.is_current_stream_capturing():

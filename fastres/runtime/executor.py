@@ -290,7 +290,8 @@ class Executor:
             case Conv2d(residual=True):
                 return self._bind_weights(step, partial(self._conv_add, step))
             case Conv2d():
-                return self._bind_weights(step, partial(ops.conv, op))
+                alone = partial(ops.conv, op, residual=None, in_place=False)
+                return self._bind_weights(step, alone)
             case Linear():
                 return self._bind_weights(step, partial(ops.linear, op))
             case BatchNorm2d():
@@ -365,11 +366,12 @@ class Executor:
         if residual_fits(op, x, residual):
             return self.ops.conv(op, prepared, x, residual, step.in_place)
         ops: Any = self.ops
-        bare = ops.conv(replace(op, relu=False, residual=False, y_grid=None), prepared, x)
+        bare = replace(op, relu=False, residual=False, y_grid=None)
+        total = ops.conv(bare, prepared, x, None, False)
         if op.y_grid is None:
-            return self._add(op.relu, False, bare, residual)
+            return self._add(op.relu, False, total, residual)
         residual = ops.dequantize(op.residual_grid, residual)
-        return ops.quantize(op.y_grid, self._add(op.relu, False, bare, residual))
+        return ops.quantize(op.y_grid, self._add(op.relu, False, total, residual))
 
     def _autocast(self, compute: Callable[..., Any], x: Tensor, *others: Any) -> Any:
         """Under autocast a PyTorch step may have widened ``x``; the weights stay as they are."""

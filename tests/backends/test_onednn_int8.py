@@ -134,7 +134,7 @@ def test_the_largest_sums_do_not_saturate(sign):
     weights = weight, torch.zeros(16), torch.full((16,), 2.0**-7)
     x = torch.full((1, 64, 5, 5), 255, dtype=torch.uint8)
     engine = OneDNNInt8Ops()
-    found = engine.conv(op, engine.prepare(op, weights), x)
+    found = engine.conv(op, engine.prepare(op, weights), x, None, False)
     exact = 64 * 9 * (255 - X.zero) * 127 * sign * 2.0**-7 * X.scale
     assert torch.allclose(found, torch.full_like(found, exact), rtol=1e-6)
 
@@ -148,7 +148,7 @@ def test_an_empty_batch_and_other_sizes_with_the_same_weights(ops):
         x = bytes_of(n, 5, height, width)
         for memory in (x, x.contiguous()):
             expected = numpy_conv(op, weights, x)
-            assert torch.equal(engine.conv(op, prepared, memory), expected)
+            assert torch.equal(engine.conv(op, prepared, memory, None, False), expected)
 
 
 @pytest.mark.parametrize("ops", OPS)
@@ -209,7 +209,7 @@ assert "7-bit weights: no VNNI" in ops.kernel_name(op)
 x = torch.full((1, 64, 5, 5), 255, dtype=torch.uint8)
 for value in (127, -127, 64):
     weight = torch.full((16, 64, 3, 3), value, dtype=torch.int8)
-    y = ops.conv(op, ops.prepare(op, (weight, torch.zeros(16), torch.ones(16))), x)
+    y = ops.conv(op, ops.prepare(op, (weight, torch.zeros(16), torch.ones(16))), x, None, False)
     exact = 64 * 9 * 255 * value
     assert float((y / exact - 1).abs().max()) < 1e-5, (value, y[0, 0, 0, 0], exact)
 """
