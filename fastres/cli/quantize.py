@@ -157,7 +157,7 @@ class _Labelled:
         from ..train.data import Batches, ImageFiles, Split
 
         images, source, labels = split.images, split.source, split.labels[places]
-        if isinstance(source, ImageFiles):
+        if source is not None:
             source = ImageFiles([source.paths[int(i)] for i in places], labels.tolist())
         part = Split(None if images is None else images[places], labels, source)
         data = replace(self.data, validation=part)

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,12 @@ class Split:
     Attributes:
         images: (N, C, H, W), uint8 or floating-point; None where they are decoded from ``source``.
         labels: (N,), int64.
-        source: a dataset of (image, label) that holds the images instead.
+        source: the files that hold the images instead.
     """
 
     images: Tensor | None
     labels: Tensor
-    source: Dataset[Any] | None = None
+    source: ImageFiles | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,7 +70,7 @@ class Data:
         found = hashlib.sha256(self.train.labels.numpy().tobytes())
         if self.train.images is not None:
             found.update(self.train.images.contiguous().view(torch.uint8).numpy().tobytes())
-        for path in getattr(self.train.source, "paths", ()):
+        for path in self.train.source.paths if self.train.source else ():
             found.update(f"{path.name} {path.stat().st_size}\n".encode())
         return found.hexdigest()[:16]
 
@@ -309,10 +310,14 @@ class Batches:
         """Augmented images and labels of an epoch, from its ``start``-th batch on."""
         order = self.order(epoch)[start:]
         images = self._images(self.data.train, order, epoch)
+        flips, moves = self._drawn(epoch)
         for number, (batch, x) in enumerate(zip(order, images, strict=True), start):
             y = self.data.train.labels[batch].to(self.device)
-            x = self._prepared(self._augmented(x, batch, epoch))
-            yield self._blended(x, y, epoch, number)
+            if flips is not None:
+                x = torch.where(flips[batch].to(x.device)[:, None, None, None], x.flip(3), x)
+            if moves is not None:
+                x = _moved(x, moves[batch], self.config.shift)
+            yield self._blended(self._prepared(x), y, epoch, number)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation images of this process, none twice."""
@@ -334,10 +339,9 @@ class Batches:
                 yield part.images[batch.to(part.images.device)].to(self.device)
             return
         assert part.source is not None
-        source: Any = part.source
-        if isinstance(source, ImageFiles):
-            seed = self.config.seed if part is self.data.train else None
-            source = ImageFiles(source.paths, source.labels, self.config.resize or 224, seed)
+        seed = self.config.seed if part is self.data.train else None
+        paths, labels = part.source.paths, part.source.labels
+        source = ImageFiles(paths, labels, self.config.resize or 224, seed)
         keys = [[(epoch, int(index)) for index in batch] for batch in order]
         state = torch.get_rng_state()  # which a loader draws from
         loader = iter(DataLoader(source, batch_sampler=keys, num_workers=self.config.workers))
@@ -345,18 +349,34 @@ class Batches:
         for x, _ in loader:
             yield x.to(self.device, non_blocking=True)
 
-    def _augmented(self, x: Tensor, batch: Tensor, epoch: int) -> Tensor:
-        """Mirrored and moved by what (seed, epoch, index) says."""
-        if self.data.train.images is None:
-            return x
+    def _drawn(self, epoch: int) -> tuple[Tensor | None, Tensor | None]:
+        """Which images in memory an epoch mirrors, and how far it moves each."""
         n, s = len(self.data.train), self.config.shift
-        if self.config.flip:
-            flips = torch.rand(n, generator=generator(self.config.seed, epoch, 1)) < 0.5
-            x = torch.where(flips[batch].to(x.device)[:, None, None, None], x.flip(3), x)
-        if s:
-            moves = generator(self.config.seed, epoch, 2)
-            x = _moved(x, torch.randint(0, 2 * s + 1, (n, 2), generator=moves)[batch], s)
-        return x
+        if self.data.train.images is None:
+            return None, None
+        flips = torch.rand(n, generator=generator(self.config.seed, epoch, 1)) < 0.5
+        moves = torch.randint(0, 2 * s + 1, (n, 2), generator=generator(self.config.seed, epoch, 2))
+        return flips if self.config.flip else None, moves if s else None
+
+    @cached_property
+    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
+        """Mean and deviation of each channel, (C, 1, 1)."""
+        if self.data.mean is None or self.data.std is None:
+            return None
+        mean, std = (torch.tensor(v, device=self.device) for v in (self.data.mean, self.data.std))
+        return mean[:, None, None], std[:, None, None]
+
+    @cached_property
+    def _blends(self) -> list[Any]:
+        """torchvision's MixUp and CutMix, as far as they are wanted."""
+        config = self.config
+        if not (config.mixup_alpha or config.cutmix_alpha):
+            return []
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, config.mixup_alpha), (v2.CutMix, config.cutmix_alpha))
+        classes = len(self.data.classes)
+        return [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
 
     def _prepared(self, x: Tensor) -> Tensor:
         """Resized, normalised images in float32 and the run's memory format."""
@@ -364,31 +384,19 @@ class Batches:
         size = self.config.resize
         if size is not None and wide.shape[2:] != (size, size):
             wide = F.interpolate(wide, (size, size), mode="bilinear", antialias=True)
-        if x.dtype is torch.uint8 and self.data.mean is not None and self.data.std is not None:
-            mean, std = (torch.tensor(v, device=x.device) for v in (self.data.mean, self.data.std))
-            wide = (wide / 255 - mean[:, None, None]) / std[:, None, None]
+        if x.dtype is torch.uint8 and self._normalisation is not None:
+            mean, std = self._normalisation
+            wide = (wide / 255 - mean) / std
         order = torch.channels_last if self.config.channels_last else torch.contiguous_format
         return wide.contiguous(memory_format=order)
 
     def _blended(self, x: Tensor, y: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        """Images and labels mixed by torchvision's MixUp or CutMix, where that is wanted."""
-        from_torchvision = _blends(self.config, len(self.data.classes))
-        if not from_torchvision:
+        """Images and labels of a batch mixed in one of the ways that are wanted."""
+        if not self._blends:
             return x, y
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(mixed(self.config.seed, epoch, number, self.rank, 3))
-            chosen = from_torchvision[int(torch.randint(len(from_torchvision), ()))]
-            x, y = chosen(x, y)
-        return x, y
-
-
-def _blends(config: Config, classes: int) -> list[Any]:
-    if not (config.mixup_alpha or config.cutmix_alpha):
-        return []
-    from torchvision.transforms import v2
-
-    kinds = ((v2.MixUp, config.mixup_alpha), (v2.CutMix, config.cutmix_alpha))
-    return [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+            return self._blends[int(torch.randint(len(self._blends), ()))](x, y)
 
 
 def _moved(x: Tensor, moves: Tensor, most: int) -> Tensor:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -189,8 +190,10 @@ RANK = textwrap.dedent("""
 """)
 
 
-def _ranks(folder, at, how, port):
+def _ranks(folder, at, how):
     """What rank 0 of two prints."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
     both = []
     for rank in "01":
         names = {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -211,11 +214,11 @@ def _ranks(folder, at, how, port):
 @pytest.mark.slow
 def test_two_processes_cut_and_continued(tmp_path):
     """By a signal that only the second of them gets; the accuracy is of 11 images, not of 12."""
-    codes, whole, said = _ranks(tmp_path / "whole", 0, "new", "29631")
+    codes, whole, said = _ranks(tmp_path / "whole", 0, "new")
     assert codes == [0, 0], said
-    codes, _, said = _ranks(tmp_path / "cut", 4, "new", "29633")
+    codes, _, said = _ranks(tmp_path / "cut", 4, "new")
     assert codes == [143, 143], said
-    codes, again, said = _ranks(tmp_path / "cut", 0, "resume", "29635")
+    codes, again, said = _ranks(tmp_path / "cut", 0, "resume")
     assert codes == [0, 0], said
     assert again == whole
     assert round(float(whole[1]) * 11, 6) % 1 == 0
