@@ -147,7 +147,7 @@ class AtenOps:
         return {Conv2d: "aten conv2d", Linear: "aten linear"}.get(type(op), "aten")
 
 
-class _Packed:
+class PackedWeight:
     """A convolution's weights, put into oneDNN's own order for the first input size they meet.
 
     Other sizes stay right: oneDNN reorders once more inside the call where it wants another order.
@@ -163,13 +163,17 @@ class _Packed:
     def weight(self, op: Conv2d, x: Tensor) -> Tensor:
         dense = self.dense
         if self.packed is None and dense is not None:
-            geometry: Any = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
             with torch.inference_mode(False):
-                reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-                self.packed = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
+                self.packed = self.reordered(dense, op, x)
             self.dense = None
         assert self.packed is not None
         return self.packed
+
+    def reordered(self, dense: Tensor, op: Conv2d, x: Tensor) -> Tensor:
+        geometry: Any = (list(op.padding), list(op.stride), list(op.dilation), op.groups)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+        found: Tensor = reorder(dense.to_mkldnn(), *geometry, list(x.shape))
+        return found
 
 
 POOLED_BYTES = 2**20
@@ -196,7 +200,7 @@ class OneDNNOps(AtenOps):
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         weight, bias = super().prepare(op, weights)
-        return _Packed(weight, bias) if isinstance(op, Conv2d) else (weight, bias)
+        return PackedWeight(weight, bias) if isinstance(op, Conv2d) else (weight, bias)
 
     def update(self, op: Conv2d | Linear, prepared: Any, weights: Weights) -> Any:
         return self.prepare(op, weights)
@@ -240,7 +244,7 @@ class OneDNNOps(AtenOps):
             pooled = super().max_pool(op, x[:, :, start * stride : end])
             yield pooled[:, :, first - start : last - start]
 
-    def _unpacked(self, prepared: _Packed, op: Conv2d, x: Tensor) -> Weights:
+    def _unpacked(self, prepared: PackedWeight, op: Conv2d, x: Tensor) -> Weights:
         """Any weights of the right shape: an empty batch never reads them."""
         shape = (op.out_channels, op.in_channels // op.groups, *op.kernel)
         return x.new_zeros(shape), prepared.bias

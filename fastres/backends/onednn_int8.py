@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..graph.fold import Weights
 from ..graph.ir import Conv2d, GlobalAvgPool, Grid, Linear, MaxPool2d, Operation
-from .aten import AtenOps, OneDNNOps
+from .aten import AtenOps, OneDNNOps, PackedWeight
 from .memory_format import CHANNELS_LAST, images_to_channels_last
 
 CLIPPED = 0.01  # of the first values that are met on a grid: more are not those it was made for
@@ -140,34 +140,27 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
         return "oneDNN int8 conv" + ", 7-bit weights: no VNNI" * (self._most < 127)
 
 
-class _PackedInt8:
-    """A convolution's int8 weights in oneDNN's own order for the first input size they meet."""
+class _PackedInt8(PackedWeight):
+    """As its base, of int8 weights."""
 
-    __slots__ = ("bias", "dense", "packed", "scale", "zeros")
+    __slots__ = ("scale", "zeros")
 
     def __init__(self, weights: tuple[Tensor, Tensor, Tensor], most: int) -> None:
-        weight, self.bias, scale = weights
+        weight, bias, scale = weights
         if int(weight.abs().amax()) > most:
             weight = (weight * (most / 127)).round().to(torch.int8)
             scale = scale * (127 / most)
-        self.dense: Tensor | None = weight
+        super().__init__(weight, bias)
         self.scale = scale
         self.zeros = torch.zeros(len(scale), dtype=torch.int32)
-        self.packed: Tensor | None = None
 
-    def weight(self, op: Conv2d, x: Tensor) -> Tensor:
-        dense = self.dense
-        if self.packed is None and dense is not None:
-            assert op.x_grid is not None
-            grid = op.x_grid.scale, op.x_grid.zero
-            geometry = op.stride, op.padding, op.dilation, op.groups
-            shape = [max(size, 1) for size in x.shape]
-            with torch.inference_mode(False):
-                prepack = torch.ops.onednn.qconv_prepack
-                self.packed = prepack(dense, self.scale, *grid, *geometry, shape)
-            self.dense = None
-        assert self.packed is not None
-        return self.packed
+    def reordered(self, dense: Tensor, op: Conv2d, x: Tensor) -> Tensor:
+        assert op.x_grid is not None
+        grid = op.x_grid.scale, op.x_grid.zero
+        geometry = op.stride, op.padding, op.dilation, op.groups
+        shape = [max(size, 1) for size in x.shape]
+        found: Tensor = torch.ops.onednn.qconv_prepack(dense, self.scale, *grid, *geometry, shape)
+        return found
 
 
 def _in_8_bits(op: Operation) -> bool:

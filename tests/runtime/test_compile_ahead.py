@@ -31,9 +31,9 @@ class Recording(AtenOps):
         if tell is not None:
             tell(ran, ran)
 
-    def conv(self, *args):
+    def conv(self, *args, **others):
         self.events.append("conv")
-        return super().conv(*args)
+        return super().conv(*args, **others)
 
 
 def executor(model):

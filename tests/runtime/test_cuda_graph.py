@@ -187,7 +187,7 @@ def test_more_shapes_in_turn_than_graphs_capture_nothing_anew(runner_class, capt
 def test_graphs_go_with_the_kernels_that_they_hold(runner_class, monkeypatch):
     """What was captured reads weights by address, which are freed when others go on."""
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError("a kernel cannot run")
 
     made = executor(small())
