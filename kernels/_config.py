@@ -63,15 +63,16 @@ class TileConfig:
     def operand_bytes(self, math_mode: str, copied: bool, gpu: Gpu) -> int:
         """Shared memory of the operands of a pipelined loop, as Triton lays it out.
 
-        There are ``num_stages`` buffers where TMA (``copied``) fills them or asynchronous products
-        read them; else one fewer, since the operands in use are in registers. float32 operands go
-        through registers, to be rounded or split, and the second of them is then put back.
+        There are ``num_stages`` buffers where asynchronous products read them; else one fewer,
+        since the operands in use are in registers. float32 goes through registers in any case, to
+        be rounded or split; the second operand is put back for asynchronous products of TF32, and
+        in full precision where TMA has ``copied`` it.
         """
         a, b = (n * self.block_k * BYTES[math_mode] for n in (self.block_m, self.block_n))
         asynchronous = gpu.asynchronous and self.block_m >= 64
-        if math_mode == "half" and (copied or asynchronous):
+        if math_mode == "half" and asynchronous:
             return self.num_stages * (a + b)
-        again = b if copied or (asynchronous and math_mode == "tf32") else 0
+        again = b if (copied if math_mode == "ieee" else asynchronous) else 0
         return max(1, self.num_stages - 1) * (a + b) + again
 
     def shared_bytes(self, math_mode: str, gpu: Gpu) -> int:
