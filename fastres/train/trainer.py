@@ -205,10 +205,10 @@ class Trainer:
         self._end_if_signalled()
 
     def _write(self, better: bool) -> None:
+        """Write what the epoch gave; last the checkpoint, after which it is not made again."""
         if self.folder is None:
             return
         path = self.folder.path
-        self._save()
         if self.batches.rank == 0:
             metadata = {"epoch": str(self.epoch)}
             if better:
@@ -218,6 +218,7 @@ class Trainer:
             write_metrics(self.history, path / "metrics.csv")
             if draws():
                 write_curves({"": self.history}, path / "curves.png")
+        self._save()
 
     def _judged(self) -> nn.Module:
         """The network that is judged and kept: the average, where there is one."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastres.train import checkpoints
+from fastres.train import checkpoints, trainer
 from fastres.train.loop import fit
 from fastres.train.trainer import digest
 
@@ -122,6 +122,27 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     again = train(network(), tmp_path / "cut", resume=True, save_steps=2)
     assert again.history[-1]["weights"] == whole.history[-1]["weights"]
+
+
+def test_the_best_weights_are_those_of_a_run_that_was_not_cut(tmp_path, monkeypatch):
+    """Cut while the weights of its second and best epoch are written."""
+    options = {"epochs": 2, "monitor": "loss"}
+    assert train(network(), tmp_path / "whole", **options).best["epoch"] == 2
+    written, real = [], trainer.save_checkpoint
+
+    def fails(*args, **others):
+        written.append(args)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        real(*args, **others)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), tmp_path / "cut", **options)
+    monkeypatch.undo()
+    train(network(), tmp_path / "cut", resume=True, **options)
+    names = [tmp_path / name / "best.safetensors" for name in ("whole", "cut")]
+    assert names[0].read_bytes() == names[1].read_bytes()
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
