@@ -4,7 +4,8 @@
 
 DIR holds the four files of the data set (train-images-idx3-ubyte.gz, ...). Images are padded to
 32x32 pixels, one channel. The number of epochs is fixed beforehand, the test images are not seen,
-and the network saved is that of the last epoch. ``benchmarks/accuracy.py`` measures it.
+and the network saved is that of the last epoch. ``benchmarks/accuracy_int8.py`` measures
+it.
 """
 
 from __future__ import annotations

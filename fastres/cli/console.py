@@ -36,6 +36,12 @@ Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="A file of weights: .safetensors or .pth.")
 ]
 
+DATA = (
+    "digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file, or a folder with "
+    "train/CLASS/*.jpg and val/CLASS/*.jpg"
+)
+"""What ``--data`` and DATA may name."""
+
 Follow = Callable[[str], Callable[[int, int], None]]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import (
+    DATA,
     ERR,
     OUT,
     AsJson,
@@ -27,14 +28,7 @@ if TYPE_CHECKING:
 
     from ..train.data import Split
 
-DataName = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file, or a folder with "
-        "train/CLASS/*.jpg and val/CLASS/*.jpg, or with CLASS/*.jpg.",
-    ),
-]
+DataName = Annotated[str, typer.Option("--data", help=f"{DATA}, or with CLASS/*.jpg.")]
 Tested = Annotated[int, typer.Option("--test", min=0, help="Images to be right about, at most.")]
 
 
@@ -135,11 +129,11 @@ class _Labelled:
         import torch
 
         from ..train.config import Config
-        from ..train.data import IMAGENET, Data, _files, open_data
+        from ..train.data import IMAGENET, Data, image_files, open_data
 
         root = Path(name)
         if root.is_dir() and not (root / "train").is_dir():
-            split, classes = _files(root)
+            split, classes = image_files(root)
             self.data = Data(name, split, None, classes, *IMAGENET)
         else:
             self.data = open_data(name)

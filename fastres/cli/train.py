@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.config import Config
-from .console import ERR, OUT, AsJson, Checkpoint, DeviceName, print_json, table
+from .console import DATA, ERR, OUT, AsJson, Checkpoint, DeviceName, print_json, table
 
 if TYPE_CHECKING:
     from ..models.resnet import ResNet
@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 def train(
     data: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA",
-            help="digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file, or a folder with "
-            "train/CLASS/*.jpg and val/CLASS/*.jpg.",
-        ),
+        typer.Argument(metavar="DATA", help=f"{DATA}."),
     ] = None,
     model: Annotated[str, typer.Option(help="A network, e.g. resnet18.")] = "resnet18",
     stem: Annotated[str | None, typer.Option(help="imagenet, or cifar for small images.")] = None,

@@ -286,14 +286,14 @@ class Executor:
         """What computes the step from the values of its inputs; None for what PyTorch computes."""
         op: Any = step.op
         ops: Any = self.ops
+        weighted = partial(self._bind_weights, step)
         match op:
             case Conv2d(residual=True):
-                return self._bind_weights(step, partial(self._conv_add, step))
+                return weighted(partial(self._conv_add, step))
             case Conv2d():
-                alone = partial(ops.conv, op, residual=None, in_place=False)
-                return self._bind_weights(step, alone)
+                return weighted(partial(ops.conv, op, residual=None, in_place=False))
             case Linear():
-                return self._bind_weights(step, partial(ops.linear, op))
+                return weighted(partial(ops.linear, op))
             case BatchNorm2d():
                 return partial(self._batch_norm, op)
             case ReLU():
@@ -328,17 +328,16 @@ class Executor:
                 for v in values.values()
             ),
         )
-        found = self._schedules.get(key)
-        is_new = found is None
-        if found is None:
-            check_inputs(self.plan, values, self.dtype)
-            if len(self._schedules) > 256:
-                self._schedules, self._bound = {}, {}
-            tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-            device = next((t.device for t in tensors.values()), None)
-            shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-            found = self._schedules[key] = self._schedule(shapes, device)
-        return found, is_new
+        if (found := self._schedules.get(key)) is not None:
+            return found, False
+        check_inputs(self.plan, values, self.dtype)
+        if len(self._schedules) > 256:
+            self._schedules, self._bound = {}, {}
+        tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+        device = next((t.device for t in tensors.values()), None)
+        shapes = {name: tuple(t.shape) for name, t in tensors.items()}
+        found = self._schedules[key] = self._schedule(shapes, device)
+        return found, True
 
     def _schedule(
         self, given: Mapping[str, Shape], device: torch.device | None = None

@@ -232,10 +232,10 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
 def _folder(root: Path) -> Data:
     if not (root / "train").is_dir():
         raise ValueError(f"{root} must hold train/CLASS/*.jpg and perhaps val/CLASS/*.jpg")
-    train, classes = _files(root / "train")
+    train, classes = image_files(root / "train")
     if not (root / "val").is_dir():
         return Data(str(root), train, None, classes, *IMAGENET)
-    validation, others = _files(root / "val")
+    validation, others = image_files(root / "val")
     if others != classes:
         odd = ", ".join(sorted(set(classes) ^ set(others)))
         raise ValueError(
@@ -244,7 +244,12 @@ def _folder(root: Path) -> Data:
     return Data(str(root), train, validation, classes, *IMAGENET)
 
 
-def _files(folder: Path) -> tuple[Split, tuple[str, ...]]:
+def image_files(folder: Path) -> tuple[Split, tuple[str, ...]]:
+    """The images of ``folder/CLASS/*``, each looked at, and the classes.
+
+    Raises:
+        ValueError: a class without images, or files that are none.
+    """
     from PIL import Image
     from torchvision.datasets import ImageFolder
 
