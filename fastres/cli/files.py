@@ -23,8 +23,6 @@ Source = Annotated[
     ),
 ]
 Target = Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")]
-KERAS = (".h5", ".hdf5", ".keras")
-FUSED = ".safetensors"
 LARGEST = 2**26  # numbers in one image that is made up for a check
 
 
@@ -87,6 +85,7 @@ def plot(
     as_json: AsJson = False,
 ) -> None:
     """Draw a network as .svg, .png or .dot, by the steps that inference runs."""
+    from ..batch.network import read_network
     from ..graph.diagram import check_before, plot_model
 
     check_before(target)
@@ -94,39 +93,6 @@ def plot(
     shape = (1, *image_shape(network, size))
     path = plot_model(network, target, fused=not unfused, input_size=shape)
     _say({"path": str(path)}, f"wrote {path}", as_json)
-
-
-def read_network(
-    source: str, size: int | None, weights: str | None = None, checkpoint: Path | None = None
-) -> nn.Module:
-    """What the argument names: a Keras or fused file, a training run, a network of the table."""
-    suffix = Path(source).suffix
-    if suffix in (*KERAS, FUSED) and (weights or checkpoint):
-        raise ValueError(f"--weights and --checkpoint do not go with {source}, which has weights")
-    if suffix in KERAS:
-        from ..formats.keras_import import from_keras
-
-        network = from_keras(source, input_size=None if size is None else (size, size))
-        if size is not None and network.input_size != (size, size):
-            asked = "x".join(map(str, network.input_size))  # type: ignore[arg-type]
-            raise ValueError(f"{source} is for images of {asked}; got --size {size}")
-        return network
-    if suffix == FUSED:
-        from ..formats.fused_file import load
-
-        return load(source)
-    if (Path(source) / "config.json").is_file():
-        from ..train.checkpoints import load_trained
-
-        return load_trained(source)
-    if Path(source).is_file():
-        raise ValueError(
-            f"{source} is no .h5, .keras or fused .safetensors file; name its network instead, "
-            f"with --checkpoint {source}"
-        )
-    from ..models.pretrained import load_network
-
-    return load_network(source, weights=weights, checkpoint=checkpoint)
 
 
 def image_shape(network: nn.Module, size: int | None) -> tuple[int, int, int]:
@@ -173,6 +139,7 @@ def _fused(
     source: str, dtype: str | None, size: int | None, weights: str | None, checkpoint: Path | None
 ) -> FastModel:
     """The network, folded in ``dtype`` and compared with its source on images of this size."""
+    from ..batch.network import read_network
     from ..bench.accuracy import calibrate_
     from ..bench.run import parse_dtype
     from ..frontends.fast_model import FastModel

@@ -65,7 +65,7 @@ def verify(
     with Keras itself, which must be installed and loads it with safe_mode=True; a file of
     ``fastres quantize`` with its definition in float64, on the images of --data.
     """
-    from .files import FUSED, KERAS
+    from ..batch.network import FUSED, KERAS
 
     if Path(model).suffix == FUSED:
         return verify_file(model, data, test, size, as_json)
@@ -169,9 +169,10 @@ def summary(
     as_json: AsJson = False,
 ) -> None:
     """Modules, shapes, parameters and operations of the network before it is folded."""
+    from ..batch.network import read_network
     from ..frontends.fast_model import FastModel
     from ..models.summary import summary as describe
-    from .files import image_shape, read_network
+    from .files import image_shape
 
     network = read_network(source, size, checkpoint=checkpoint)
     if isinstance(network, FastModel):

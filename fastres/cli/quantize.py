@@ -55,11 +55,11 @@ def quantize(
     It is calibrated on training images, a quarter of which are held out and compared. The accuracy
     is that of the validation images, or of the images that calibration did not see.
     """
+    from ..batch.network import read_network
     from ..files import check_target
     from ..formats.fused_file import SUFFIXES, save
     from ..frontends.fast_model import FastModel
     from ..frontends.quantize import quantize as run
-    from .files import read_network
 
     check_target(output, SUFFIXES)
     trained = weights or checkpoint or Path(source).suffix

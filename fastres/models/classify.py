@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..errors import MissingDependencyError
+from .preprocess import Normalize
 from .pretrained import load_network
 from .weights import get_weights
 
 BATCH = 32
+ORIENTATION = 0x0112  # the EXIF tag of how a camera was held
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ def classify(
     if top < 1:
         raise ValueError(f"top must be at least 1, got {top}")
     source = get_weights(model, weights)
-    preprocess, names = source.transforms(), source.categories()
-    images = [read_image(path, preprocess) for path in paths]
+    preset, names = source.transforms(), source.categories()
+    crop, normalize = Crop(preset), Normalize.like(preset).to(device)
+    images = [read_image(path, crop) for path in paths]
     network = load_network(
         model,
         weights=None if checkpoint else source,
@@ -71,7 +75,7 @@ def classify(
     ).to(device)
     with torch.inference_mode():
         batches = torch.stack(images).split(BATCH)
-        logits = torch.cat([network(batch.to(device)).cpu() for batch in batches])
+        logits = torch.cat([network(normalize(batch.to(device))).cpu() for batch in batches])
     if logits.shape[1] != len(names):
         names = [f"class {index}" for index in range(logits.shape[1])]
     best = logits.float().softmax(1).topk(min(top, len(names)))
@@ -83,8 +87,46 @@ def classify(
     ]
 
 
+class Crop:
+    """torchvision's preset before it normalises: an RGB image of Pillow -> uint8 (3, crop, crop).
+
+    Args:
+        preset: torchvision's ``weights.transforms()``.
+    """
+
+    def __init__(self, preset: Any) -> None:
+        self.preset = preset
+
+    def __call__(self, image: Any) -> Tensor:
+        from torchvision.transforms import functional as F
+
+        how = {"interpolation": self.preset.interpolation, "antialias": self.preset.antialias}
+        image = F.resize(image, self.preset.resize_size, **how)
+        return F.pil_to_tensor(F.center_crop(image, self.preset.crop_size))
+
+
 def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]) -> Tensor:
     """The preprocessed RGB image of a file, upright, (3, H, W). Raises ValueError if it is none."""
+    return decode(path, preprocess)[0]
+
+
+def decode(
+    source: str | os.PathLike[str] | bytes,
+    preprocess: Callable[[Any], Tensor],
+    at_least: int | None = None,
+) -> tuple[Tensor, int, int]:
+    """The preprocessed RGB image, upright, with its own width and height.
+
+    Args:
+        source: a file, or what is in it.
+        preprocess: gets an RGB image of Pillow.
+        at_least: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as no
+            side gets shorter than so many pixels; that is faster, and its pixels differ slightly.
+
+    Raises:
+        ValueError: it is no image that Pillow can read, or one of more than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS``.
+    """
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -92,15 +134,22 @@ def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]
             f"reading images needs Pillow, which cannot be imported ({error}); "
             "install fastres[vision]"
         ) from error
+    in_memory = isinstance(source, bytes)
+    name = "" if in_memory else f" {os.fspath(source)!r}"
     try:
-        with Image.open(path) as image:
-            return preprocess(_rgb(ImageOps.exif_transpose(image)))
+        with Image.open(BytesIO(source) if in_memory else source) as image:
+            width, height = image.size
+            if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # of a camera held upright
+                width, height = height, width
+            if at_least is not None:
+                image.draft(None, (at_least, at_least))
+            return preprocess(_rgb(ImageOps.exif_transpose(image))), width, height
     except FileNotFoundError:
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: there is no such file") from None
+        raise ValueError(f"cannot read image{name}: there is no such file") from None
     except Exception as error:
         # Damaged files raise nearly anything in Pillow: OSError, SyntaxError, struct.error.
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"cannot read image {os.fspath(path)!r}: {reason}") from error
+        reason = str(error).partition("\n")[0].partition(" <_io")[0] or type(error).__name__
+        raise ValueError(f"cannot read image{name}: {reason}") from error
 
 
 def _rgb(image: Any) -> Any:

@@ -319,7 +319,7 @@ def no_work(*_, **__):
 def idle(monkeypatch):
     """Neither networks nor files are read, nor is anything traced, exported or measured."""
     for place in (
-        "fastres.cli.files.read_network",
+        "fastres.batch.network.read_network",
         "fastres.models.pretrained.load_network",
         "fastres.perf.autotune.tune",
         "fastres.bench.demo.demo",

@@ -14,6 +14,7 @@ from torch import nn
 
 import fastres
 from fastres import cli, files
+from fastres.batch.network import read_network
 from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import ungrouped
 from fastres.perf import clocks, forecast, kernel_check, roofline, timing
@@ -186,14 +187,14 @@ for command in (
 @case("convert: a file that is no network")
 def _() -> None:
     Path("weights.pth").write_bytes(b"")
-    cli.files.read_network("weights.pth", None)
+    read_network("weights.pth", None)
 
 
 @case("convert: a size that is not the Keras file's")
 def _() -> None:
     network = mock.Mock(input_size=(32, 48))
-    with mock.patch("fastres.formats.keras_import.from_keras", return_value=network):
-        cli.files.read_network("model.h5", 64)
+    with mock.patch("fastres.batch.network.from_keras", return_value=network):
+        read_network("model.h5", 64)
 
 
 @case("convert: a size that the network cannot take")
