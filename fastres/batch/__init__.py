@@ -1,6 +1,4 @@
-"""Batch inference. classifier holds a worker's network, parts what a job's files are, job the
-``BatchJob`` that lists, resumes and counts, engines what runs the workers: processes or Ray.
-"""
+"""Batch inference: classifier holds a worker's network, network finds it by name, file or run."""
 
 from .classifier import Classifier as Classifier
 from .classifier import Row as Row

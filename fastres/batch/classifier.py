@@ -210,7 +210,7 @@ class Classifier:
         source = nn.Sequential(normalize, whole).eval().to(self.device)
         side = self.crop.preset.crop_size[0]
         drawn = torch.Generator().manual_seed(0)
-        example = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8, generator=drawn)
+        example = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=drawn)
         return optimize(source, example.to(self.device), dtype=kind), kind
 
     def _classes(self) -> int:
