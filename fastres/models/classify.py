@@ -134,10 +134,9 @@ def decode(
             f"reading images needs Pillow, which cannot be imported ({error}); "
             "install fastres[vision]"
         ) from error
-    in_memory = isinstance(source, bytes)
-    name = "" if in_memory else f" {os.fspath(source)!r}"
+    name = "" if isinstance(source, bytes) else f" {os.fspath(source)!r}"
     try:
-        with Image.open(BytesIO(source) if in_memory else source) as image:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             if image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8):  # of a camera held upright
                 width, height = height, width
