@@ -188,6 +188,7 @@ def test_the_kernels_refuse_a_second_name():
     assert "import it as 'fastres.kernels'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault(77)
 def test_the_kernels_folder_is_not_hugging_faces_package():
     """At the root of a checkout, where transformers asks for a package of the folder's name."""
