@@ -1,0 +1,1 @@
+"""A network behind HTTP: LitServe runs it, :mod:`.guard` bounds it, a page shows it."""
