@@ -57,23 +57,60 @@ def export(
     size: OwnSize = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
+    triton_repo: Annotated[
+        bool,
+        typer.Option(
+            "--triton-repo",
+            help="FILE is a model repository of NVIDIA's Triton Inference Server instead.",
+        ),
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model in the repository: by default SOURCE's.")
+    ] = None,
+    max_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="The most images that Triton puts together: by default 32."),
+    ] = None,
+    triton_backend: Annotated[
+        str | None,
+        typer.Option(
+            help="Triton's: onnxruntime, the default, or python for the kernels of fastres."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a fused network as .onnx, or as .pt2 for PyTorch without fastres, and check the file.
 
-    The batch size stays open; height and width are fixed by --size.
+    The batch size stays open; height and width are fixed by --size. With --triton-repo a model of a
+    repository is written, its config.pbtxt too; the format is checked, the server is not run.
     """
+    from ..formats import triton_repo as triton
     from ..formats.export import check_before
     from ..formats.export import export as write
 
-    check_before(target)
+    if not triton_repo and (name or max_batch or triton_backend):
+        raise ValueError("--name, --max-batch and --triton-backend go with --triton-repo")
+    backend, most = triton_backend or triton.BACKENDS[0], max_batch or 32
+    name = name or Path(source).stem
+    if triton_repo:
+        triton.check_before(target, name, most, backend)
+    else:
+        check_before(target)
     fast = _fused(source, None, size, weights, checkpoint)
-    found = write(fast, target, _images(2, fast, size))
-    if found.max_abs is None:
+    images = _images(2, fast, size)
+    if triton_repo:
+        found = triton.export_repository(
+            fast, target, images, name=name, max_batch=most, backend=backend
+        )
+    else:
+        found = write(fast, target, images)
+    if triton_repo and backend == "python":
+        text = "the container needs fastres"
+    elif found.max_abs is None:
         text = "not run: install onnxruntime to have it checked"
     else:
         text = f"{found.checked_by} gives the same logits to {found.max_abs:.1g}"
-    _say(found.to_dict(), f"wrote {target}; {text}", as_json)
+    _say(found.to_dict(), f"wrote {found.path}; {text}", as_json)
 
 
 def plot(
@@ -132,7 +169,10 @@ def _images(count: int, network: nn.Module, size: int | None) -> Tensor:
     from ..bench.accuracy import random_images
 
     channels, height, width = image_shape(network, size)
-    return random_images(count, channels, max(height, width))[0][:, :, :height, :width]
+    images = random_images(count, channels, max(height, width))[0][:, :, :height, :width]
+    if getattr(network, "takes_bytes", False):
+        return (images * 64 + 128).clamp(0, 255).byte()
+    return images
 
 
 def _fused(

@@ -162,6 +162,12 @@ class FastModel(nn.Module):
         """The plan with its weights, for looking at single steps."""
         return self._runner(self._home()).executor
 
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether images are uint8, because a Normalize is folded into a convolution."""
+        convolutions = (step.op for step in self.traced.steps if isinstance(step.op, Conv2d))
+        return any(op.images is not None for op in convolutions)
+
     def warmup(
         self,
         shapes: Sequence[Sequence[int]],
@@ -173,9 +179,7 @@ class FastModel(nn.Module):
             shapes: (N, C, H, W) of the images to come.
             progress: called with (done, wanted): kernels to compile and shapes to run.
         """
-        convolutions = [step.op for step in self.traced.steps if isinstance(step.op, Conv2d)]
-        bytes_in = any(op.images is not None for op in convolutions)
-        dtype = torch.uint8 if bytes_in else self.dtype
+        dtype = torch.uint8 if self.takes_bytes else self.dtype
         warm_up(lambda x: self.run([x]), shapes, self._home(), dtype, self.executor(), progress)
         return self
 

@@ -9,7 +9,6 @@ prometheus = pytest.importorskip("prometheus_client")
 from fastres.serving.guard import Guard  # noqa: E402
 
 
-
 async def echo(scope, receive, send):
     """An application that answers with the body's length, and a batch of 3."""
     body = (await receive())["body"]
@@ -213,7 +212,10 @@ def test_other_paths_and_protocols_pass_untouched():
     guard, client = Guard(app, limit=0), Client(b"a", path="/other")
     asyncio.run(client.ask(guard))
     asyncio.run(guard({"type": "lifespan"}, client.receive, client.send))
-    assert seen == [("http", client.receive, client.send), ("lifespan", client.receive, client.send)]
+    assert seen == [
+        ("http", client.receive, client.send),
+        ("lifespan", client.receive, client.send),
+    ]
 
 
 def test_two_guards_have_metrics_of_their_own():
