@@ -18,6 +18,7 @@ LAYERS = (
     ("frontends", "models", "perf"),
     ("formats", "bench", "train"),
     ("batch",),
+    ("serving",),
     ("cli",),
     ("__main__",),
 )

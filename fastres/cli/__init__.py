@@ -19,6 +19,7 @@ from ..files import exiting_on_signals
 from ..perf.host_memory import keep_memory
 from . import files, models, runs
 from . import quantize as quantizing
+from . import serve as serving
 from . import train as training
 from . import tune as tuning
 from .console import ERR
@@ -65,6 +66,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     ),
     "convert": (files.convert, "fastres convert resnet50.h5 fused.safetensors"),
     "export": (files.export, "fastres export resnet50 resnet50.onnx --checkpoint resnet50.pth"),
+    "serve": (serving.serve, "fastres serve resnet50 --port 8000"),
     "plot": (files.plot, "fastres plot resnet50 resnet50.svg --size 224"),
     "doctor": (models.doctor, "fastres doctor --output doctor.json"),
     "env": (models.env, "fastres env --json"),

@@ -58,7 +58,7 @@ def export_repository(
     Args:
         model: on the CPU, of tensors in and out.
         repository: a folder; it is made where it is missing.
-        images: at least two, (N, C, H, W): they fix the shapes, and what is exported is run on them.
+        images: at least two, (N, C, H, W): they fix the shapes; the file is run on them.
         name: the model's in the repository.
         max_batch: the most images that the server puts together; of one request too.
         backend: ``"onnxruntime"`` for a ``model.onnx`` that needs nothing of fastres, ``"python"``

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 BUCKETS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)  # seconds
+BATCHES = tuple(2**n for n in range(9))
 GONE = 499  # what proxies log for a client that did not wait; counted, never sent
 BATCH_HEADER = "batch-size"  # of an answer: how many requests were computed together
 
@@ -54,26 +55,28 @@ class Guard:
 
         self.app, self.path, self.deadline = app, path, deadline
         self.limit, self.max_body, self.active = limit, max_body, 0
-        own = {"registry": prometheus.CollectorRegistry()}
-        self.metrics = prometheus.make_asgi_app(own["registry"])
+        registry = prometheus.CollectorRegistry()
+        self.metrics = prometheus.make_asgi_app(registry)
         self.requests = prometheus.Counter(
-            "fastres_requests", "Requests, by the status that they got.", ["code"], **own
+            "fastres_requests", "By the status that they got.", ["code"], registry=registry
         )
         self.seconds = prometheus.Histogram(
-            "fastres_request_seconds", "Time to the end of the answer.", buckets=BUCKETS, **own
+            "fastres_request_seconds", "To the answer.", buckets=BUCKETS, registry=registry
         )
         self.batches = prometheus.Histogram(
-            "fastres_batch_size", "Requests computed together with one, itself among them.",
-            buckets=[2**n for n in range(9)], **own,
-        )  # fmt: skip
-        active = prometheus.Gauge("fastres_requests_active", "Requests in the server.", **own)
+            "fastres_batch_size", "Of each request's batch.", buckets=BATCHES, registry=registry
+        )
+        active = prometheus.Gauge("fastres_requests_active", "In the server.", registry=registry)
         active.set_function(lambda: self.active)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/metrics":
-            return await self.metrics(scope, receive, send)
-        if scope["type"] != "http" or scope["path"] != self.path:
-            return await self.app(scope, receive, send)
+        where = scope["path"] if scope["type"] == "http" else None
+        if where == self.path:
+            await self._guarded(scope, receive, send)
+        else:
+            await (self.metrics if where == "/metrics" else self.app)(scope, receive, send)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = _Exchange(receive, send, self.max_body, full=self.active >= self.limit)
         start = time.perf_counter()
         self.active += not exchange.full
@@ -95,7 +98,7 @@ class Guard:
             if exchange.kept:
                 watch = asyncio.create_task(exchange.watch(time_left.cancel))
                 try:
-                    return await self.app(scope, exchange.giving(body), exchange.send)
+                    await self.app(scope, exchange.giving(body), exchange.send)
                 finally:
                     watch.cancel()
         if exchange.full:
@@ -104,7 +107,7 @@ class Guard:
             await exchange.refuse(413, f"the body has more than {self.max_body} bytes")
         elif not exchange.whole:
             await exchange.refuse(408, f"the body did not come within {self.deadline:g} s")
-        else:
+        elif time_left.cancelled_caught:
             await exchange.refuse(504, f"there was no answer within {self.deadline:g} s")
 
 
