@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import wait
 from queue import Empty
+from socket import SO_ACCEPTCONN, SOL_SOCKET
 from threading import Thread
 from typing import Annotated, Any
 
@@ -160,6 +161,9 @@ class Server(litserve.LitServer):
         for number in SIGNALS:
             signal.signal(number, lambda *_: Thread(target=self.stop).start())
         Thread(target=self._watch, args=(processes[0],), daemon=True).start()
+        (listening,) = next(argument for argument in args if isinstance(argument, list))
+        while not listening.getsockopt(SOL_SOCKET, SO_ACCEPTCONN) and processes[0].is_alive():
+            time.sleep(0.01)
         self.ready()
         return processes
 
