@@ -17,7 +17,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
-from messages import eight_bit, files, keras, models, tools, training
+from messages import eight_bit, files, keras, models, serving, tools, training
 from messages.provoke import CASES, UNREACHABLE, provoke_all, reachable, read_snapshot, sites
 
 from fastres import cli
@@ -29,7 +29,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def found():
     """What each case says."""
-    assert all(module.__name__ for module in (eight_bit, files, keras, models, tools, training))
+    assert all(
+        module.__name__ for module in (eight_bit, files, keras, models, serving, tools, training)
+    )
     return provoke_all()
 
 

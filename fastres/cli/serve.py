@@ -69,7 +69,7 @@ def serve(
         for name, text in (("batch_wait", batch_wait), ("deadline", deadline))
     }
     body = int(quantity(max_body, "--max-body", BYTES, "a size such as 20MB"))
-    ERR.print(f"loading {model}", markup=False)
+    ERR.print(f"note: loading {model}", markup=False)
 
     def ready(state: dict[str, Any]) -> None:
         if as_json:

@@ -17,11 +17,11 @@ from torch import nn
 
 pytest.importorskip("litserve")
 pytest.importorskip("torchvision")
-from PIL import Image  # noqa: E402
-from servers import Server, picture  # noqa: E402
-from torchvision.models import ResNet50_Weights  # noqa: E402
+from PIL import Image
+from servers import Server, picture
+from torchvision.models import ResNet50_Weights
 
-import fastres  # noqa: E402
+import fastres
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 DEADLINE = 5.0
