@@ -129,6 +129,7 @@ def test_the_wheel_holds_each_module_once_and_nothing_outside_fastres(built):
         "fastres/py.typed",
         "fastres/assets/digits.safetensors",
         "fastres/bench/report.html.jinja",
+        "fastres/serving/page.html",
     }
 
 
