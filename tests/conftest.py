@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -24,9 +24,15 @@ if not torch.cuda.is_available() and COMPILED_FOR is None:
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 try:
-    from hypothesis import Phase, settings
+    from hypothesis import HealthCheck, Phase, settings
 
-    settings.register_profile("fastres", derandomize=True, deadline=None, print_blob=True)
+    settings.register_profile(  # nothing rests on the time that a busy machine takes
+        "fastres",
+        derandomize=True,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     settings.register_profile(  # for mutants.py, which asks only whether a test fails
         "unshrunk", settings.get_profile("fastres"), phases=[Phase.explicit, Phase.generate]
     )
@@ -67,6 +73,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if wanted(item)]
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The interpreter spends half of its time on overflows of whole numbers, of which kernels on
+    small tensors have none: only the sweep and the mutants are looked at so."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None and not session.config.getoption("--sweep"):
+        builder = interpreter.interpreter_builder
+        builder.options = replace(builder.options, sanitize_overflow=False)
+
+
 def mark_sweeps(items: list[pytest.Item]) -> None:
     """``@pytest.mark.sample(5)``: of a test's cases all but each fifth are of the sweep."""
     seen: Counter[str] = Counter()
@@ -88,8 +103,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For ``-n auto``: a process per core, as many as the free memory holds, eight at most."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, min(cores, int(free_gigabytes() // GIGABYTES), 8))
+    return max(1, min(core_count(), int(free_gigabytes() // GIGABYTES), 8))
 
 
 def free_gigabytes() -> float:
@@ -118,11 +132,19 @@ def peak_gigabytes() -> float:
 
 
 def slowness() -> float:
-    """How much slower this machine is now than an idle one of 2020; never below 1."""
+    """How much slower this machine is now than an idle one of 2020; never below 1.
+
+    Processes that share a core, its caches and its memory lose more than a short loop shows.
+    """
     started = time.process_time()
     for _ in range(10_000_000):
         pass
-    return max(1.0, (time.process_time() - started) / 0.25)
+    return max(1.0, (time.process_time() - started) / 0.25, os.getloadavg()[0] / core_count())
+
+
+def core_count() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 @pytest.hookimpl(wrapper=True)

@@ -101,8 +101,8 @@ def compiled(*arguments: str) -> list[dict]:
 
 
 def test_a_sample_of_the_default_plans_kernels_compiles():
-    (row,) = compiled("--target", "sm_90", "--dtype", "float16", "--most", "3")
-    assert row["launches"] > row["kernels"] > row["compiled"] == 3
+    (row,) = compiled("--target", "sm_90", "--dtype", "float16", "--most", "2")
+    assert row["launches"] > row["kernels"] > row["compiled"] == 2
     assert row["seconds"] > 0
 
 

@@ -256,7 +256,7 @@ def test_pythons_own_seconds_are_those_of_a_call_without_its_operators(model, mo
     conv = ops.conv
 
     def slow(*arguments):
-        done.append(time.sleep(0.002))
+        done.append(time.sleep(0.02))
         return conv(*arguments)
 
     monkeypatch.setattr(ops, "conv", slow, raising=False)
@@ -265,7 +265,7 @@ def test_pythons_own_seconds_are_those_of_a_call_without_its_operators(model, mo
         counted = len(done)
         seconds = probes.python_seconds(fast, x, calls=20)
         assert len(done) == 2 * counted  # once more, to have results to hand out
-        assert 0 < seconds < 0.002 * counted
+        assert 0 < seconds < 0.02 * counted
         assert fast.executor().ops is ops
         assert torch.equal(fast(x), right)
 

@@ -185,6 +185,18 @@ def test_an_onnx_file_in_two_parts(tmp_path, fast, monkeypatch):
 SIGNALS = {signal.SIGTERM: 143, signal.SIGHUP: 129, signal.SIGINT: 130}
 
 
+@pytest.fixture
+def heeded():
+    """The signals that nohup, or a shell behind a job, has told this process to ignore."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number in SIGNALS:
+        default = signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 def killing_at_fsync(monkeypatch, number):
     """The signal arrives when all bytes are in the temporary file."""
     monkeypatch.setattr(files.os, "fsync", lambda _: os.kill(os.getpid(), number))
@@ -199,7 +211,7 @@ def killing_at_fsync(monkeypatch, number):
         *((n, s) for n in ("weights.safetensors", "report.json", "tuned.json") for s in SIGNALS),
     ],
 )
-def test_signals_while_writing_leave_nothing(tmp_path, fast, monkeypatch, name, number):
+def test_signals_while_writing_leave_nothing(heeded, tmp_path, fast, monkeypatch, name, number):
     killing_at_fsync(monkeypatch, number)
     assert ended(lambda: WRITERS[name](tmp_path / name, fast)) == SIGNALS[number]
     assert left(tmp_path) == []
@@ -208,7 +220,7 @@ def test_signals_while_writing_leave_nothing(tmp_path, fast, monkeypatch, name, 
 @pytest.mark.fault(71)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
-def test_commands_end_with_the_signals_code(tmp_path, fused, monkeypatch, number):
+def test_commands_end_with_the_signals_code(heeded, tmp_path, fused, monkeypatch, number):
     killing_at_fsync(monkeypatch, number)
     monkeypatch.setattr("sys.argv", ["fastres", *command(fused, tmp_path / "a.safetensors")])
     assert ended(cli.main) == SIGNALS[number]
@@ -217,7 +229,7 @@ def test_commands_end_with_the_signals_code(tmp_path, fused, monkeypatch, number
 
 @pytest.mark.fault(71)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
-def test_signals_during_the_work_of_a_command(fused, tmp_path, monkeypatch, number):
+def test_signals_during_the_work_of_a_command(heeded, fused, tmp_path, monkeypatch, number):
     """Also where torch.onnx wraps what the signal raised in an error of its own."""
 
     def exporter(*_, **__):

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastres.kernels import (
@@ -31,7 +31,7 @@ pairs = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 @pytest.mark.fault(11)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_convolution(data, integers):
     draw = data.draw
@@ -63,7 +63,7 @@ def test_convolution(data, integers):
 
 
 @pytest.mark.fault(11)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(data=st.data())
 def test_pooling(data, integers):
     draw = data.draw

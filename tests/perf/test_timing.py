@@ -78,7 +78,7 @@ def test_warm_up_is_reported_and_not_timed():
 def test_a_sample_repeats_short_calls_and_reports_seconds_per_call():
     method = Method(rounds=5, sample=0.05, warmup=0.01)
     found = measure({"a": lambda x: time.sleep(0.001)}, [None], check=right, method=method)["a"]
-    assert 10 <= found.calls <= 50
+    assert 2 <= found.calls <= 50  # few where a busy machine sleeps too long
     # At least the sleep itself; its upper side is the scheduler's.
     assert 0.001 <= found.seconds.median < 0.02
 
