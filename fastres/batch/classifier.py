@@ -81,7 +81,7 @@ class Classifier:
         fast_decode: decode large JPEGs at reduced size; the pixels differ slightly.
         batch_size: images that the network takes at once; by default 8 on a CPU, 64 on CUDA.
         threads: of torch, set for the whole process; None leaves them.
-        decode_threads: threads that read and decode images.
+        decode_threads: that read and decode images, beside the one of the network.
 
     Raises:
         ValueError: an argument out of its range, or names that do not fit the number of classes.
@@ -102,7 +102,7 @@ class Classifier:
         fast_decode: bool = False,
         batch_size: int | None = None,
         threads: int | None = None,
-        decode_threads: int = 1,
+        decode_threads: int | None = None,
     ) -> None:
         counts = {"top": top, "batch_size": batch_size, "threads": threads}
         for name, value in {**counts, "decode_threads": decode_threads}.items():
@@ -132,7 +132,7 @@ class Classifier:
             )
         if len(self.names) != classes:
             self.names = [f"class {index}" for index in range(classes)]
-        self._threads = ThreadPoolExecutor(decode_threads) if decode_threads > 1 else None
+        self._threads = ThreadPoolExecutor(decode_threads) if decode_threads else None
 
     def rows(self, images: Sequence[Image]) -> list[Row]:
         """The answers for image files in bytes, in their order; a bad image is a row with an error.

@@ -17,6 +17,7 @@ import typer
 from ..errors import FastresError, WeightsError
 from ..files import exiting_on_signals
 from ..perf.host_memory import keep_memory
+from . import batch as batching
 from . import files, models, runs
 from . import quantize as quantizing
 from . import serve as serving
@@ -55,6 +56,7 @@ COMMANDS: dict[str, tuple[Callable[..., int | None], str]] = {
     "bench": (runs.bench, "fastres bench resnet18 resnet50 --batch 1,8 --dtype float32,bfloat16"),
     "verify": (models.verify, "fastres verify resnet50 --dtype bfloat16 --batch 4"),
     "classify": (runs.classify, "fastres classify cat.jpg dog.jpg --model resnet50 --top 5"),
+    "batch": (batching.batch, "fastres batch photos labels --model resnet50 --top 5"),
     "summary": (models.summary, "fastres summary resnet50 --size 224"),
     "plan": (models.plan, "fastres plan resnet50 --json"),
     "roofline": (models.roofline, "fastres roofline resnet50 --batch 256"),
