@@ -13,8 +13,14 @@ from PIL import Image
 # Of 2,000: 21 that cannot be read, and others that can but look as if they could not.
 DAMAGED = {"truncated": 10, "empty": 3, "text": 3, "garbage": 5}
 STRANGE = {
-    **{"cmyk": 20, "grey": 20, "upright": 20, "huge": 5, "alpha": 10},
-    **{"deep": 3, "tiny": 3, "gif": 3},
+    "cmyk": 20,
+    "grey": 20,
+    "upright": 20,
+    "huge": 5,
+    "alpha": 10,
+    "deep": 3,
+    "tiny": 3,
+    "gif": 3,
 }
 
 

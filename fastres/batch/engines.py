@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from queue import SimpleQueue
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Work = Callable[[list[int]], Iterator[Any]]
 
 
-def refuse_local(*places: Place) -> None:
+def refuse_local(places: Sequence[Place]) -> None:
     """Raises ValueError for a local one, which may be another on each machine of a cluster."""
     for place in places:
         if place.local:
@@ -44,10 +44,11 @@ def opened(job: BatchJob) -> Iterator[Work]:
 
     The job's device and dtype are settled here, so that all workers have the same.
     """
+    described = job.described  # a mistake is said before anything starts
     if job.engine == "local":
         device = parse_device(job.options.get("device", "auto"))
         cuda = device.type == "cuda"
-        _settle(job, str(device), cuda)
+        _settle(job, described, str(device))
         yield lambda todo: _local(job, todo, torch.cuda.device_count() if cuda else 0)
         return
     ray, mine = _ray(job)
@@ -57,20 +58,21 @@ def opened(job: BatchJob) -> Iterator[Work]:
         cuda = wanted.startswith("cuda") or (wanted == "auto" and gpus > 0)
         if cuda and not gpus:
             raise ValueError("device is cuda, but the Ray cluster has no GPU")
-        _settle(job, "cuda" if cuda else "cpu", cuda)
+        _settle(job, described, "cuda" if cuda else "cpu")
         yield lambda todo: _on_ray(ray, job, todo, gpus if cuda else 0)
     finally:
         if mine:
             ray.shutdown()
 
 
-def _settle(job: BatchJob, device: str, cuda: bool) -> None:
+def _settle(job: BatchJob, described: dict[str, Any], device: str) -> None:
+    cuda = device.startswith("cuda")
     defaults = {} if cuda else {"threads": 1}  # more cost time where cores are shared
     if cuda:
         defaults["decode_threads"] = max(1, cores() // max(1, torch.cuda.device_count()))
     fused = str(job.options.get("model", "")).endswith(".safetensors")
     if job.options.get("dtype", "auto") == "auto" and not fused:
-        job.options["dtype"] = "bfloat16" if cuda else "float32"
+        job.options["dtype"] = described["dtype"] = "bfloat16" if cuda else "float32"
     given = {name: value for name, value in job.options.items() if value is not None}
     job.options = {**defaults, **given, "device": device}
 
@@ -92,7 +94,10 @@ class _Worker:
         path = os.pathsep.join(filter(None, sys.path))  # from where this process has its modules
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, **pipes
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the driver
+            **pipes,
         )
         self.device, self.part = device, -1
         self.tell({**job.to_dict(), "device": device})
@@ -185,7 +190,7 @@ def _ray(job: BatchJob) -> tuple[Any, bool]:
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **how
         )
     if not job.arguments["shared_fs"] and sum(node["Alive"] for node in ray.nodes()) > 1:
-        refuse_local(job.input, job.output)
+        refuse_local(job.places)
     return ray, mine
 
 

@@ -52,7 +52,7 @@ class Report:
 
     def error_rate(self) -> float:
         """The share of rows that are errors."""
-        return sum(self.errors.values()) / self.rows
+        return sum(self.errors.values()) / max(1, self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -109,12 +109,13 @@ class BatchJob:
             raise ValueError(f"output {self.output} must not be inside the input, {self.input}")
         on_cluster = bool(os.environ.get("RAY_ADDRESS"))
         self.engine = engine if engine != "auto" else "ray" if on_cluster else "local"
-        if self.engine == "ray" and on_cluster and not shared_fs:
-            engines.refuse_local(self.input, self.output)
         files = {name: os.path.abspath(options[name]) for name in PATHS if options.get(name)}
         if os.path.exists(model := os.fspath(options.get("model", ""))):
             files["model"] = os.path.abspath(model)
         self.options = {**options, **files}
+        self.places = (self.input, self.output, *map(Place, files.values()))
+        if self.engine == "ray" and on_cluster and not shared_fs:
+            engines.refuse_local(self.places)
         self.arguments: dict[str, Any] = {
             "workers": workers,
             "part_size": part_size,
@@ -143,13 +144,17 @@ class BatchJob:
                 holds no images.
             OSError, and what :class:`Classifier` raises.
         """
+        with engines.opened(self):
+            return self._missing()
+
+    def _missing(self) -> list[int]:
         names = [info.base_name for info in self.output.under()]
-        now = self._described
+        now = self.described
         if MANIFEST in names:
             _refuse_changes(self.output, _flat(json.loads(self.output.read(MANIFEST))), _flat(now))
-        elif names:
+        elif held := self.output.under(recursive=True):
             raise ValueError(
-                f"output {self.output} must be a new or empty folder; it has {names[0]}"
+                f"output {self.output} must be a new or empty folder; it has {held[0].base_name}"
             )
         else:
             self.output.write(MANIFEST, (json.dumps(now, indent=1) + "\n").encode())
@@ -170,7 +175,7 @@ class BatchJob:
         """
         start, say = time.perf_counter(), progress or (lambda done, wanted: None)
         with engines.opened(self) as work:
-            todo = self.missing_parts()
+            todo = self._missing()
             say(self.parts - len(todo), self.parts)
             for done, _ in enumerate(work(todo) if todo else (), self.parts - len(todo) + 1):
                 say(done, self.parts)
@@ -251,7 +256,7 @@ class BatchJob:
         return list_input(self.input, self.columns, self.arguments["limit"])
 
     @cached_property
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
         """What the rows depend on. The network is looked at here, on the CPU, before any work."""
         listing = hashlib.sha256()
         for column in self._listed[0].columns:

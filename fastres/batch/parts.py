@@ -108,16 +108,16 @@ def list_input(place: Place, columns: tuple[str, str], limit: int | None) -> tup
         ValueError: there are no images in it, files of several kinds, or no such columns.
     """
     system, path = place.opened
-    folder, name = posixpath.split(path)
-    infos, root = [system.get_file_info(path)], folder
-    if infos[0].type.name == "Directory":
+    (folder, name), info = posixpath.split(path), system.get_file_info(path)
+    infos, root = [info], folder
+    if info.type.name == "Directory":
         infos, root = place.under(recursive=True), path
-    elif re.search(r"[*?[]", name):
+    elif not info.is_file and re.search(r"[*?[]", name):
         found = Place(place.uri.rpartition("/")[0]).under()
         infos = [f for f in found if fnmatch.fnmatchcase(f.base_name, name)]
-    elif not infos[0].is_file:
+    elif not info.is_file:
         raise FileNotFoundError(f"there is no input {place}")
-    if name.endswith(".txt") and infos[0].path == path:
+    if info.is_file and name.endswith(".txt"):
         ids = [line for line in map(str.strip, place.read().decode().splitlines()) if line]
         rows = [(line, _listed(place, line), -1, 1) for line in ids]
         passed = 0
@@ -192,10 +192,9 @@ def images(
 ) -> Iterator[tuple[str, Image]]:
     """The ids and images of a part, which is these rows of the listing."""
     for row in listed:
-        kind = _kind(posixpath.basename(row["file"]))
         if row["group"] >= 0:
             yield from _of_row_group(system, row, columns)
-        elif kind == "tar":
+        elif row["most"] < 0:
             yield from _of_tar(system, row["file"])
         else:
             yield row["id"], partial(_read, system, row["file"])
