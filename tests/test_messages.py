@@ -17,7 +17,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("onnxscript")
 pytest.importorskip("triton")
 
-from messages import eight_bit, files, keras, models, serving, tools, training
+from messages import batching, eight_bit, files, keras, models, serving, tools, training
 from messages.provoke import CASES, UNREACHABLE, provoke_all, reachable, read_snapshot, sites
 
 from fastres import cli
@@ -30,7 +30,8 @@ pytestmark = pytest.mark.slow
 def found():
     """What each case says."""
     assert all(
-        module.__name__ for module in (eight_bit, files, keras, models, serving, tools, training)
+        module.__name__
+        for module in (batching, eight_bit, files, keras, models, serving, tools, training)
     )
     return provoke_all()
 

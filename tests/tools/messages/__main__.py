@@ -8,7 +8,7 @@ sys.path[:0] = [str(TESTS.parent), *(str(TESTS / name) for name in ("", "support
 
 import conftest  # noqa: E402, F401  as in the tests: Triton's interpreter is on
 
-from messages import eight_bit, files, keras, models, serving, tools, training  # noqa: E402, F401
+from messages import batching, eight_bit, files, keras, models, serving, tools, training  # noqa: E402, F401
 from messages.provoke import SNAPSHOT, as_text, provoke_all  # noqa: E402
 
 SNAPSHOT.write_text(as_text(provoke_all()))
