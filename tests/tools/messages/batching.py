@@ -8,9 +8,11 @@ from pathlib import Path
 from unittest import mock
 
 import pyarrow
+import torch
 from batches import do, photo, write_model
 from pyarrow.parquet import write_table
 
+import fastres
 from fastres.batch import BatchJob, engines
 from fastres.batch.parts import Ledger, Place
 from messages.provoke import add, case, without
@@ -156,3 +158,40 @@ def with_worker(script: str) -> None:
 
 add("batch: workers that do not start", lambda: with_worker("exit 3"))
 add("batch: a worker that fails", lambda: with_worker('echo \'{"error": "No space left"}\''))
+
+
+for _options in (
+    *({"top": 0}, {"embeddings": "fc"}, {"embeddings": "avgpool"}, {"dtype": "float16"}),
+    *({"weights": "V9"}, {"model": "a.h5"}),
+):
+    add(f"batch: {next(iter(_options.items()))}", missing(**_options))
+
+
+@case("batch: names of another number")
+def _() -> None:
+    Path("names.txt").write_text("ant\nbee\n")
+    job(labels="names.txt").missing_parts()
+
+
+@case("batch: a network without logits")
+def _() -> None:
+    network = torch.nn.Conv2d(3, 8, 7, 16).eval()
+    fastres.save(fastres.optimize(network, torch.randn(2, 3, 224, 224)), "fused.safetensors")
+    job().missing_parts()
+
+
+@case("batch: without pyarrow")
+def _() -> None:
+    with without("pyarrow"):
+        job().missing_parts()
+
+
+def of_run(mean: list[float], **options: object) -> None:
+    """A job whose network is a training run's."""
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"model": "resnet18", "mean": mean}))
+    job(model="run", **options).missing_parts()
+
+
+add("batch: a run on other images", lambda: of_run([0.5]))
+add("batch: a run beside weights", lambda: of_run([0.485, 0.456, 0.406], weights="V1"))
