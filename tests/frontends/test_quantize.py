@@ -18,10 +18,14 @@ from fastres.errors import FrozenError, InputError, InputTypeError, Quantization
 from fastres.frontends.calibrate import choose, grid_for
 from fastres.frontends.quantize import wilson
 from fastres.models.digits import digits_split, load_digits_model
+from tests.support.eight_bit import MOST
 from tests.support.helpers import adversarial_, real_images
 from tests.support.tutorials import d2l_resnet
 
-needs_vnni = pytest.mark.skipif(int8_products() != "exact", reason="weights of 7 bits here")
+SEVEN = int8_products() == "saturating"
+# Least dB of the logits, of a step on its own inputs, of its weights. A bit less of the weights is
+# 6 dB of theirs; to the logits activations add as much noise as 7-bit weights (40.0 and 40.3 dB).
+LEAST = (36.1, 36, 35) if SEVEN else (37, 36, 41)
 
 
 def small(**kwargs):
@@ -54,7 +58,6 @@ def digits():
     return model, fastres.quantize(model, (x, y))
 
 
-@needs_vnni
 def test_digits_in_8_bits_answer_as_in_floats():
     """Trained weights, 445 images that neither training nor calibration has seen."""
     model, q = digits()
@@ -63,7 +66,7 @@ def test_digits_in_8_bits_answer_as_in_floats():
         exact, found = model(x), q(x)
     assert (found.argmax(1) == exact.argmax(1)).double().mean() >= 0.995
     assert (found.argmax(1) == labels).double().mean() >= 0.99
-    assert decibels(exact, found) >= 37
+    assert decibels(exact, found) >= LEAST[0]
     report = q.report
     assert len(report.steps) == 19
     assert report.left == ()
@@ -72,13 +75,13 @@ def test_digits_in_8_bits_answer_as_in_floats():
     assert (report.images, report.held_out) == (384, 128)
     assert abs(report.db - decibels(exact, found)) < 2  # other images of the same kind
     for row in report.steps:
-        assert row[6] > 36, row  # the step on its own inputs
-        assert row[5] > 41, row  # its weights
+        assert row[6] > LEAST[1], row  # the step on its own inputs
+        assert row[5] > LEAST[2], row  # its weights
+        assert ("7-bit weights" in row[1]) == SEVEN
     assert "19 of 19 convolutions in 8 bits" in str(report)
     assert str(report).splitlines()[1].startswith("conv1 ")
 
 
-@needs_vnni
 def test_each_step_is_as_exact_as_its_bits_allow():
     """Uniform noise of a rounding is scale^2 / 12; the input's and the weights' come to it."""
     model, q = digits()
@@ -116,7 +119,7 @@ def test_weights_by_channel_are_better_than_by_tensor():
         weight = fast._step_weights(step)[0]
         (eight,) = [s for s in q.traced.steps if s.name == step.name]
         whole, _, scale = q._step_weights(eight)
-        most = float(weight.abs().max()) / 127
+        most = float(weight.abs().max()) / MOST
         by_tensor = decibels(weight, (weight / most).round() * most)
         assert decibels(weight, whole * scale.view(-1, 1, 1, 1)) > by_tensor + 0.5
 

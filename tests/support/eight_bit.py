@@ -4,12 +4,14 @@ import math
 
 import torch
 
-from fastres.backends.onednn_int8 import Int8Ops
+from fastres.backends.onednn_int8 import Int8Ops, int8_products
 from fastres.graph import plan as planning
 from fastres.graph.fold import fold_step
 from fastres.graph.ir import Conv2d, Grid, attribute
 from fastres.graph.quantize import quantize, quantized_weight, sharing
 from fastres.runtime.executor import Executor
+
+MOST = 127 if int8_products() == "exact" else 64  # of a weight, where bytes have no dot products
 
 
 def round_grid(low, high):
@@ -52,7 +54,7 @@ def engine(plan, model, ops, dtype=torch.float32):
         weight, bias = fold_step(step.op, lambda path: attribute(model, path), dtype)
         if not isinstance(step.op, Conv2d) or step.op.x_grid is None:
             return weight, bias
-        scale = 2.0 ** quantized_weight(weight, 127, torch.zeros(len(weight)))[1].log2().ceil()
+        scale = 2.0 ** quantized_weight(weight, MOST, torch.zeros(len(weight)))[1].log2().ceil()
         whole = (weight / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
         bias = torch.zeros(len(weight)) if bias is None else bias
         # Multiples of 2^-12, so that sums in float32 are exact.
