@@ -1,10 +1,11 @@
 """What 8 bits cost a trained network: its accuracy in float32, bfloat16 and int8, and torch.ao's.
 
     python benchmarks/accuracy_int8.py digits --output out/digits.json
-    python benchmarks/accuracy_int8.py FOLDER --checkpoint out/fashion.safetensors --output ...
+    python benchmarks/accuracy_int8.py RUN --output out/fashion.json
 
-FOLDER and the checkpoint are those of ``train_idx.py``. Calibration is on 512 training images, all
-figures are of the test images, with Wilson's intervals of 95 %.
+RUN is the folder of a run of ``fastres train`` on images in memory; its best epoch is measured.
+Calibration is on 512 training images, all figures are of the test images, with Wilson's intervals
+of 95 %.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from train_idx import ARCHITECTURE, idx_split
 
 import fastres
 from fastres.frontends.calibrate import decibels
 from fastres.frontends.quantize import wilson
-from fastres.models.checkpoint import load_checkpoint, read_metadata
 from fastres.models.digits import digits_split, load_digits_model
-from fastres.models.registry import create_model
+from fastres.models.pretrained import load_network, read_run
 from fastres.perf.environment import environment
+from fastres.train.config import Config
+from fastres.train.data import Batches, open_data
 
 IMAGES = 512
 
@@ -89,23 +91,32 @@ def measured(
     return {"test_images": len(test[1]), "calibration": int8["mse"].report.to_dict(), **found}
 
 
+def splits_of(held: dict[str, Any]) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test images as the run's network takes them, and their labels."""
+    data = open_data(held["data"])
+    config = Config.of({"resize": held["options"]["resize"]})
+    found = []
+    for part in (data.train, data.validation):
+        batches = Batches(replace(data, validation=part), config, torch.device("cpu"))
+        x, y = zip(*batches.validation(), strict=True)
+        found.append((torch.cat(x), torch.cat(y)))
+    return found[0], found[1]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="digits, or a folder of idx files")
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("source", help="digits, or the folder of a run")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    if args.data == "digits":
+    if args.source == "digits":
         model: nn.Module = load_digits_model()
         splits = digits_split("train"), digits_split("heldout")
         trained: dict[str, Any] = {"network": "the shipped ResNet-20"}
     else:
-        model = create_model(**ARCHITECTURE)
-        load_checkpoint(model, args.checkpoint)
-        splits = idx_split(Path(args.data), "train"), idx_split(Path(args.data), "t10k")
-        trained = {"network": "ResNet-18", **read_metadata(args.checkpoint)}
-        trained.pop("architecture", None)
+        held = read_run(args.source)
+        model, splits = load_network(args.source), splits_of(held)
+        trained = {"network": held["model"], "data": held["data"], "options": held["options"]}
     found = {
         "trained": trained,
         "results": measured(model.eval(), *splits),

@@ -11,9 +11,8 @@ from torch import nn
 
 from ..formats.fused_file import load
 from ..formats.keras_import import from_keras
-from ..models.pretrained import load_network
+from ..models.pretrained import is_run, load_network, read_run
 from ..models.weights import ENUMS, ImageNetWeights, get_weights
-from ..train.checkpoints import load_trained, read_config
 from ..train.data import IMAGENET
 
 KERAS = (".h5", ".hdf5", ".keras")
@@ -43,19 +42,12 @@ def read_network(
         return network
     if suffix == FUSED:
         return load(source)
-    if is_run(source):
-        return load_trained(source)
     if Path(source).is_file():
         raise ValueError(
             f"{source} is no .h5, .keras or fused .safetensors file; name its network instead, "
             f"with --checkpoint {source}"
         )
     return load_network(source, weights=weights, checkpoint=checkpoint)
-
-
-def is_run(source: str) -> bool:
-    """Whether it is the folder of a training run."""
-    return (Path(source) / "config.json").is_file()
 
 
 @dataclass(frozen=True)
@@ -110,11 +102,11 @@ def _by_full_name(weights: str) -> ImageNetWeights:
 
 
 def _trained(folder: str) -> Source:
-    held = read_config(folder)
+    held = read_run(folder)
     mean = held.get("mean")
     if mean is None or tuple(mean) != IMAGENET[0]:
         raise ValueError(f"{folder} was not trained on images in folders, as it would be used for")
     preset, names = _prepared(get_weights("resnet50", "IMAGENET1K_V1"))
     side = (held.get("options") or {}).get("resize") or 224
     preset.crop_size, preset.resize_size = [side], [round(side / 0.875)]
-    return Source(load_trained(folder), preset, list(held.get("classes") or names))
+    return Source(load_network(folder), preset, list(held.get("classes") or names))

@@ -14,7 +14,7 @@ from ..backends.aten import cudnn_benchmarking
 from ..errors import UnknownModelError
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
-from ..models.registry import create_model
+from ..models.pretrained import is_run, load_network
 from ..models.resnet import ResNet
 from ..perf.ceilings import measured_ceilings
 from ..perf.environment import native_bf16
@@ -50,7 +50,7 @@ def benchmark(
     """Time models against eager PyTorch, one interleaved run for each model and batch size.
 
     Args:
-        models: names that :func:`fastres.create_model` knows.
+        models: names that :func:`fastres.create_model` knows, or folders of training runs.
         batches: batch sizes.
         dtypes: any of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
             device. On CUDA also ``"tf32"`` and ``"ieee"``: float32 with all products made so, in a
@@ -142,8 +142,8 @@ def _check_spec(spec: Spec, device: torch.device) -> None:
 
 
 def _network(name: str, weights: str | None, device: torch.device, **kwargs: Any) -> ResNet:
-    model = create_model(name, weights=weights, **kwargs).eval()
-    if weights is None:
+    model = load_network(name, weights=weights, **kwargs)
+    if weights is None and not is_run(name):
         calibrate_(model)
     return model.to(device)
 
@@ -161,6 +161,7 @@ def _measure(
     dtypes = [parse_dtype(name) for name in spec.dtypes] or fast_dtypes(device)
     images = [x.to(device) for x in random_images(spec.batch, model.conv1.in_channels, spec.size)]
     source = weights or "random, with batch norms calibrated on random images"
+    source = "of the run's best epoch" if is_run(spec.model) else source
     method = replace(method, cold_cache=spec.cold_cache or method.cold_cache)
     with float32_products(spec.products):
         case = compare(

@@ -77,9 +77,12 @@ for _name, (_command, _example) in COMMANDS.items():
     app.command(_name, epilog=f"Example: {_example}")(_command)
 
 
-reports = typer.Typer(help="Compare reports.")
+reports = typer.Typer(help="Compare reports, and training runs.")
 reports.command("compare", epilog="Example: fastres report compare old.json new.json")(
     runs.compare_reports
+)
+reports.command("runs", epilog="Example: fastres report runs with without --plot both.png")(
+    training.compare_runs
 )
 app.add_typer(reports, name="report")
 

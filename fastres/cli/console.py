@@ -17,7 +17,10 @@ from rich.table import Table
 OUT = Console(highlight=False)
 ERR = Console(stderr=True, highlight=False, soft_wrap=True)
 
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A network, e.g. resnet50.")]
+ModelName = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A network, e.g. resnet50, or the folder of a run."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 DeviceName = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]

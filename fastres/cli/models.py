@@ -38,7 +38,8 @@ def verify(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="A network, e.g. resnet50, or a .h5, .keras or 8-bit file."
+            metavar="MODEL",
+            help="A network, e.g. resnet50, a .h5, .keras or 8-bit file, or the folder of a run.",
         ),
     ],
     dtype: Dtype = "float32",
@@ -79,13 +80,14 @@ def verify(
     from ..bench.baselines import Plain
     from ..bench.run import parse_device, parse_dtype
     from ..frontends.optimize import optimize
+    from ..models.pretrained import is_run
     from ..runtime.verify import verify as compare
     from ..runtime.verify_steps import verify_steps
 
     where, kind = parse_device(device), parse_dtype(dtype)
     network = _network(model, weights, checkpoint)
     inputs = random_images(batch, network.conv1.in_channels, size or 224)[0]
-    if weights is None and checkpoint is None:
+    if weights is None and checkpoint is None and not is_run(model):
         calibrate_(network)
     network, inputs = network.to(where), inputs.to(where)
     fast = optimize(network, dtype=kind, backend=backend, verify=False)

@@ -60,9 +60,10 @@ def quantize(
     from ..formats.fused_file import SUFFIXES, save
     from ..frontends.fast_model import FastModel
     from ..frontends.quantize import quantize as run
+    from ..models.pretrained import is_run
 
     check_target(output, SUFFIXES)
-    trained = weights or checkpoint or Path(source).suffix
+    trained = weights or checkpoint or Path(source).suffix or is_run(source)
     if not trained:
         raise ValueError(
             f"{source} has random weights, of which 8 bits say nothing: give --checkpoint"
@@ -129,12 +130,11 @@ class _Labelled:
         import torch
 
         from ..train.config import Config
-        from ..train.data import IMAGENET, Data, image_files, open_data
+        from ..train.data import image_files, open_data
 
         root = Path(name)
         if root.is_dir() and not (root / "train").is_dir():
-            split, classes = image_files(root)
-            self.data = Data(name, split, None, classes, *IMAGENET)
+            self.data = image_files(root)
         else:
             self.data = open_data(name)
         self.config = Config.of({"batch_size": 32, "resize": size})

@@ -50,7 +50,10 @@ def demo(
 
 def bench(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL...]", help="Networks, without a preset.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL...]", help="Networks or folders of training runs, without a preset."
+        ),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Preset: under a minute.")] = False,
     standard: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,10 @@ def train(
     ] = "",
     device: DeviceName = "auto",
     dry: Annotated[bool, typer.Option("--dry", help="Say what would run, after 3 steps.")] = False,
+    test_only: Annotated[
+        bool,
+        typer.Option("--test-only", help="Judge the best epoch of --resume, or --checkpoint."),
+    ] = False,
     as_json: AsJson = False,
     **options: Any,
 ) -> None:
@@ -43,26 +47,35 @@ def train(
     with the same bits as one that was never cut. torchrun starts one process for each GPU.
     """
     from ..bench.run import parse_device
-    from ..train.checkpoints import read_config
+    from ..models.pretrained import read_run
     from ..train.data import open_data
     from ..train.loop import fit
 
     given = {name: value for name, value in options.items() if value is not None}
     described: dict[str, Any] = {"model": model, "arguments": {"residual": residual, "stem": stem}}
     if resume is not None:
-        held = read_config(resume)
+        held = read_run(resume)
         described = {"model": held.get("model"), "arguments": held.get("arguments")}
         data, given = data or held.get("data"), {**held.get("options", {}), **given}
     if data is None:
         raise ValueError("give DATA to train on, or --resume FOLDER")
-    opened = open_data(data)
-    network = build(described, opened, Config.of(given).seed)
+    config = Config.of(given)
+    opened = open_data(data, config.on_bad_file)
+    if test_only and resume is not None:
+        _judge(None, resume, opened, config, device, as_json)
+        return
+    network = build(described, opened, config.seed)
     if checkpoint is not None:
         from ..models.checkpoint import load_checkpoint
 
         load_checkpoint(network, checkpoint, num_classes_mismatch="reinit")
+    if test_only:
+        if checkpoint is None:
+            raise ValueError("give --test-only the --resume FOLDER of a run, or a --checkpoint")
+        _judge(network, None, opened, config, device, as_json)
+        return
     if dry:
-        _dry(network, opened, Config.of(given), as_json)
+        _dry(network, opened, config, as_json)
         return
     run = fit(
         network,
@@ -95,6 +108,63 @@ def build(described: dict[str, Any], data: Data, seed: int) -> ResNet:
     return create_model(described["model"], **arguments)
 
 
+def _judge(
+    network: ResNet | None, run: Path | None, data: Data, config: Config, device: str, as_json: bool
+) -> None:
+    """Print what a network, or a run's of its best epoch, is on the validation images."""
+    from dataclasses import replace
+
+    from ..bench.run import parse_device
+    from ..models.pretrained import load_network, read_run
+    from ..train.loop import evaluate
+
+    if network is None:
+        held = read_run(str(run))
+        network = load_network(str(run))
+        data = replace(data, mean=held.get("mean"), std=held.get("std"))
+    found = evaluate(network, data, config, parse_device(device))
+    if as_json:
+        print_json(found)
+    else:
+        OUT.print(table(("", ""), [(k, f"{v:.4f}") for k, v in found.items()]))
+
+
+def compare_runs(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw their curves in this .png.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set training runs beside each other: what they were asked for, and what came of it."""
+    from ..files import check_target
+    from ..train.report import compared, write_curves
+
+    if plot is not None:
+        check_target(plot, (".png",))
+    found = compared(runs)
+    short = [run.name for run in runs]
+    names = short if len(set(short)) == len(short) else list(found)
+    if plot is not None:
+        histories = (run["history"] for run in found.values())
+        write_curves(dict(zip(names, histories, strict=True)), plot)
+    if as_json:
+        print_json(found)
+        return
+    asked = next(iter(found.values()))["differs"]
+    lines = [(key, *(str(run["differs"][key]) for run in found.values())) for key in asked]
+    lines.append(("epochs run", *(str(run["last"]["epoch"]) for run in found.values())))
+    shown = {"loss": "{:.4f}", "accuracy": "{:.2%}"}
+    for row in ("last", "best"):
+        for part in ("train_loss", "train_accuracy", "loss", "accuracy"):
+            values = [(run[row] or {}).get(part) for run in found.values()]
+            form = shown[part.removeprefix("train_")]
+            cells = ("-" if value is None else form.format(value) for value in values)
+            lines.append((f"{row} epoch: {part.replace('_', ' ')}", *cells))
+    lines.append(("seconds", *(f"{run['seconds']:,.0f}" for run in found.values())))
+    OUT.print(table(("", *names), lines))
+    if plot is not None:
+        ERR.print(f"wrote {plot}", markup=False)
+
+
 def _dry(network: ResNet, data: Data, config: Config, as_json: bool) -> None:
     """What would run, with the time of three steps on a copy."""
     from dataclasses import replace
@@ -106,7 +176,7 @@ def _dry(network: ResNet, data: Data, config: Config, as_json: bool) -> None:
     part = replace(data.train, labels=data.train.labels[:few])
     if part.images is not None:
         part = replace(part, images=part.images[:few])
-    tried = {**config.to_dict(), "epochs": 1, "lr_warmup_epochs": 0}
+    tried = {**asdict(config), "epochs": 1, "lr_warmup_epochs": 0}
     run = fit(network, replace(data, train=part, validation=None), progress=False, **tried)
     rate = run.history[0]["images_per_second"]
     found = {

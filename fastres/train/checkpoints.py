@@ -20,14 +20,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import atomic_write, read_text
-from ..models.pretrained import load_network
-from ..models.resnet import ResNet
+from ..files import atomic_write
+from ..models.pretrained import BEST, RUN
 
-CONFIG, LAST, PREVIOUS, BEST, MODEL = (
-    *("config.json", "last.safetensors", "last.prev.safetensors"),
-    *("best.safetensors", "model.safetensors"),
-)
+LAST, PREVIOUS, MODEL = "last.safetensors", "last.prev.safetensors", "model.safetensors"
 
 
 def pack(tree: Any) -> bytes:
@@ -40,9 +36,8 @@ def pack(tree: Any) -> bytes:
 
     def encode(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().to(
-                "cpu", copy=True, memory_format=torch.contiguous_format
-            )
+            form = torch.contiguous_format
+            tensors[path] = value.detach().to("cpu", copy=True, memory_format=form)
             return {"tensor": path}
         if isinstance(value, dict):
             return {"dict": [[k, encode(v, f"{path}/{k}")] for k, v in value.items()]}
@@ -63,31 +58,30 @@ def unpack(path: Path) -> Any:
     Raises:
         CheckpointError: the file cannot be read, or is none of a run.
     """
+
+    def decode(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        ((kind, inner),) = value.items()
+        if kind == "tensor":
+            return file.get_tensor(inner)
+        if kind == "dict":
+            return {key: decode(item) for key, item in inner}
+        return (tuple if kind == "tuple" else list)(map(decode, inner))
+
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return _decode(json.loads((file.metadata() or {})["fastres.train"]), file)
+            return decode(json.loads((file.metadata() or {})["fastres.train"]))
     except Exception as error:
         why = "it is no checkpoint of a run" if isinstance(error, KeyError) else error
         raise CheckpointError(f"cannot read {path}: {why}") from error
 
 
-def _decode(value: Any, file: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    ((kind, inner),) = value.items()
-    if kind == "tensor":
-        return file.get_tensor(inner)
-    if kind == "dict":
-        return {key: _decode(item, file) for key, item in inner}
-    items = [_decode(item, file) for item in inner]
-    return tuple(items) if kind == "tuple" else items
-
-
 class Folder:
-    """The folder of a run.
+    """The folder of a run, made where it is missing.
 
     Args:
-        path: made where it is missing.
+        path: where it is.
         resume: whether it must hold a checkpoint to go on from; else it must hold no run.
         overwrite: whether a run in it may be replaced.
 
@@ -98,33 +92,27 @@ class Folder:
 
     def __init__(self, path: str | os.PathLike[str], resume: bool, overwrite: bool) -> None:
         self.path = Path(path)
-        held = [name for name in (LAST, PREVIOUS) if (self.path / name).exists()]
-        if resume and not held:
+        if resume and not any((self.path / name).exists() for name in (LAST, PREVIOUS)):
             raise ValueError(f"there is no checkpoint to resume in {self.path}")
-        if (self.path / CONFIG).exists() and not resume:
+        if (self.path / RUN).exists() and not resume:
             if not overwrite:
                 raise ValueError(
                     f"{self.path} holds another run: resume it, overwrite it, or choose another"
                 )
-            for name in (CONFIG, LAST, PREVIOUS, BEST, MODEL):
+            for name in (RUN, LAST, PREVIOUS, BEST, MODEL):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def write_config(self, config: dict[str, Any]) -> None:
-        """Options, data and versions, for a reader and for resuming."""
-        atomic_write(self.path / CONFIG, (json.dumps(config, indent=1) + "\n").encode())
-
     def save(self, tree: Any) -> None:
         """Replace the last checkpoint and keep the one before it; at any moment one is whole."""
-        data, last, previous = pack(tree), self.path / LAST, self.path / PREVIOUS
-        if last.exists():
-            beside = previous.with_name(f".{PREVIOUS}")
+        data, last, beside = pack(tree), self.path / LAST, self.path / f".{PREVIOUS}"
+        if last.exists():  # whoever looks meanwhile finds it there
             beside.unlink(missing_ok=True)
             try:
                 os.link(last, beside)
-                os.replace(beside, previous)
+                os.replace(beside, self.path / PREVIOUS)
             except OSError:  # a file system without links
-                atomic_write(previous, last.read_bytes())
+                atomic_write(self.path / PREVIOUS, last.read_bytes())
         atomic_write(last, data)
 
     def load(self) -> Any:
@@ -142,40 +130,12 @@ class Folder:
         return unpack(self.path / PREVIOUS)
 
 
-def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """A run's ``config.json``.
-
-    Raises:
-        ValueError: there is none, or it is no JSON object.
-    """
-    path = Path(folder) / CONFIG
-    try:
-        config = json.loads(read_text(path, 2**20))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no folder of a run: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder} is no folder of a run: {CONFIG} holds no object")
-    return config
-
-
-def load_trained(folder: str | os.PathLike[str]) -> ResNet:
-    """The network of a run of ``fastres train``, with the weights of its best epoch.
-
-    Raises:
-        ValueError, UnknownModelError, CheckpointError: the folder holds none.
-    """
-    held = read_config(folder)
-    arguments = dict(held.get("arguments") or {})
-    known = {k: arguments[k] for k in ("residual", "stem") if arguments.get(k) is not None}
-    return load_network(str(held.get("model")), checkpoint=Path(folder) / BEST, **known)
-
-
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of each generator that this process may draw from."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.array(keys).astype(np.int64)), *rest),
+        "numpy": (kind, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
@@ -184,8 +144,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
     """Set what :func:`random_state` gave."""
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

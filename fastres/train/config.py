@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 
@@ -54,6 +54,7 @@ class Config:
     sync_bn: bool = _option(False, "Batch norms over all processes.")
     use_deterministic_algorithms: bool = _option(False, "Refuse operators that vary.")
     workers: int = _option(0, "Processes that decode images.")
+    on_bad_file: str = _option("raise", "Of folders: files that are no images.", ("raise", "skip"))
     monitor: str = _option("accuracy", "What the best epoch is best in.", ("accuracy", "loss"))
     keep: int = _option(0, "Keep the weights of every so many epochs; 0 is none.")
     save_minutes: float = _option(10.0, "Minutes between checkpoints inside an epoch.")
@@ -89,10 +90,6 @@ class Config:
                 hint = f"; did you mean {close[0]}?" if close else ""
                 raise TypeError(f"unknown option {name!r} of training{hint}")
         return cls(**options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; ``Config.of`` reads it."""
-        return asdict(self)
 
 
 def _check(option: Field[Any], value: Any) -> None:

@@ -1,14 +1,17 @@
 """Images and labels, where they come from, and the order and augmentation of a run.
 
 Images in memory are uint8, or floating-point and then taken as they are; those of a folder are
-decoded as they are needed. Nothing is downloaded.
+decoded as they are needed. Small sets live on the device. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import os
+import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +29,7 @@ from .config import Config
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 IDX = {"train": "train", "validation": "t10k"}
+ON_DEVICE = 2**31  # bytes of images that are held there
 SOURCES = "digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file or a folder of images"
 
 
@@ -46,6 +50,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def on(self, device: torch.device) -> Split:
+        """The labels, and images in memory of less than 2 GiB, on the device."""
+        images = self.images
+        if images is not None and images.nbytes < ON_DEVICE:
+            images = images.to(device)
+        return replace(self, images=images, labels=self.labels.to(device))
+
 
 @dataclass(frozen=True)
 class Data:
@@ -56,6 +67,7 @@ class Data:
         classes: their names.
         mean: of each channel of uint8 images in [0, 1], and their ``std``; None for images that
             are taken as they are.
+        skipped: files of its folders that are no images and were left out.
     """
 
     name: str
@@ -64,18 +76,24 @@ class Data:
     classes: tuple[str, ...]
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    skipped: int = 0
+
+    def on(self, device: torch.device) -> Data:
+        """Its parts there, see :meth:`Split.on`."""
+        validation = None if self.validation is None else self.validation.on(device)
+        return replace(self, train=self.train.on(device), validation=validation)
 
     def digest(self) -> str:
         """A hash of the training images and labels; of files their names and sizes."""
-        found = hashlib.sha256(self.train.labels.numpy().tobytes())
+        found = hashlib.sha256(self.train.labels.cpu().numpy().tobytes())
         if self.train.images is not None:
-            found.update(self.train.images.contiguous().view(torch.uint8).numpy().tobytes())
+            found.update(self.train.images.cpu().contiguous().view(torch.uint8).numpy().tobytes())
         for path in self.train.source.paths if self.train.source else ():
             found.update(f"{path.name} {path.stat().st_size}\n".encode())
         return found.hexdigest()[:16]
 
 
-def open_data(spec: str) -> Data:
+def open_data(spec: str, on_bad_file: str = "raise") -> Data:
     """The data set that a command names.
 
     Args:
@@ -83,13 +101,14 @@ def open_data(spec: str) -> Data:
             ``cifar10:DIR`` (its Python version), a ``.npz`` file (``x_train``, ``y_train`` and
             perhaps ``x_test``, ``y_test``, as Keras' own), or a folder with ``train/CLASS/*`` and
             perhaps ``val/CLASS/*``.
+        on_bad_file: of a folder, ``"raise"``, or ``"skip"`` what is no image, with a warning.
 
     Raises:
         ValueError: no such data set, files that are missing or damaged; the message says which.
     """
     name, _, folder = spec.partition(":")
     if spec == "digits":
-        return _normalised(spec, [_split(spec, *digits_split(p)) for p in ("train", "heldout")])
+        return _normalised(spec, [split_of(spec, *digits_split(p)) for p in ("train", "heldout")])
     if name in ("mnist", "fashion-mnist") and folder:
         return _normalised(spec, [_idx(Path(folder), part) for part in IDX])
     if name == "cifar10" and folder:
@@ -97,7 +116,7 @@ def open_data(spec: str) -> Data:
     if spec.endswith(".npz"):
         return _normalised(spec, _npz(Path(spec)))
     if Path(spec).is_dir():
-        return _folder(Path(spec))
+        return _folder(Path(spec), on_bad_file)
     raise ValueError(f"there is no data set {spec!r}; give {SOURCES}")
 
 
@@ -109,13 +128,14 @@ def from_tensors(
     Raises:
         ValueError: their shapes do not fit.
     """
-    parts = [_split("train", images, labels)]
+    parts = [split_of("train", images, labels)]
     if validation is not None:
-        parts.append(_split("validation", *validation))
+        parts.append(split_of("validation", *validation))
     return _normalised(name, parts)
 
 
-def _split(name: str, images: Any, labels: Any) -> Split:
+def split_of(name: str, images: Any, labels: Any) -> Split:
+    """Images and labels of any of the forms that :func:`from_tensors` takes."""
     x, y = torch.as_tensor(images), torch.as_tensor(labels)
     if x.dim() == 3:
         x = x[:, None]
@@ -156,7 +176,7 @@ def _idx(folder: Path, part: str) -> Split:
     """An idx pair, http://yann.lecun.com/exdb/mnist: big-endian magic, sizes, bytes."""
     images = _idx_array(folder, f"{IDX[part]}-images-idx3-ubyte")
     labels = _idx_array(folder, f"{IDX[part]}-labels-idx1-ubyte")
-    return _split(part, torch.from_numpy(images), torch.from_numpy(labels).long())
+    return split_of(part, torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
 def _idx_array(folder: Path, name: str) -> np.ndarray[Any, Any]:
@@ -182,7 +202,7 @@ def _cifar10(folder: Path) -> list[Split]:
         raise ValueError(
             f"there is no whole CIFAR-10 in {folder}: unpack cifar-10-python.tar.gz there ({error})"
         ) from error
-    return [_split("cifar10", part.data, part.targets) for part in parts]
+    return [split_of("cifar10", part.data, part.targets) for part in parts]
 
 
 def _npz(path: Path) -> list[Split]:
@@ -193,9 +213,9 @@ def _npz(path: Path) -> list[Split]:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not {"x_train", "y_train"} <= arrays.keys():
         raise ValueError(f"{path} must hold x_train and y_train; got {', '.join(arrays) or 'none'}")
-    parts = [_split("x_train", arrays["x_train"], arrays["y_train"])]
+    parts = [split_of("x_train", arrays["x_train"], arrays["y_train"])]
     if "x_test" in arrays:
-        parts.append(_split("x_test", arrays["x_test"], arrays["y_test"]))
+        parts.append(split_of("x_test", arrays["x_test"], arrays["y_test"]))
     return parts
 
 
@@ -229,46 +249,63 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
             return read_image(self.paths[index], self.transform), self.labels[index]
 
 
-def _folder(root: Path) -> Data:
+def _folder(root: Path, on_bad_file: str) -> Data:
     if not (root / "train").is_dir():
         raise ValueError(f"{root} must hold train/CLASS/*.jpg and perhaps val/CLASS/*.jpg")
-    train, classes = image_files(root / "train")
+    train = image_files(root / "train", on_bad_file)
     if not (root / "val").is_dir():
-        return Data(str(root), train, None, classes, *IMAGENET)
-    validation, others = image_files(root / "val")
-    if others != classes:
-        odd = ", ".join(sorted(set(classes) ^ set(others)))
+        return replace(train, name=str(root))
+    val = image_files(root / "val", on_bad_file)
+    if val.classes != train.classes:
+        odd = ", ".join(sorted(set(train.classes) ^ set(val.classes)))
         raise ValueError(
             f"{root}/train and {root}/val must have the same classes; not in both: {odd}"
         )
-    return Data(str(root), train, validation, classes, *IMAGENET)
+    skipped = train.skipped + val.skipped
+    return replace(train, name=str(root), validation=val.train, skipped=skipped)
 
 
-def image_files(folder: Path) -> tuple[Split, tuple[str, ...]]:
-    """The images of ``folder/CLASS/*``, each looked at, and the classes.
+def image_files(folder: Path, on_bad_file: str = "raise") -> Data:
+    """The images of ``folder/CLASS/*`` to train on, each looked at.
 
     Raises:
-        ValueError: a class without images, or files that are none.
+        ValueError: a class without images, or files that are none where those are not skipped.
     """
-    from PIL import Image
     from torchvision.datasets import ImageFolder
 
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:  # a class without images, or no class
         raise ValueError(f"{folder} is no folder of classes: {error}") from error
-    bad = []
-    for path, _ in found.samples:
-        try:
-            with Image.open(path) as image:
-                image.verify()
-        except Exception as error:  # damaged files raise nearly anything in Pillow
-            bad.append(f"{path} ({type(error).__name__})")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        faults = list(threads.map(_fault, (path for path, _ in found.samples)))
+    bad = [f"{p} ({f})" for (p, _), f in zip(found.samples, faults, strict=True) if f]
     if bad:
         listed = "; ".join(bad[:10]) + ("; ..." if len(bad) > 10 else "")
-        raise ValueError(f"{len(bad)} of {len(found.samples)} files are no images: {listed}")
-    paths, labels = [Path(path) for path, _ in found.samples], found.targets
-    return Split(None, torch.tensor(labels), ImageFiles(paths, labels)), tuple(found.classes)
+        text = f"{len(bad)} of {len(faults)} files are no images: {listed}"
+        if on_bad_file != "skip":
+            raise ValueError(f"{text}; on_bad_file=skip leaves them out")
+        warnings.warn(f"left out, {text}", stacklevel=2)
+    kept = [sample for sample, fault in zip(found.samples, faults, strict=True) if not fault]
+    labels = [label for _, label in kept]
+    if empty := [name for name, label in found.class_to_idx.items() if label not in {*labels}]:
+        raise ValueError(f"{folder} has no image that can be read of {', '.join(empty)}")
+    source = ImageFiles([Path(path) for path, _ in kept], labels)
+    split, classes = Split(None, torch.tensor(labels), source), tuple(found.classes)
+    return Data(str(folder), split, None, classes, *IMAGENET, skipped=len(bad))
+
+
+def _fault(path: str) -> str:
+    """What is wrong with an image that cannot be decoded whole; empty for others."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.draft(None, (1, 1))  # a JPEG at an eighth of its size
+            image.load()
+    except Exception as error:  # damaged files raise nearly anything in Pillow
+        return type(error).__name__
+    return ""
 
 
 def mixed(*numbers: int) -> int:
@@ -299,16 +336,19 @@ class Batches:
     rank: int = 0
     world: int = 1
 
+    def share(self, epoch: int) -> Tensor:
+        """The indices of this process' images in the epoch's order."""
+        n = len(self.data.train)
+        order = torch.randperm(n, generator=generator(self.config.seed, epoch))
+        return order[: n - n % self.world][self.rank :: self.world]
+
     def order(self, epoch: int) -> list[Tensor]:
         """The indices of each batch of a training epoch.
 
         Processes get equally many; a last batch of one image, on which a batch norm can fail, is
         left out.
         """
-        n = len(self.data.train)
-        order = torch.randperm(n, generator=generator(self.config.seed, epoch))
-        mine = order[: n - n % self.world][self.rank :: self.world]
-        batches = list(mine.split(self.config.batch_size))
+        batches = list(self.share(epoch).split(self.config.batch_size))
         return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
 
     def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -317,11 +357,11 @@ class Batches:
         images = self._images(self.data.train, order, epoch)
         flips, moves = self._drawn(epoch)
         for number, (batch, x) in enumerate(zip(order, images, strict=True), start):
-            y = self.data.train.labels[batch].to(self.device)
+            y = self.data.train.labels[batch.to(self.device)]
             if flips is not None:
                 x = torch.where(flips[batch].to(x.device)[:, None, None, None], x.flip(3), x)
             if moves is not None:
-                x = _moved(x, moves[batch], self.config.shift)
+                x = _moved(x, moves[batch].to(x.device), self.config.shift)
             yield self._blended(self._prepared(x), y, epoch, number)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -330,7 +370,7 @@ class Batches:
         assert part is not None
         order = list(torch.arange(self.rank, len(part), self.world).split(self.config.batch_size))
         for batch, x in zip(order, self._images(part, order, 0), strict=True):
-            yield self._prepared(x), part.labels[batch].to(self.device)
+            yield self._prepared(x), part.labels[batch.to(self.device)]
 
     def sample(self) -> Tensor:
         """One training image as the network gets it."""
@@ -405,11 +445,6 @@ class Batches:
 
 
 def _moved(x: Tensor, moves: Tensor, most: int) -> Tensor:
-    """(N, C, H, W) images moved by ``moves`` - ``most`` pixels down and right, zeros behind."""
-    n, c, h, w = x.shape
-    padded = F.pad(x, [most] * 4)
-    rows = torch.arange(h) + moves[:, :1]
-    columns = torch.arange(w) + moves[:, 1:]
-    image, channel = torch.arange(n)[:, None, None, None], torch.arange(c)[:, None, None]
-    index = (image, channel, rows[:, None, :, None], columns[:, None, None, :])
-    return padded[tuple(i.to(x.device) for i in index)]
+    """(N, C, H, W) images moved by ``moves`` - ``most`` pixels up and left, zeros behind."""
+    windows = F.pad(x, [most] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
+    return windows[torch.arange(len(x), device=x.device), :, moves[:, 0], moves[:, 1]]

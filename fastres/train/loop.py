@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from torch import nn
 from ..models.preprocess import Normalize
 from .checkpoints import Folder
 from .config import Config
-from .data import Batches, Data, from_tensors, open_data
-from .report import Reporter
+from .data import Batches, Data, from_tensors, open_data, split_of
+from .judge import check_labels, judge
 from .trainer import Trainer
 
 
@@ -26,20 +26,36 @@ class Run:
 
     Attributes:
         model: the network, in eval mode, with its last weights.
+        config: the options.
+        data: what it was trained on.
         history: a row for each epoch: ``epoch``, ``lr``, ``train_loss``, ``train_accuracy``,
             ``loss``, ``accuracy`` and ``top5`` of validation (None without), ``images_per_second``,
             ``data_wait`` (share of time), ``seconds`` and ``weights``, a hash of them.
         best: the row of the best epoch.
         folder: where the files are; None for a run without.
-        normalize: turns uint8 images into what the network was trained on; None where images were
-            taken as they were.
     """
 
     model: nn.Module
+    config: Config
+    data: Data
     history: list[dict[str, Any]] = field(default_factory=list)
     best: dict[str, Any] | None = None
     folder: str | None = None
-    normalize: Normalize | None = None
+
+    @property
+    def normalize(self) -> Normalize | None:
+        """Turns uint8 images into what the network was trained on; None for other images."""
+        mean, std = self.data.mean, self.data.std
+        return Normalize(mean, std) if mean and std else None
+
+    def evaluate(self, images: Any, labels: Any) -> dict[str, float]:
+        """``loss``, ``accuracy`` and ``top5`` on images and labels of the form that it trained on.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        part = split_of("evaluation", images, labels)
+        return evaluate(self.model, replace(self.data, validation=part), self.config)
 
 
 def fit(
@@ -84,33 +100,51 @@ def fit(
             its step and a checkpoint; a second ends it at once.
     """
     config = Config.of(options)
-    data = _data(train, labels, validation)
-    rank, world = _join(config)
+    data = _data(train, labels, validation, config)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    joined = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if joined else (0, 1)
     where = torch.device(device) if device is not None else next(model.parameters()).device
     if world > 1 and where.type == "cuda":
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     _check_sizes(data, config, world)
     held = None if folder is None else Folder(folder, resume, overwrite)
-    batches = Batches(data, config, where, rank, world)
+    batches = Batches(data.on(where), config, where, rank, world)
     with _deterministic(config):
         torch.manual_seed(config.seed)
-        trainer = Trainer(model, batches, held, Reporter(progress and rank == 0, config.epochs))
-        trainer.check_labels()
+        trainer = Trainer(model, batches, held, progress)
+        check_labels(trainer.model, batches)
         if held is not None:
             trainer.describe(described or {}, resume, allow_change)
         trainer.run()
-    normalize = Normalize(data.mean, data.std) if data.mean and data.std else None
     kept = None if held is None else str(held.path)
-    return Run(trainer.model, trainer.history, trainer.best, kept, normalize)
+    return Run(trainer.model, config, data, trainer.history, trainer.best, kept)
 
 
-def _data(train: Any, labels: Any, validation: tuple[Any, Any] | None) -> Data:
+def evaluate(
+    model: nn.Module, data: Data, config: Config, device: torch.device | str | None = None
+) -> dict[str, float]:
+    """``loss``, ``accuracy`` and ``top5`` of a network on the data's validation images.
+
+    Raises:
+        ValueError: there are none, or labels that the network has no logit for.
+    """
+    if data.validation is None:
+        raise ValueError(f"{data.name} has no validation images to be judged by")
+    where = torch.device(device) if device is not None else next(model.parameters()).device
+    batches = Batches(data.on(where), config, where)
+    check_labels(model.to(where), batches)
+    return judge(model, batches)
+
+
+def _data(train: Any, labels: Any, validation: Any, config: Config) -> Data:
     if isinstance(train, Data):
         return train
     if isinstance(train, (str, os.PathLike)):
         if labels is not None or validation is not None:
             raise ValueError(f"labels and validation do not go with {str(train)!r}, which has them")
-        return open_data(os.fspath(train))
+        return open_data(os.fspath(train), config.on_bad_file)
     if labels is None and isinstance(train, (tuple, list)) and len(train) == 2:
         train, labels = train
     if labels is None:
@@ -119,21 +153,16 @@ def _data(train: Any, labels: Any, validation: tuple[Any, Any] | None) -> Data:
 
 
 def _check_sizes(data: Data, config: Config, world: int) -> None:
-    """Raises ValueError where not every process can get one whole batch."""
+    """Raises ValueError where a process gets no whole batch, or there is no file for a worker."""
     if config.batch_size * world > len(data.train):
         raise ValueError(
             f"batch_size must be at most the {len(data.train)} training images over {world} "
             f"processes, got {config.batch_size}"
         )
-
-
-def _join(config: Config) -> tuple[int, int]:
-    """This process' rank and the number of processes, which torchrun tells."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    if config.workers > len(data.train):
+        raise ValueError(
+            f"workers must be at most the {len(data.train)} training images, got {config.workers}"
+        )
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 from torch.optim import lr_scheduler
@@ -66,9 +64,3 @@ def average_of(model: nn.Module, config: Config, world: int) -> AveragedModel | 
     scale = world * config.batch_size * config.model_ema_steps / config.epochs
     decay = 1.0 - min(1.0, (1.0 - config.model_ema_decay) * scale)
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-
-
-def autocast(config: Config, device: torch.device) -> Any:
-    """The context of a forward pass in the run's precision."""
-    kind = torch.float16 if config.amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, kind, enabled=config.amp != "none")

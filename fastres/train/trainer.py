@@ -1,8 +1,8 @@
-"""A training run in progress: steps, epochs, what it judges and what it saves."""
+"""A training run in progress: steps, epochs and what it saves."""
 
 from __future__ import annotations
 
-import hashlib
+import json
 import math
 import platform
 import signal
@@ -10,76 +10,67 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
+from ..files import atomic_write
 from ..models.checkpoint import save_checkpoint
+from ..models.pretrained import BEST, RUN, read_run
 from ..version import __version__
-from . import checkpoints
-from .checkpoints import Folder
-from .config import Config
+from .checkpoints import LAST, MODEL, Folder, random_state, restore_random_state
 from .data import Batches
-from .optimize import autocast, average_of, optimizer_of, schedule_of
-from .report import Reporter, draws, line, write_curves, write_metrics
+from .judge import NOT_JUDGED, autocast, digest, judge, over_ranks
+from .optimize import average_of, optimizer_of, schedule_of
+from .report import CURVES, METRICS, Reporter, draws, write_curves, write_metrics
+from .taps import ReachedTaps
+
+LOOKS = 50  # steps between looks at the loss, for which a GPU has to be waited for
 
 
 class Trainer:
     """A run in progress."""
 
     def __init__(
-        self, model: nn.Module, batches: Batches, folder: Folder | None, reporter: Reporter
+        self, model: nn.Module, batches: Batches, folder: Folder | None, shown: bool
     ) -> None:
         config, device = batches.config, batches.device
         order = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model = model.to(device).to(memory_format=order)  # type: ignore[call-overload]
         if config.sync_bn and batches.world > 1:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        self.config, self.batches, self.folder = config, batches, folder
-        self.device, self.reporter = device, reporter
+        self.config, self.batches, self.folder, self.device = config, batches, folder, device
+        self.first = batches.rank == 0
         self.average = average_of(self.model, config, batches.world)
-        wrapped: nn.Module = self.model
+        self.kept: nn.Module = self.model if self.average is None else self.average.module
+        self.distributed: nn.Module = self.model
         if batches.world > 1:
-            wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-        self.distributed = wrapped
-        self.stepped: Any = torch.compile(wrapped) if config.compile else wrapped
+            self.distributed = DistributedDataParallel(self.model, broadcast_buffers=False)
+        self.stepped: Any = torch.compile(self.distributed) if config.compile else self.distributed
+        plain = device.type == "cpu" and not config.compile
+        self.taps: ReachedTaps | nullcontext[None] = ReachedTaps() if plain else nullcontext()
         self.optimizer = optimizer_of(self.model, config)
         self.steps = math.ceil(len(batches.order(0)) / config.accumulate)
+        self.reporter = Reporter(shown and self.first, config.epochs, self.steps)
         self.schedule = schedule_of(self.optimizer, config, self.steps)
         scaled = config.amp == "fp16" and device.type == "cuda"
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self.epoch, self.step = 0, 0
+        self.parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        self.parts |= {"schedule": self.schedule, "scaler": self.scaler}
+        self.parts |= {} if self.average is None else {"average": self.average}
+        self.epoch, self.step, self.stopped_by = 0, 0, 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, right, images
         self.saved = time.monotonic()
-        self.stopped_by = 0
         self.random: dict[str, Any] | None = None
-
-    def check_labels(self) -> None:
-        """Raises ValueError for a label that the network has no logit for."""
-        self.model.eval()
-        with torch.inference_mode():
-            logits = self.model(self.batches.sample())
-        if not isinstance(logits, Tensor) or logits.dim() != 2:
-            raise ValueError("model must give (N, classes) logits for (N, C, H, W) images")
-        data = self.batches.data
-        for name, part in (("training", data.train), ("validation", data.validation)):
-            if part is None:
-                continue
-            wrong = ((part.labels < 0) | (part.labels >= logits.shape[1])).nonzero().flatten()
-            if len(wrong):
-                raise ValueError(
-                    f"{name} labels must be below the model's {logits.shape[1]} logits; "
-                    f"got {int(part.labels[wrong[0]])} at index {int(wrong[0])}"
-                )
 
     def describe(
         self, described: dict[str, Any], resume: bool, allow_change: Sequence[str]
@@ -91,55 +82,56 @@ class Trainer:
             **described,
             "data": data.name,
             "data_hash": data.digest(),
+            "skipped": data.skipped,
             "classes": list(data.classes),
             "mean": data.mean,
             "std": data.std,
             "world": self.batches.world,
-            "options": self.config.to_dict(),
+            "options": asdict(self.config),
             "fastres": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
         }
         if resume:
-            _refuse_changes(checkpoints.read_config(self.folder.path), now, allow_change)
+            _refuse_changes(read_run(self.folder.path), now, allow_change)
             self._restore(self.folder.load())
-        if self.batches.rank == 0:
-            self.folder.write_config(now)
+        if self.first:
+            text = json.dumps(now, indent=1) + "\n"
+            atomic_write(self.folder.path / RUN, text.encode())
             if not draws():
-                self.reporter.say("curves.png needs matplotlib: install fastres[train]")
+                self.reporter.say(f"{CURVES} needs matplotlib: install fastres[train]")
 
     def run(self) -> None:
         """All epochs that are left."""
+        left_out = len(self.batches.share(0)) - sum(map(len, self.batches.order(0)))
+        if left_out:
+            self.reporter.say("a last batch of one image is left out: its norms would be of one")
         with self._signals():
             while self.epoch < self.config.epochs:
                 self._train_epoch()
                 self._end_epoch()
         self.model.eval()
-        if self.folder is not None and self.batches.rank == 0:
-            save_checkpoint(self._judged(), self.folder.path / checkpoints.MODEL)
+        if self.folder is not None and self.first:
+            save_checkpoint(self.kept, self.folder.path / MODEL)
 
     def _train_epoch(self) -> None:
         """The epoch's steps from ``self.step`` on."""
         self.model.train()
-        accumulate, epoch = self.config.accumulate, self.epoch
-        batches = self.batches.train(epoch, self.step * accumulate)
+        accumulate = self.config.accumulate
+        batches = self.batches.train(self.epoch, self.step * accumulate)
         if self.random is not None:  # of a checkpoint; a loader has drawn from it by now
-            checkpoints.restore_random_state(self.random, self.device)
+            restore_random_state(self.random, self.device)
             self.random = None
-        self.reporter.begin(epoch + 1, self.steps, self.step)
-        self.started, self.waited = time.perf_counter(), 0.0
-        self.images = 0
+        self.started, self.waited, self.images = time.perf_counter(), 0.0, 0
         while self.step < self.steps:
             before = time.perf_counter()
             group = list(islice(batches, accumulate))
-            ready = time.perf_counter()
+            self.waited += time.perf_counter() - before
             images = self._take_step(group)
             self.images += images
             self.step += 1
-            self.waited += ready - before
-            self.reporter.step(
-                epoch + 1, self.step, self.steps, images, time.perf_counter() - before
-            )
+            self.reporter.step(self.epoch, self.step, images, time.perf_counter() - before)
             self._pause()
 
     def _take_step(self, group: Sequence[tuple[Tensor, Tensor]]) -> int:
@@ -148,15 +140,16 @@ class Trainer:
         for number, (x, y) in enumerate(group, 1):
             waits = number < len(group) and isinstance(self.distributed, DistributedDataParallel)
             with self.distributed.no_sync() if waits else nullcontext():  # type: ignore[operator]
-                with autocast(self.config, self.device):
+                with autocast(self.config, self.device), self.taps:
                     logits = self.stepped(x)
+                if not getattr(self.taps, "found", True):
+                    self.taps = nullcontext()
                 loss = self.criterion(logits.float(), y)
                 self.scaler.scale(loss * (len(x) / total)).backward()
             hard = y if y.dim() == 1 else y.argmax(1)
             right = (logits.detach().argmax(1) == hard).sum()
-            self.sums += torch.stack(
-                [loss.detach() * len(x), right, torch.tensor(len(x)).to(right)]
-            )
+            seen = torch.tensor(len(x)).to(right)
+            self.sums += torch.stack([loss.detach() * len(x), right, seen])
         if self.config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
@@ -176,20 +169,18 @@ class Trainer:
         """Judge the epoch, write what it gave, go on to the next."""
         self._refuse_nan()
         seconds = time.perf_counter() - self.started
-        sums = self._over_ranks(self.sums.clone())
-        loss, accuracy, top5 = self._judge()
+        loss, right, images = over_ranks(self.sums.clone(), self.batches.world).tolist()
         rate = self.optimizer.param_groups[0]["lr"]
+        judged = judge(self.kept, self.batches) if self.batches.data.validation else NOT_JUDGED
         if self.config.lr_scheduler != "onecycle":
             self.schedule.step()
         self.epoch, self.step = self.epoch + 1, 0
         row = {
             "epoch": self.epoch,
             "lr": rate,
-            "train_loss": float(sums[0] / sums[2]),
-            "train_accuracy": float(sums[1] / sums[2]),
-            "loss": loss,
-            "accuracy": accuracy,
-            "top5": top5,
+            "train_loss": loss / images,
+            "train_accuracy": right / images,
+            **judged,
             "images_per_second": self.images * self.batches.world / seconds,
             "data_wait": self.waited / seconds,
             "seconds": seconds,
@@ -197,84 +188,57 @@ class Trainer:
         }
         self.history.append(row)
         self.sums.zero_()
-        better = self.best is None or _value(row, self.config) > _value(self.best, self.config)
-        if better:
-            self.best = row
-        self.reporter.say(line(row, self.config.epochs))
+        better = self.best is None or self._value(row) > self._value(self.best)
+        self.best = row if better else self.best
+        self.reporter.epoch(row)
         self._write(better)
         self._end_if_signalled()
+
+    def _value(self, row: dict[str, Any]) -> float:
+        """What the best epoch has most of."""
+        monitor = self.config.monitor
+        value = float(row[monitor if row["accuracy"] is not None else f"train_{monitor}"])
+        return value if monitor == "accuracy" else -value
 
     def _write(self, better: bool) -> None:
         """Write what the epoch gave; last the checkpoint, after which it is not made again."""
         if self.folder is None:
             return
         path = self.folder.path
-        if self.batches.rank == 0:
-            metadata = {"epoch": str(self.epoch)}
+        if self.first:
             if better:
-                save_checkpoint(self._judged(), path / checkpoints.BEST, metadata=metadata)
+                save_checkpoint(self.kept, path / BEST, metadata={"epoch": str(self.epoch)})
             if self.config.keep and self.epoch % self.config.keep == 0:
-                save_checkpoint(self._judged(), path / f"epoch{self.epoch}.safetensors")
-            write_metrics(self.history, path / "metrics.csv")
+                save_checkpoint(self.kept, path / f"epoch{self.epoch}.safetensors")
+            write_metrics(self.history, path / METRICS)
             if draws():
-                write_curves({"": self.history}, path / "curves.png")
+                write_curves({"": self.history}, path / CURVES)
         self._save()
-
-    def _judged(self) -> nn.Module:
-        """The network that is judged and kept: the average, where there is one."""
-        if self.average is None:
-            return self.model
-        averaged: nn.Module = self.average.module
-        return averaged
-
-    def _judge(self) -> tuple[float | None, float | None, float | None]:
-        """Loss, accuracy and top-5 accuracy on the validation images, each counted once."""
-        if self.batches.data.validation is None:
-            return None, None, None
-        model = self._judged().eval()
-        if self.batches.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        found = torch.zeros(4, dtype=torch.float64, device=self.device)
-        with torch.inference_mode(), autocast(self.config, self.device):
-            for x, y in self.batches.validation():
-                logits = model(x).float()
-                ranks = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-                loss = F.cross_entropy(logits, y, reduction="sum")
-                counts = (loss, ranks[:, 0].sum(), ranks.sum(), torch.tensor(len(x)).to(loss))
-                found += torch.stack([c.double() for c in counts])
-        loss, right, close, total = self._over_ranks(found).tolist()
-        return loss / total, right / total, close / total
-
-    def _over_ranks(self, counts: Tensor) -> Tensor:
-        if self.batches.world > 1:
-            dist.all_reduce(counts)
-        return counts
 
     def _pause(self) -> None:
         """Between steps: save where it is time, end where a signal asks for it."""
         config = self.config
+        if self.device.type == "cpu" or self.step % LOOKS == 0:
+            self._refuse_nan()
         due = time.monotonic() - self.saved > 60 * config.save_minutes
         due |= bool(config.save_steps) and self.step % config.save_steps == 0
         asked = torch.tensor([float(due), float(self.stopped_by)])
         if self.batches.world > 1:  # all or none, or one waits for ever in the next step
             asked = asked.to(self.device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if self.folder is not None and self.step < self.steps and asked.any():
-            self._refuse_nan()
-            self._save()
         self.stopped_by = int(asked[1])
         if self.step < self.steps:
+            if self.folder is not None and asked.any():
+                self._refuse_nan()
+                self._save()
             self._end_if_signalled()
 
     def _end_if_signalled(self) -> None:
         if not self.stopped_by:
             return
         if self.folder is not None:
-            self.reporter.say(
-                f"saved {self.folder.path / checkpoints.LAST}; go on with: "
-                f"fastres train --resume {self.folder.path}"
-            )
+            path = self.folder.path
+            self.reporter.say(f"saved {path / LAST}; go on with: fastres train --resume {path}")
         if self.stopped_by == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.stopped_by)
@@ -284,7 +248,7 @@ class Trainer:
         if bool(self.sums.isfinite().all()):
             return
         kept = ""
-        if self.folder is not None and self.batches.rank == 0:
+        if self.folder is not None and self.first:
             kept = f"; the weights are in {self.folder.path / 'nan.safetensors'}"
             save_checkpoint(self.model, self.folder.path / "nan.safetensors")
         raise TrainingError(
@@ -294,87 +258,55 @@ class Trainer:
 
     def _save(self) -> None:
         """The whole state, of every process; the first writes it."""
-        state = checkpoints.random_state(self.device)
-        states: list[Any] = [state]
+        states: list[Any] = [random_state(self.device)]
         if self.batches.world > 1:
-            states = [None] * self.batches.world
-            dist.all_gather_object(states, state)
-        if self.folder is not None and self.batches.rank == 0:
-            self.folder.save(
-                {
-                    **{name: part.state_dict() for name, part in self._parts().items()},
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "sums": self.sums,
-                    "history": self.history,
-                    "best": self.best,
-                    "random": states,
-                }
-            )
+            states *= self.batches.world
+            dist.all_gather_object(states, states[0])
+        if self.folder is not None and self.first:
+            tree = {name: part.state_dict() for name, part in self.parts.items()}
+            tree |= {"epoch": self.epoch, "step": self.step, "sums": self.sums}
+            tree |= {"history": self.history, "best": self.best, "random": states}
+            self.folder.save(tree)
         self.saved = time.monotonic()
 
     def _restore(self, held: dict[str, Any]) -> None:
-        for name, part in self._parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(held[name])
         self.epoch, self.step = held["epoch"], held["step"]
         self.history, self.best = held["history"], held["best"]
         self.sums = held["sums"].to(self.device)
         self.random = held["random"][self.batches.rank]
 
-    def _parts(self) -> dict[str, Any]:
-        """What has a state dict."""
-        parts = {"model": self.model, "optimizer": self.optimizer, "schedule": self.schedule}
-        parts |= {"scaler": self.scaler}
-        return parts | ({} if self.average is None else {"average": self.average})
-
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """In here a first SIGINT, SIGTERM or SIGUSR1 is only noted; a second does what it did."""
         before: dict[int, Any] = {}
 
-        def note(number: int, frame: Any) -> None:
-            self.stopped_by = number
-            for known, handler in before.items():
-                signal.signal(known, handler)
-            self.reporter.say("ending after this step; once more to end at once")
-
-        if self.folder is not None and threading.current_thread() is threading.main_thread():
-            names = [n for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)]
-            before = {n: signal.getsignal(n) for n in (getattr(signal, name) for name in names)}
-            for number in before:
-                signal.signal(number, note)
-        try:
-            yield
-        finally:
+        def put_back() -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+        def note(number: int, frame: Any) -> None:
+            self.stopped_by = number
+            put_back()
+            self.reporter.say("ending after this step; once more to end at once")
 
-def _value(row: dict[str, Any], config: Config) -> float:
-    """What the best epoch has most of."""
-    part = "train_" if row["accuracy"] is None else ""
-    value = float(row[part + config.monitor])
-    return value if config.monitor == "accuracy" else -value
+        if self.folder is not None and threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+                if number := getattr(signal, name, None):
+                    before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            put_back()
 
 
 def _refuse_changes(then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
     """Raises ValueError for what a resumed run has otherwise than before, unless it may."""
     before, after = ({**run, **run.get("options", {})} for run in (then, now))
     for name in (*now["options"], "model", "arguments", "classes", "world", "data_hash"):
-        same = before.get(name) == (list(v) if isinstance(v := after.get(name), tuple) else v)
-        if not same and name not in allowed:
+        if before.get(name) != after.get(name) and name not in allowed:
             raise ValueError(
                 f"{name} was {before.get(name)!r} in the run to resume, got {after.get(name)!r}; "
                 f"allow_change={name} goes on all the same"
             )
-
-
-def digest(model: nn.Module) -> str:
-    """A hash of all parameters and buffers."""
-    found = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        found.update(name.encode())
-        found.update(
-            value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        )
-    return found.hexdigest()[:16]

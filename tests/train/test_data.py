@@ -99,11 +99,43 @@ def test_folders_of_classes(workers, tmp_path):
     assert not torch.equal(crops[1], crops[2])
 
 
-def test_a_damaged_picture_is_named_at_the_start(tmp_path):
+def test_damaged_pictures_are_named_at_the_start_or_left_out(tmp_path):
+    """One that is none, and a JPEG whose second half is missing, of which the header is whole."""
     pictures(tmp_path)
+    image = pytest.importorskip("PIL.Image")
     (tmp_path / "train" / "dog" / "1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"1 of 6 files are no images: .*dog/1.png"):
+    cut = tmp_path / "val" / "cat" / "cut.jpg"
+    image.fromarray(GIVEN.integers(0, 256, (90, 90, 3), np.uint8)).save(cut)
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"1 of 6 files are no images: .*dog/1.png .*=skip leaves"):
         open_data(str(tmp_path))
+    with pytest.warns(UserWarning, match=r"left out, 1 of . files are no images") as said:
+        data = open_data(str(tmp_path), on_bad_file="skip")
+    assert [name in str(w.message) for w, name in zip(said, ("dog/1.png", "cut.jpg"), strict=True)]
+    assert data.skipped == 2
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert [path.name for path in data.train.source.paths[3:]] == ["0.png", "2.png"]
+    assert len(data.validation) == 6
+    for name in ("0.png", "2.png"):
+        (tmp_path / "train" / "dog" / name).write_bytes(b"")
+    with pytest.warns(match="left out"), pytest.raises(ValueError, match="read of dog"):
+        open_data(str(tmp_path), on_bad_file="skip")
+
+
+def test_small_sets_live_on_the_device(monkeypatch):
+    """The meta device stands for a GPU: only small images go there, the labels always."""
+    images = torch.zeros(6, 1, 4, 4, dtype=torch.uint8)
+    data = from_tensors(images, torch.arange(6) % 2, (images[:2], torch.tensor([0, 1])))
+    there = data.on(torch.device("meta"))
+    assert there.train.images.is_meta
+    assert there.train.labels.is_meta
+    assert there.validation.images.is_meta
+    monkeypatch.setattr("fastres.train.data.ON_DEVICE", 96)
+    there = data.on(torch.device("meta"))
+    assert not there.train.images.is_meta
+    assert there.train.labels.is_meta
+    assert there.validation.images.is_meta
+    assert not data.train.images.is_meta
 
 
 def test_folders_that_are_no_data_set(tmp_path):

@@ -14,11 +14,12 @@ from torch import nn
 import fastres
 from fastres import cli
 from fastres.errors import TrainingError
+from fastres.models.pretrained import load_network
 from fastres.train import checkpoints
 from fastres.train.config import Config
 from fastres.train.data import Batches, from_tensors
+from fastres.train.judge import digest
 from fastres.train.loop import fit
-from fastres.train.trainer import digest
 
 GIVEN = torch.Generator().manual_seed(7)
 IMAGES = torch.randint(0, 256, (50, 1, 8, 8), generator=GIVEN, dtype=torch.uint8)
@@ -231,6 +232,13 @@ def test_a_nest_survives_its_file(tmp_path):
         checkpoints.pack({"x": {1}})
 
 
+def test_a_last_batch_that_is_left_out_is_said(capsys):
+    fit(network(), IMAGES[:49], LABELS[:49], epochs=1, batch_size=16, lr=0.05)
+    assert "a last batch of one image is left out" in capsys.readouterr().err
+    fit(network(), IMAGES, LABELS, epochs=1, batch_size=16, lr=0.05)
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
     options = {"folder": tmp_path, "epochs": 3, "save_steps": 1, "lr_scheduler": "constant"}
     with pytest.raises(TrainingError, match=r"by step \d of epoch 1, lr 1e\+30"):
@@ -256,6 +264,8 @@ MISTAKES = {
         "lr_warmup_epochs goes with other schedulers",
     ),
     "large": ({"batch_size": 64}, ValueError, "batch_size must be at most the 50"),
+    "workers": ({"workers": 51}, ValueError, "workers must be at most the 50 training images"),
+    "bad files": ({"on_bad_file": "stop"}, ValueError, "on_bad_file must be one of raise, skip"),
     "resume": ({"folder": "x", "resume": True}, ValueError, "no checkpoint to resume in x"),
 }
 
@@ -294,9 +304,19 @@ def test_another_run_is_neither_replaced_nor_mixed_in(tmp_path):
     train(network(), folder=tmp_path)
     with pytest.raises(ValueError, match="holds another run"):
         train(network(), folder=tmp_path)
-    for change, text in (({"lr": 0.1}, "lr was 0.05 in the run to resume, got 0.1"),):
+    for change, text in (
+        ({"lr": 0.1}, "lr was 0.05 in the run to resume, got 0.1"),
+        (
+            {"described": {"model": "resnet34"}},
+            "model was None in the run to resume",
+        ),
+    ):
         with pytest.raises(ValueError, match=text):
             train(network(), folder=tmp_path, resume=True, **change)
+    fewer = LABELS.clamp(max=1)
+    with pytest.raises(ValueError, match=r"classes was \['0', '1', '2'\] in the run to resume"):
+        fit(network(), IMAGES, fewer, folder=tmp_path, resume=True, epochs=2, batch_size=16,
+            lr=0.05, progress=False)  # fmt: skip
     with pytest.raises(ValueError, match="data_hash was"):
         fit(network(), IMAGES + 1, LABELS, folder=tmp_path, resume=True, epochs=2, batch_size=16,
             lr=0.05, progress=False)  # fmt: skip
@@ -320,7 +340,7 @@ def test_the_command(tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["history"]) == 2
     fused = tmp_path / "fused.safetensors"
     assert cli.run(["convert", str(tmp_path / "run"), str(fused), "--size", "8"]) == 0
-    x, loaded = torch.rand(5, 1, 8, 8), checkpoints.load_trained(tmp_path / "run")
+    x, loaded = torch.rand(5, 1, 8, 8), load_network(str(tmp_path / "run"))
     with torch.no_grad():
         torch.testing.assert_close(fastres.load(fused)(x), loaded(x), rtol=1e-3, atol=1e-3)
     capsys.readouterr()

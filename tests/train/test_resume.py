@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from fastres.train import checkpoints, trainer
+from fastres.train.judge import digest
 from fastres.train.loop import fit
-from fastres.train.trainer import digest
 
 ROOT = Path(__file__).parents[2]
 GIVEN = torch.Generator().manual_seed(7)

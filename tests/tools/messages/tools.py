@@ -148,6 +148,7 @@ COMMANDS = (
     "verify resnet18 --weights DEFAULT --checkpoint a.pth",
     "quantize resnet18 --data digits -o q.safetensors",
     *("train", "train imagenet", "train digits --opt lamb", "train --resume gone"),
+    *("train digits --test-only", "report runs gone other"),
     *("report", "report compare gone.json gone.json", "report compare a.json"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastres.models.pretrained import load_network, read_run
 from fastres.train import checkpoints
 from fastres.train.config import Config
 from fastres.train.data import from_tensors, open_data
-from fastres.train.loop import fit
-from messages.provoke import add, case
+from fastres.train.loop import evaluate, fit
+from fastres.train.report import compared, write_curves
+from messages.provoke import add, case, without
 
 IMAGES = torch.arange(6 * 16.0).view(6, 1, 4, 4)
 LABELS = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -70,13 +73,13 @@ def _() -> None:
 
 
 add("train: state of another kind", lambda: checkpoints.pack({"a": {1}}))
-add("train: no folder of a run", lambda: checkpoints.read_config("nowhere"))
+add("train: no folder of a run", lambda: read_run("nowhere"))
 
 
 @case("train: options that are no object")
 def _() -> None:
     Path("config.json").write_text("[]")
-    checkpoints.read_config(".")
+    read_run(".")
 
 
 add("train: no such data set", lambda: open_data("imagenet"))
@@ -128,3 +131,53 @@ def _() -> None:
     _picture("train/cat/1.png")
     Path("train/cat/2.png").write_bytes(b"no picture")
     open_data(".")
+
+
+@case("train: pictures of one class all damaged")
+def _() -> None:
+    _picture("train/cat/1.png")
+    Path("train/dog").mkdir()
+    Path("train/dog/1.png").write_bytes(b"no picture")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        open_data(".", on_bad_file="skip")
+
+
+add("train: more workers than images", lambda: train(workers=7))
+
+
+@case("train: nothing to be judged by")
+def _() -> None:
+    evaluate(nn.Identity(), from_tensors(IMAGES, LABELS), Config())
+
+
+@case("train: weights beside a run")
+def _() -> None:
+    Path("config.json").write_text("{}")
+    load_network(".", weights="DEFAULT")
+
+
+@case("report runs: a folder without an epoch")
+def _() -> None:
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text("{}")
+    compared(["a", "b"])
+
+
+@case("report runs: a folder with an empty table")
+def _() -> None:
+    for name in ("a", "b"):
+        Path(name).mkdir()
+        (Path(name) / "config.json").write_text("{}")
+        (Path(name) / "metrics.csv").write_text("epoch,loss\n")
+    compared(["a", "b"])
+
+
+add("report runs: one folder", lambda: compared(["a"]))
+
+
+@case("report runs: no matplotlib")
+def _() -> None:
+    with without("matplotlib"):
+        write_curves({}, Path("both.png"))
