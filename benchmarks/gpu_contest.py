@@ -23,8 +23,9 @@ from torch import Tensor
 
 from fastres.backends.aten import cudnn_benchmarking
 from fastres.bench.run import float32_products
-from fastres.perf.clocks import captured
-from fastres.perf.timing import Method, measure, one_line
+from fastres.errors import one_line
+from fastres.perf.timing import Method, measure
+from fastres.runtime.clocks import captured
 from fastres.runtime.tolerance import allowed_error, rms
 
 Operands = tuple[Any, ...]

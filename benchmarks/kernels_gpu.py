@@ -183,7 +183,7 @@ def attempt(log: Log, key: tuple[str, str], run: Callable[[], dict[str, Any]]) -
     """One case into the log; False when the device no longer answers."""
     import torch
 
-    from fastres.perf.timing import one_line
+    from fastres.errors import one_line
 
     log.add(*key, "began")
     started = time.perf_counter()
@@ -235,7 +235,7 @@ def dry(names: Sequence[str]) -> int:
     import torch
 
     from benchmarks.gpu_contest import Setting
-    from fastres.perf.timing import one_line
+    from fastres.errors import one_line
 
     bad = 0
     real = Setting(torch.device("cpu"))

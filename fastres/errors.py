@@ -51,3 +51,9 @@ class InputTypeError(FastresError, TypeError, RuntimeError):
 
 class TrainingError(FastresError, RuntimeError):
     """A training run that cannot go on: its loss is no finite number."""
+
+
+def one_line(error: Exception) -> str:
+    """The type of an exception and the first line of its message."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

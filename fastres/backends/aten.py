@@ -26,6 +26,7 @@ class AtenOps:
 
     name: ClassVar[str] = "torch"
     falls_back = False  # whether others go on where it fails; else that is an error
+    tuning_seconds = 0.0  # that a shape's kernels may be measured for before it is captured
     emulated = False  # the products, on a processor without instructions for the dtype
     fused_relu_drops_nan: ClassVar[bool] = False
 

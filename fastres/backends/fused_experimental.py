@@ -171,7 +171,7 @@ class HwncOps(TritonOps):
         device: torch.device,
     ) -> Grouping:
         nhwc = TritonOps(cudnn=Cudnn.name in self.by_name, selector=self.selector)
-        wanted = {name for name in EXPERIMENTAL if self._selector(device).forced.get(name)}
+        wanted = {name for name in EXPERIMENTAL if self.selector_on(device).forced.get(name)}
         found = self.candidates(plan, dtype, device)
         if plan.fallbacks or not any(group.kernel in wanted for group in found):
             return nhwc.group_steps(plan, shapes, dtype, device)

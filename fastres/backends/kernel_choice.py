@@ -20,15 +20,21 @@ import torch
 
 from ..files import atomic_write, check_target, read_text
 from ..graph.patterns import Workload
+from .aten import conv_precision
 from .fused import EXPERIMENTAL, KERNELS
 from .kernel_table import shipped
 
 FORMAT = 1
+DEFAULT = "conv2d"
+"""What serves a convolution where nothing else was chosen."""
 UNFUSED = "unfused"
 FORMER = {"rot2": "b2b_gemm", "gemm_pair": "dual_gemm", "apart": UNFUSED}
 """Names that FASTRES_KERNELS and measured files may still hold."""
 PATH_VARIABLE = "FASTRES_TUNED"
 FORCE_VARIABLE = "FASTRES_KERNELS"
+TUNE_VARIABLE = "FASTRES_TUNE"
+TUNE_SECONDS = 2.0
+LOCK_SECONDS = 5.0  # that a network waits for others to write measurements
 NEAREST = 2.0
 LARGEST = 2**24  # bytes of a file of measurements; a GPU has some thousands
 
@@ -40,10 +46,17 @@ class Measurement:
     Attributes:
         seconds: of one call, by kernel; ``"unfused"`` stands for the best way without the kernel.
         excluded: kernels that are out, each with the reason: a wrong answer, an error.
+        chosen: the kernel that serves the workload, if that is not the one of least time.
     """
 
     seconds: dict[str, float]
     excluded: dict[str, str] = field(default_factory=dict)
+    chosen: str = ""
+
+    def choice(self, unavailable: Iterable[str] = ()) -> str:
+        """The kernel that serves the workload, but for those ``unavailable``."""
+        usable = self.seconds.keys() - set(unavailable)
+        return self.chosen if self.chosen in usable else self.fastest(unavailable)
 
     def fastest(self, unavailable: Iterable[str] = ()) -> str:
         """The kernel of least time but for those ``unavailable``; ``""`` if none is left."""
@@ -95,11 +108,20 @@ class KernelSelector:
             return Decision(self.forced[kernel], self.forced_by)
         if workload is None:
             return Decision(False, "sizes not known")
-        found = _nearest(self.measured.get(workload.key, {}), workload.batch)
+        found = self.found(workload)
         if found is not None:
-            return Decision(found.fastest(self.unavailable) == kernel, found.sentence(kernel))
+            return Decision(found.choice(self.unavailable) == kernel, found.sentence(kernel))
         rule = shipped(self.architecture, kernel, workload)
         return Decision(rule is not None, rule.evidence if rule else "")
+
+    def found(self, workload: Workload) -> Measurement | None:
+        """What was measured for the workload, at the closest batch size within a factor of two."""
+        return _nearest(self.measured.get(workload.key, {}), workload.batch)
+
+    def why_default(self, workload: Workload | None) -> str:
+        """Why no other kernel serves a convolution."""
+        found = self.found(workload) if workload else None
+        return found.sentence(DEFAULT) if found else "predicted: no rule for another kernel"
 
 
 def only(*kernels: str, architecture: str = "sm_90") -> KernelSelector:
@@ -127,13 +149,35 @@ def standard(device: torch.device, unavailable: frozenset[str] = frozenset()) ->
     Raises:
         ValueError: FASTRES_KERNELS names what does not exist.
     """
+
+    def name() -> str:
+        return machine(device)
+
     return KernelSelector(
         architecture_of(device),
-        load(cache_path(), lambda: machine(device)),
+        _merged(load(cache_path(), name), _unwritten.get(name(), {}) if _unwritten else {}),
         forced(os.environ.get(FORCE_VARIABLE, "")),
         FORCE_VARIABLE,
         unavailable,
     )
+
+
+def tuning_seconds() -> float:
+    """FASTRES_TUNE: how long the pieces of a network are measured for a new shape; 0 is never.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    text = os.environ.get(TUNE_VARIABLE) or str(TUNE_SECONDS)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(
+            f"FASTRES_TUNE takes seconds a shape, at least 0 (0 measures nothing); got {text!r}"
+        )
+    return seconds
 
 
 def forced(text: str) -> dict[str, bool]:
@@ -157,6 +201,11 @@ def _nearest(by_batch: Mapping[int, Measurement], batch: int) -> Measurement | N
 
     closest = min(by_batch, key=distance, default=None)
     return None if closest is None or distance(closest) > NEAREST else by_batch[closest]
+
+
+def math_mode_of(dtype: torch.dtype) -> str:
+    """``"half"``, or how float32 is multiplied: ``"tf32"``, ``"ieee"``."""
+    return conv_precision() if dtype is torch.float32 else "half"
 
 
 def architecture_of(device: torch.device) -> str:
@@ -206,8 +255,8 @@ def cache_path() -> Path:
 def load(path: Path, machine_name: Callable[[], str]) -> Measured:
     """What was measured on this machine with these versions; nothing where there is no file.
 
-    A file that cannot be understood, or that holds nothing for this machine, is ignored with one
-    warning.
+    A file that cannot be understood is ignored with one warning; so is one that holds nothing for
+    this machine where FASTRES_TUNE keeps networks from measuring it by themselves.
     """
     try:
         status = path.stat()
@@ -223,7 +272,7 @@ def _load(path: Path, changed: int, size: int, machine_name: str) -> Measured:
     except (OSError, ValueError) as error:
         warnings.warn(f"fastres ignores {path}: {error}", stacklevel=2)
         return {}
-    if machine_name not in machines:
+    if machine_name not in machines and not tuning_seconds():
         warnings.warn(
             f"fastres ignores {path}: it was measured on another machine or with other versions "
             f"than {machine_name}; run `fastres tune` here",
@@ -261,27 +310,67 @@ def _measurement(entry: Mapping[str, Any]) -> Measurement:
     if not all(0 < value < float("inf") for value in seconds.values()):
         raise ValueError(f"seconds must be positive, got {seconds}")
     excluded = {current(str(name)): str(reason) for name, reason in entry["excluded"].items()}
-    return Measurement(seconds, excluded)
+    return Measurement(seconds, excluded, current(str(entry.get("chosen", ""))))
 
 
-def store(path: Path, machine_name: str, found: Measured) -> None:
+_times = 0
+_unwritten: dict[str, dict[str, dict[int, Measurement]]] = {}
+"""What no file could take, by machine; for this process alone."""
+
+
+def remember(found: Measured, device: torch.device) -> None:
+    """Let measurements be in force from now on; in other processes too, if the file can be written.
+
+    A file that fastres did not write is left as it is.
+    """
+    global _times
+    path, name = cache_path(), machine(device)
+    written = path.parts[0] != "~"  # there is a home
+    try:
+        if written:
+            store(path, name, found, replaces=False, seconds=LOCK_SECONDS)
+    except (OSError, ValueError, NotImplementedError):  # the last of file systems without locks
+        written = False
+    if not written:
+        _unwritten[name] = _merged(_unwritten.get(name, {}), found)
+    _times += 1
+
+
+def times_remembered() -> int:
+    """How often :func:`remember` was called in this process."""
+    return _times
+
+
+def _merged(old: Measured, new: Measured) -> dict[str, dict[int, Measurement]]:
+    """Both; what is in both, of the newer."""
+    return {key: {**old.get(key, {}), **new.get(key, {})} for key in old.keys() | new.keys()}
+
+
+def store(
+    path: Path, machine_name: str, found: Measured, *, replaces: bool = True, seconds: float = -1
+) -> None:
     """Merge measurements into the file; a workload measured before is replaced.
 
-    A file that cannot be understood is replaced as a whole.
+    Args:
+        replaces: a file that cannot be understood, as a whole.
+        seconds: to wait for others that write, if not for ever.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: the file cannot be written, or was not free in time.
+        ValueError: it cannot be understood and is not to be replaced.
     """
     check_target(path, makes_folder=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path):
+    with _locked(path, seconds):
         try:
             machines = _machines(path)
-        except (OSError, ValueError):
+        except FileNotFoundError:
             machines = {}
-        workloads = machines.setdefault(machine_name, {})
-        for key, batches in found.items():
-            workloads.setdefault(key, {}).update(batches)
+        except (OSError, ValueError):
+            if not replaces:
+                raise
+            machines = {}
+        machines[machine_name] = _merged(machines.get(machine_name, {}), found)
         content = {"format": FORMAT, "machines": _plain(machines)}
         atomic_write(path, json.dumps(content, indent=1).encode())
 
@@ -297,9 +386,9 @@ def _plain(machines: Mapping[str, Measured]) -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, seconds: float) -> Iterator[None]:
     """Only one process at a time; the lock ends with its holder, however that ends."""
     from filelock import FileLock
 
-    with FileLock(path.with_name(path.name + ".lock")):
+    with FileLock(path.with_name(path.name + ".lock"), timeout=seconds):
         yield

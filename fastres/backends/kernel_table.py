@@ -3,7 +3,7 @@
 A rule is in force for the GPUs named in :data:`TABLES`; what no rule admits is served step by step
 by ``conv2d`` and the other kernels for single operations. ``predicted`` stands for the model of
 tiles, waves and traffic in :mod:`fastres.perf.forecast`, on 132 SMs; a rule that was measured names
-the GPU. What ``fastres tune`` has measured on the machine at hand goes before these rules, and the
+the GPU. What was measured on the machine at hand goes before these rules, and the
 environment variable FASTRES_KERNELS before both: names to use wherever they can run, and, after
 ``-``, names never to use, such as ``FASTRES_KERNELS=gemm,-b2b_gemm``.
 """

@@ -11,7 +11,7 @@ import torch
 from ..errors import BackendError
 from .aten import AtenOps, CudnnOps, OneDNNOps, conv_precision, matmul_precision
 from .fused import EXPERIMENTAL
-from .kernel_choice import FORCE_VARIABLE, KernelSelector, architecture_of, forced
+from .kernel_choice import FORCE_VARIABLE, KernelSelector, architecture_of, forced, tuning_seconds
 from .kernel_table import family
 from .onednn_int8 import Int8Ops, OneDNNInt8Ops, int8_products
 from .triton import FAILED, TritonOps
@@ -131,8 +131,9 @@ def _triton_or_cudnn() -> AtenOps:
     try:
         ops = triton_ops(cudnn=True)
         ops.falls_back = True
+        ops.tuning_seconds = tuning_seconds()
         return ops
-    except ValueError:  # of FASTRES_KERNELS
+    except ValueError:  # of FASTRES_KERNELS or FASTRES_TUNE
         raise
     except Exception as error:
         _warn_of_triton(f"{type(error).__name__}: {error}")

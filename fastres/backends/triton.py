@@ -23,7 +23,7 @@ from ..graph.patterns import FusionGroup, Grouping, Pattern, candidates, group_s
 from ..graph.plan import Plan, Shape
 from .aten import AtenOps, CudnnOps, conv_precision, matmul_precision
 from .fused import FUSED_KERNELS, Cudnn, FusedCall, FusedKernel, Outputs
-from .kernel_choice import KernelSelector, standard
+from .kernel_choice import KernelSelector, math_mode_of, standard
 from .memory_format import CHANNELS_LAST, NHWC, Layout
 
 FAILED: dict[torch.device, str] = {}
@@ -74,6 +74,9 @@ class TritonOps(AtenOps):
         cudnn: whether a convolution may go to cuDNN where that was measured to be faster.
         selector: what decides between kernels; by default what is in force on the device.
 
+    Attributes:
+        measured: how often what had been measured was looked at anew.
+
     Raises:
         BackendError: there is no Triton.
     """
@@ -91,6 +94,7 @@ class TritonOps(AtenOps):
         self.by_name = {k.name: k for k in self.fused if cudnn or not isinstance(k, Cudnn)}
         self.selector = selector
         self._held = threading.local()
+        self.measured = 0
 
     @property
     def workspace(self) -> Any:
@@ -110,8 +114,8 @@ class TritonOps(AtenOps):
         dtype: torch.dtype,
         device: torch.device,
     ) -> Grouping:
-        selector = self._selector(device)
-        math_mode = conv_precision() if dtype is torch.float32 else "half"
+        selector = self.selector_on(device)
+        math_mode = math_mode_of(dtype)
 
         def choose(group: FusionGroup) -> str | None:
             kernel = self.by_name[group.kernel]
@@ -123,9 +127,16 @@ class TritonOps(AtenOps):
             found = selector.select(kernel.name, workload_of(group, shapes, math_mode))
             return found.why if found.chosen else None
 
-        return group_steps(plan, self._patterns(device), choose)
+        def why_alone(group: FusionGroup) -> str:
+            rival = "cudnn" in self.by_name and "cudnn" not in selector.forced
+            if not rival or not isinstance(group.steps[0].op, Conv2d):
+                return ""
+            return selector.why_default(workload_of(group, shapes, math_mode))
 
-    def _selector(self, device: torch.device) -> KernelSelector:
+        return group_steps(plan, self._patterns(device), choose, why_alone)
+
+    def selector_on(self, device: torch.device) -> KernelSelector:
+        """What decides between kernels on a device, as of now."""
         absent = frozenset(k.name for k in self.fused) - self.by_name.keys()
         return self.selector or standard(device, absent)
 
@@ -154,7 +165,7 @@ class TritonOps(AtenOps):
         return CudnnOps()
 
     def setting(self) -> Hashable:
-        return conv_precision()
+        return conv_precision(), self.measured
 
     def compile_ahead(
         self,

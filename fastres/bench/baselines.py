@@ -25,7 +25,7 @@ from ..errors import FastresError
 from ..graph import plan
 from ..graph.ir import Conv2d
 from ..perf.ceilings import SHORT
-from ..perf.clocks import call_seconds
+from ..runtime.clocks import call_seconds
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from ..backends.select import select_ops
-from ..errors import MissingDependencyError
+from ..errors import MissingDependencyError, one_line
 from ..frontends.optimize import optimize
 from ..models.digits import digits_split, load_digits_model
 from ..models.registry import create_model
 from ..models.resnet import ResNet
-from ..perf.timing import Method, Progress, one_line
+from ..perf.timing import Method, Progress
 from .accuracy import AccuracyCheck, calibrate_
 from .baselines import Model, eager
 from .report import Report

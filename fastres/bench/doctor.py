@@ -17,10 +17,10 @@ import torch
 from ..backends.kernel_choice import architecture_of, machine
 from ..backends.kernel_table import family
 from ..backends.select import select_ops
-from ..errors import VerificationError
+from ..errors import VerificationError, one_line
 from ..frontends.optimize import optimize
 from ..models.registry import create_model
-from ..perf.timing import Progress, one_line
+from ..perf.timing import Progress
 from .accuracy import calibrate_, random_images
 from .presets import Spec, preset
 from .report import Report

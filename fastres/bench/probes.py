@@ -26,9 +26,9 @@ from ..frontends.fast_model import FastModel
 from ..graph import plan
 from ..graph.ir import Flatten, Parameter, Ref
 from ..graph.plan import Plan, Step
-from ..perf.clocks import event_seconds, graph_seconds, host_seconds
 from ..perf.environment import gpu_state
 from ..perf.roofline import Ceilings, roofline
+from ..runtime.clocks import event_seconds, graph_seconds, host_seconds
 from ..runtime.executor import Executor
 from .results import ColdStart, LayerTime, Probe
 

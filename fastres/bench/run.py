@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.aten import cudnn_benchmarking
-from ..errors import UnknownModelError
+from ..errors import UnknownModelError, one_line
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
 from ..models.pretrained import is_run, load_network
@@ -19,7 +19,7 @@ from ..models.resnet import ResNet
 from ..perf.ceilings import measured_ceilings
 from ..perf.environment import native_bf16
 from ..perf.roofline import Ceilings, roofline
-from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure, one_line
+from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure
 from .accuracy import AccuracyCheck, calibrate_, random_images
 from .baselines import SHORT, Lazy, Model, check_names, contenders, eager
 from .presets import Spec

@@ -111,6 +111,7 @@ def group_steps(
     plan: Plan,
     patterns: Mapping[str, Pattern],
     choose: Callable[[FusionGroup], str | None] | None = None,
+    why_alone: Callable[[FusionGroup], str] | None = None,
 ) -> Grouping:
     """The plan's steps in order, joined greedily by the patterns, the first that fits first.
 
@@ -119,6 +120,7 @@ def group_steps(
         patterns: by the name of their kernel, in order of preference.
         choose: the reason for a group's kernel, or None, and its steps stay by themselves; by
             default all groups are taken.
+        why_alone: the reason why a step stays by itself.
     """
     readers = count_readers(plan)
     found: list[tuple[FusionGroup, str]] = []
@@ -130,7 +132,8 @@ def group_steps(
             for group in _groups_at(ahead, patterns, readers)
         )
         single = _group("", ahead[:1], readers)
-        group, why = next(((g, why) for g, why in tried if why is not None), (single, ""))
+        taken = next(((g, why) for g, why in tried if why is not None), None)
+        group, why = taken or (single, why_alone(single) if why_alone else "")
         found.append((group, why))
         position += len(group.steps)
     return Grouping(tuple(g for g, _ in found), tuple(why for _, why in found))

@@ -1,6 +1,6 @@
 """How long things take.
 
-clocks takes seconds by CUDA events and by the host, timing measures callables interleaved, roofline
-bounds a plan from below, forecast predicts kernels on a GPU that is not here, ceilings measures the
-machine, autotune measures kernels for backends.kernel_choice, environment records the machine.
+timing measures callables interleaved, by the clocks of runtime.clocks, roofline bounds a plan from
+below, forecast predicts kernels on a GPU that is not here, ceilings measures the machine, autotune
+measures all kernels that a network could take, environment records the machine.
 """

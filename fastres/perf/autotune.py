@@ -7,57 +7,35 @@ whose answer is wrong gets no time. What is found goes into the cache of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..backends.aten import AtenOps, conv_precision
-from ..backends.kernel_choice import UNFUSED, Measurement, cache_path, machine, only, store
+from ..backends.aten import AtenOps
+from ..backends.kernel_choice import (
+    DEFAULT,
+    UNFUSED,
+    Measurement,
+    cache_path,
+    machine,
+    math_mode_of,
+    store,
+)
 from ..backends.triton import TritonOps
 from ..errors import BackendError
 from ..files import check_target
 from ..graph import plan
-from ..graph.fold import Weights, fold_step
-from ..graph.ir import Conv2d, Flatten, Parameter, Ref, attribute
-from ..graph.patterns import FusionGroup, Workload, ungrouped, workload_of
-from ..graph.plan import Plan, Shape, Step
+from ..graph.ir import Conv2d, Flatten
+from ..graph.patterns import ungrouped, workload_of
+from ..graph.plan import Plan, Shape
 from ..runtime.executor import Executor
-from ..runtime.tolerance import allowed_error, rms
-from .clocks import graph_seconds
-from .timing import one_line
+from ..runtime.tuning import Candidate, Clock, Session, gpu_seconds
 
-Clock = Callable[[Sequence[Callable[[], Any]]], float]
 Progress = Callable[[int, int], None]
-
-DEFAULT = "conv2d"
-CHECKED_IMAGES = 4  # images at each end of a batch
-COLD_BYTES = 256 * 2**20  # of operands that take turns, so that none is left in a cache
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A piece of a network and the ways to serve it, the plainest first."""
-
-    workload: Workload
-    dtype: torch.dtype
-    group: FusionGroup
-    shapes: Mapping[str, Shape]
-    kernels: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {
-            "work": list(self.workload.work),
-            "batch": self.workload.batch,
-            "dtype": dtype,
-            "kernels": list(self.kernels),
-        }
 
 
 def candidates_of(
@@ -75,7 +53,7 @@ def candidates_of(
         device: where the kernels must be able to run; on a CPU all are listed.
     """
     shapes = {name: s for name, s in whole.shapes(shape).items() if s is not None}
-    math_mode = conv_precision() if dtype is torch.float32 else "half"
+    math_mode = math_mode_of(dtype)
     found: dict[str, Candidate] = {}
     options = ops.candidates(whole, dtype, device)
     in_question = {step.name for group in options for step in group.steps}
@@ -154,12 +132,23 @@ def tune(
         for shape in shapes:
             title = f"batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
             tell = progress(title) if progress else None
-            session = _Session(module, device, clock or _gpu_seconds)
+            executor = Executor(whole, module, AtenOps(), dtype)
+            session = Session(executor, device, clock or gpu_seconds)
             pieces = candidates_of(whole, shape, TritonOps(cudnn=True), dtype, device)
-            found = session.run(pieces, tell)
+            found = [(p, session.measure(p, _inputs(p, device))) for p in _told(pieces, tell)]
             store(path, machine(device), _by_case(found))
             results += found
     return Tuned(machine(device), str(path), tuple(results))
+
+
+def _told(pieces: Sequence[Candidate], tell: Progress | None) -> Iterator[Candidate]:
+    """The pieces, with progress."""
+    for done, candidate in enumerate(pieces):
+        if tell:
+            tell(done, len(pieces))
+        yield candidate
+    if tell:
+        tell(len(pieces), len(pieces))
 
 
 def _by_case(found: Iterable[tuple[Candidate, Measurement]]) -> dict[str, dict[int, Measurement]]:
@@ -168,117 +157,6 @@ def _by_case(found: Iterable[tuple[Candidate, Measurement]]) -> dict[str, dict[i
         if len(candidate.kernels) > 1:
             workloads.setdefault(candidate.workload.key, {})[candidate.workload.batch] = measurement
     return workloads
-
-
-class _Session:
-    """The candidates of one batch size and dtype; larger pieces build on what smaller ones took."""
-
-    def __init__(self, module: nn.Module, device: torch.device, clock: Clock) -> None:
-        self.module = module
-        self.device = device
-        self.clock = clock
-        self.found: list[tuple[Candidate, Measurement]] = []
-        self._best: dict[tuple[str, ...], float] = {}
-
-    def run(
-        self, cases: Sequence[Candidate], tell: Progress | None
-    ) -> list[tuple[Candidate, Measurement]]:
-        for done, candidate in enumerate(cases):
-            if tell:
-                tell(done, len(cases))
-            measurement = self._measure(candidate)
-            self.found.append((candidate, measurement))
-            if measurement.seconds:
-                self._best[candidate.workload.work] = min(measurement.seconds.values())
-        if tell:
-            tell(len(cases), len(cases))
-        return self.found
-
-    def _measure(self, candidate: Candidate) -> Measurement:
-        seconds: dict[str, float] = {}
-        excluded: dict[str, str] = {}
-        with torch.no_grad():
-            inputs = _inputs(candidate, self.device)
-            exact, error = self._reference(candidate, inputs)
-            for kernel in candidate.kernels:
-                unfused = self._unfused(candidate.workload.work) if kernel == UNFUSED else None
-                if unfused is not None:
-                    seconds[kernel] = unfused
-                    continue
-                try:
-                    executor = self._executor(candidate, kernel)
-                    wrong = _judge(executor.run(inputs), exact, error, candidate.dtype)
-                    if kernel not in (DEFAULT, UNFUSED) and not _ran(kernel, executor):
-                        wrong = "does not take these sizes here"
-                    if wrong:
-                        excluded[kernel] = wrong
-                        continue
-                    # As in a captured network, where no call clears memory of its own.
-                    with executor.ops.workspace_held(self.device):
-                        seconds[kernel] = self.clock(_turns(executor, inputs))
-                except Exception as failure:
-                    excluded[kernel] = one_line(failure)
-                    if self.device.type == "cuda":
-                        torch.cuda.synchronize()  # raises if the GPU is lost: then nothing is kept
-        return Measurement(seconds, excluded)
-
-    def _unfused(self, work: tuple[str, ...]) -> float | None:
-        """Least seconds of a piece by smaller ones; None where those do not make it up."""
-        least: list[float | None] = [None] * len(work) + [0.0]
-        for start in reversed(range(len(work))):
-            for end in range(start + 1, len(work) + 1):
-                took, rest = self._took(work[start:end]), least[end]
-                if took is None or rest is None or end - start == len(work):
-                    continue
-                least[start] = min(took + rest, least[start] or float("inf"))
-        return least[0] if len(work) > 1 else None
-
-    def _took(self, work: tuple[str, ...]) -> float | None:
-        """Least seconds of a piece that was measured; a view takes none."""
-        view = len(work) == 1 and work[0].startswith(Flatten.__name__)
-        return 0.0 if view else self._best.get(work)
-
-    def _executor(self, candidate: Candidate, kernel: str) -> Executor:
-        """Runs the piece by one kernel."""
-        selector = only(*(() if kernel in (DEFAULT, UNFUSED) else (kernel,)))
-        ops = TritonOps(cudnn=True, selector=selector)
-        return Executor(_piece(candidate.group), self.module, ops, candidate.dtype)
-
-    def _reference(
-        self, candidate: Candidate, inputs: Sequence[Tensor]
-    ) -> tuple[list[Tensor], float]:
-        """The exact outputs for the images that are judged, and the error of plain PyTorch's."""
-        piece = _piece(candidate.group)
-        some = [_judged(x) for x in inputs]
-        weights = _Upcast(self.module, candidate.dtype)
-        wide = Executor(piece, self.module, AtenOps(), torch.float64, weights)
-        exact = list(wide.run([x.double() for x in some]))
-        plain = Executor(piece, self.module, AtenOps(), candidate.dtype).run(some)
-        return exact, _error(plain, exact)
-
-
-class _Upcast:
-    """Folded weights rounded to a dtype, in float64."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self.module = module
-        self.dtype = dtype
-
-    def __call__(self, step: Step) -> Weights:
-        weight, bias = fold_step(step.op, lambda path: attribute(self.module, path), self.dtype)
-        return weight.double(), None if bias is None else bias.double()
-
-
-def _ran(kernel: str, executor: Executor) -> bool:
-    """Whether this kernel ran the piece: an executor goes on without one that does not take it."""
-    return any(kernel in name.lower() for name in executor.plan.kernels)
-
-
-def _piece(group: FusionGroup) -> Plan:
-    """A plan of the group's steps alone, which overwrites none of its inputs."""
-    steps = tuple(replace(step, in_place=False, frees=()) for step in group.steps)
-    parameters = tuple(Parameter(name, True) for name in group.inputs)
-    return Plan(steps, parameters, tuple(Ref(name) for name in group.outputs))
 
 
 def _inputs(candidate: Candidate, device: torch.device) -> list[Tensor]:
@@ -292,36 +170,3 @@ def _inputs(candidate: Candidate, device: torch.device) -> list[Tensor]:
         x = (x if raw else x.relu()).to(device, candidate.dtype)
         found.append(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x)
     return found
-
-
-def _judged(x: Tensor) -> Tensor:
-    """The images at both ends of a batch."""
-    return (
-        x if len(x) <= 2 * CHECKED_IMAGES else torch.cat([x[:CHECKED_IMAGES], x[-CHECKED_IMAGES:]])
-    )
-
-
-def _judge(
-    outputs: Sequence[Tensor], exact: Sequence[Tensor], error: float, dtype: torch.dtype
-) -> str:
-    """What is wrong with a kernel's outputs: at most twice PyTorch's error, or four roundings."""
-    found = _error([_judged(y) for y in outputs], exact)
-    scale = max(rms(y) for y in exact)
-    allowed = allowed_error(error, scale, torch.finfo(dtype).eps)
-    return "" if found <= allowed else f"wrong: error {found:.3g}, allowed {allowed:.3g}"
-
-
-def _error(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    return max(rms(y.double() - e) for y, e in zip(outputs, exact, strict=True))
-
-
-def _turns(executor: Executor, inputs: Sequence[Tensor]) -> list[Callable[[], Any]]:
-    """Equal calls on copies of the inputs, enough of them that no cache holds an earlier one."""
-    size = sum(x.numel() * x.element_size() for x in inputs)
-    count = max(2, min(16, COLD_BYTES // max(size, 1))) if inputs[0].is_cuda else 1
-    copies = [list(inputs), *([x.clone() for x in inputs] for _ in range(count - 1))]
-    return [lambda given=given: executor.run(given) for given in copies]  # type: ignore[misc]
-
-
-def _gpu_seconds(calls: Sequence[Callable[[], Any]]) -> float:
-    return median(graph_seconds(calls))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .clocks import call_seconds
+from ..runtime.clocks import call_seconds
 from .roofline import Ceilings
 
 SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}

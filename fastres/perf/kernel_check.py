@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 
 from ..backends.aten import conv_precision
 from ..backends.triton import advice
-from .timing import one_line
+from ..errors import one_line
 
 kernels = import_module("fastres.kernels")
 GPUS = kernels._gpu.GPUS

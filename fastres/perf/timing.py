@@ -20,7 +20,8 @@ from typing import Any, Generic
 import numpy as np
 import torch
 
-from .clocks import X, Y, sampler
+from ..errors import one_line
+from ..runtime.clocks import X, Y, sampler
 
 OutputCheck = Callable[[str, int, Y], str | None]
 Progress = Callable[[int, int], None]
@@ -324,12 +325,6 @@ class _Runner(Generic[X, Y]):
 
     def _fail(self, error: Exception) -> None:
         self.failure = one_line(error)
-
-
-def one_line(error: Exception) -> str:
-    """The type of an exception and the first line of its message."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _ratios(fast: Timing, slow: Timing) -> Samples:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any, TypeAlias
 
 import torch
@@ -21,11 +21,11 @@ from torch.utils._pytree import tree_map
 
 from ..backends.aten import conv_precision, matmul_precision
 from ..backends.memory_format import CHANNELS_LAST, is_channels_last
+from .clocks import ONE_CAPTURE
 from .executor import Executor
+from .tuning import measures, tune_shape
 
 Key: TypeAlias = tuple[Any, ...]
-
-_ONE_AT_A_TIME = Lock()  # a capture begins by waiting for the GPU, which would break off another
 
 
 @dataclass
@@ -102,11 +102,17 @@ class GraphRunner:
         return self._replay(entry, x)
 
     def _wants_graph(self, key: Key) -> bool:
-        """Whether a key that has no graph should get one, for the oldest of them if need be."""
+        """As :meth:`_due`, at a call, which counts."""
+        due = self._due(key)
         if len(self._asked) > 64 * self.limit:
             self._asked.clear()
-        before, self._asked[key] = self._asked.get(key, 0), self._calls
-        if not before or key in self._without:
+        self._asked[key] = self._calls
+        return due
+
+    def _due(self, key: Key) -> bool:
+        """Whether a key that has no graph should get one, for the oldest of them if need be."""
+        before = self._asked.get(key, 0)
+        if not before or key in self._without or key in self._graphs:
             return False
         return len(self._graphs) < self.limit or before > next(iter(self._graphs.values())).used
 
@@ -126,6 +132,10 @@ class GraphRunner:
     def has_graph(self, x: Tensor) -> bool:
         """Whether a call with ``x`` replays a graph that exists already."""
         return self._capturable(x) and _key(x) in self._graphs
+
+    def tunes(self, x: Tensor) -> bool:
+        """Whether a call with ``x`` may choose other kernels, by measuring, for a graph to come."""
+        return measures(self.executor.ops) and self._capturable(x) and self._due(_key(x))
 
     def refold(self, changed: Collection[str] | None = None) -> None:
         """As :meth:`Executor.refold`, once no call uses the old weights any more."""
@@ -157,6 +167,8 @@ class GraphRunner:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         stream = self._stream
         with torch.inference_mode(False), torch.no_grad(), self._workspace(x) as workspace:
+            if measures(self.executor.ops):
+                tune_shape(self.executor, self._source(x))
             source, contiguous = self._source(x), not is_channels_last(x)
             # Memory that is aligned as the caller's was not wants kernels of its own, and while
             # capturing none can be compiled or loaded.
@@ -164,7 +176,7 @@ class GraphRunner:
             graph = torch.cuda.CUDAGraph()
             stream.wait_stream(torch.cuda.current_stream())
             with (
-                _ONE_AT_A_TIME,
+                ONE_CAPTURE,
                 torch.cuda.graph(
                     graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
                 ),

@@ -92,10 +92,10 @@ class Executor:
         names: Mapping[str, str] | None = None,
     ) -> None:
         self.module = module
-        self._names = names or {}
+        self.names = names or {}
         self.ops = ops
         self.dtype = dtype
-        self._weights = weights or self._fold
+        self.weights = weights or self._fold
         self.plan = plan
         self._prepared: dict[str, Any] = {}
         self._finite: dict[str, bool] = {}
@@ -123,7 +123,7 @@ class Executor:
         if changed is not None:
             steps = [s for s in steps if not set(parameter_paths(s.op)).isdisjoint(changed)]
         with torch.inference_mode(False), torch.no_grad():
-            folded = {step.name: self._weights(step) for step in steps}
+            folded = {step.name: self.weights(step) for step in steps}
             if changed is None:
                 self._device = next((w.device for w, *_ in folded.values()), torch.device("cpu"))
             for step in steps:
@@ -358,7 +358,7 @@ class Executor:
         return _Schedule(grouping, planned, _read_as_given(grouping.groups, plan, self.ops))
 
     def _lookup(self, path: str) -> Any:
-        return attribute(self.module, self._names.get(path, path))
+        return attribute(self.module, self.names.get(path, path))
 
     def _conv_add(self, step: Step, prepared: Any, x: Tensor, residual: Any) -> Tensor:
         op: Any = step.op

@@ -75,22 +75,27 @@ class Live:
             return True, early.output
         with torch.no_grad():
             x = x.to(runner.executor.dtype) if _autocasts(x) else x
-            if runner in self._unchecked:
-                return self._run_first(runner, x)
+            if runner in self._unchecked or runner.tunes(x):
+                return self._run_judged(runner, x)
             return True, runner(x)
 
-    def _run_first(self, runner: GraphRunner, x: Tensor) -> tuple[bool, Any]:
-        """The first call of kernels that auto chose: where their answer is not PyTorch's, others
-        go on. The other threads wait for the verdict."""
+    def _run_judged(self, runner: GraphRunner, x: Tensor) -> tuple[bool, Any]:
+        """The first call of kernels that auto chose, at first or by measuring: where their answer
+        is not PyTorch's, others go on. The other threads wait for the verdict."""
         with self._lock:
-            if runner not in self._unchecked or _is_capturing(x):
+            first = runner in self._unchecked
+            if not (first or runner.tunes(x)) or _is_capturing(x):
                 return True, runner(x)
             if not can_show_errors([x]):
-                self._last = None  # no graph is replayed before an answer was judged
+                if first:
+                    self._last = None  # no graph is replayed before an answer was judged
                 return True, runner(x)
-            executor = runner.executor
-            call = FirstCall(executor, x)
+            executor, chosen = runner.executor, runner.executor.ops.setting()
+            call = FirstCall(executor, x) if first else None
             output = runner(x)
+            if not first and executor.ops.setting() == chosen:
+                return True, output
+            call = call or FirstCall(executor, x)
             why = call.wrong(output)
             right = why is None or self._guard is None or self._guard.check() is not Change.NONE
             if not right:  # and no weights changed meanwhile

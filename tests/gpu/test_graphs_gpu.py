@@ -13,6 +13,7 @@ from helpers import real_images
 
 import fastres
 from fastres.backends.select import _has_triton
+from fastres.graph.ir import Conv2d
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda", 0)
@@ -297,3 +298,24 @@ def test_warmup_captures(model):
     assert model.warmup([(2, 3, 32, 32), (1, 3, 48, 48)]) is model
     assert set(runner_of(model).shapes) == {(2, 3, 32, 32), (1, 3, 48, 48)}
     assert_close(answer(model, images()), model, images())
+
+
+@pytest.mark.fault(89)
+@pytest.mark.skipif(not _has_triton(), reason="needs triton")
+def test_kernels_are_measured_before_a_capture_and_not_again(monkeypatch, tmp_path):
+    tuned = tmp_path / "tuned.json"
+    monkeypatch.setenv("FASTRES_TUNED", str(tuned))
+    monkeypatch.setenv("FASTRES_TUNE", "60")
+    model, x = small(backend="auto").to(CUDA), images()
+    warm(model, x, x)
+    convolutions = [
+        why
+        for step, why in zip(model.plan().steps, model.plan().reasons, strict=True)
+        if isinstance(step.op, Conv2d)
+    ]
+    assert all(why.startswith(("measured here", "as above")) for why in convolutions)
+    with torch.no_grad():
+        assert_close(model(x), model, x)
+    found = tuned.read_bytes()
+    warm(small(backend="auto", seed=1).to(CUDA), x, x)
+    assert tuned.read_bytes() == found

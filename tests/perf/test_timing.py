@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastres.bench import probes
-from fastres.perf import clocks
 from fastres.perf.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
+from fastres.runtime import clocks
 
 ONE_CALL = Method(rounds=8, sample=0, warmup=0)
 

@@ -8,6 +8,7 @@ import torch
 from helpers import adversarial_
 
 from fastres import Bottleneck, ResNet, cli
+from fastres.backends.aten import AtenOps
 from fastres.backends.kernel_choice import load
 from fastres.backends.triton import TritonOps
 from fastres.errors import BackendError
@@ -15,6 +16,7 @@ from fastres.graph.plan import of_module
 from fastres.perf import autotune
 from fastres.perf.autotune import candidates_of, tune
 from fastres.runtime.executor import Executor
+from fastres.runtime.tuning import Session
 
 kernels = pytest.importorskip("fastres.kernels")
 pytestmark = pytest.mark.interpreter
@@ -24,6 +26,11 @@ CPU, HALF = torch.device("cpu"), torch.float16
 def network(seed=0):
     """(N, 3, H, W) -> (N, 8): one stage with a seam, wide enough for b2b_gemm and TMA."""
     return adversarial_(ResNet(Bottleneck, [3], num_classes=8, planes=16, stem="cifar"), seed)
+
+
+def plain_executor():
+    model = network()
+    return Executor(of_module(model), model, AtenOps(), HALF)
 
 
 def clock(cheap, calls):
@@ -154,15 +161,13 @@ def test_a_lost_gpu_condemns_no_kernel(monkeypatch):
     def lost(*_):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    made = autotune._inputs
-    monkeypatch.setattr(autotune, "_inputs", lambda candidate, device: made(candidate, CPU))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     candidate = candidates_of(
         of_module(network()), (2, 3, 8, 8), TritonOps(), HALF, torch.device("cpu")
     )[0]
-    session = autotune._Session(network(), torch.device("cuda"), lost)
+    session = Session(plain_executor(), torch.device("cuda"), lost)
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        session._measure(candidate)
+        session.measure(candidate, autotune._inputs(candidate, CPU))
 
 
 def test_a_kernel_that_did_not_run_gets_no_time(monkeypatch):
@@ -170,7 +175,8 @@ def test_a_kernel_that_did_not_run_gets_no_time(monkeypatch):
     found = candidates_of(of_module(network()), (2, 3, 8, 8), TritonOps(), HALF, CPU)
     candidate = next(c for c in found if "gemm" in c.kernels)
     monkeypatch.setattr(TritonOps, "_supports", lambda self, group, *_: group.kernel != "gemm")
-    measured = autotune._Session(network(), CPU, lambda _: 1e-6)._measure(candidate)
+    session = Session(plain_executor(), CPU, lambda _: 1e-6)
+    measured = session.measure(candidate, autotune._inputs(candidate, CPU))
     assert "gemm" not in measured.seconds
     assert measured.excluded == {"gemm": "does not take these sizes here"}
 

@@ -110,6 +110,7 @@ ROWS = {
     86: "float64 detectors: right copies are admitted",
     87: "Calls that read memory order: they get PyTorch's",
     88: "A kernel that cannot run on this GPU: under auto one warning and PyTorch's answer",
+    89: "Kernels measured before a capture: right ones only, once, within seconds, never raising",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix

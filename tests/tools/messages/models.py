@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -114,6 +115,14 @@ def measurements(content: str) -> None:
 
 
 add("kernels: no such kernel", lambda: kernel_choice.only("winograd"))
+
+
+@case("kernels: no time to measure for")
+def _() -> None:
+    with mock.patch.dict(os.environ, {"FASTRES_TUNE": "fast"}):
+        kernel_choice.tuning_seconds()
+
+
 add("measurements: no such thing", lambda: measurements("[]"))
 add("measurements: another format", lambda: measurements('{"format": 99}'))
 add("measurements: no batch size", lambda: kernel_choice._batch("-1"))

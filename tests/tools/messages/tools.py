@@ -17,8 +17,9 @@ from fastres import cli, files
 from fastres.batch.network import read_network
 from fastres.bench import compare, demo, presets, report, run
 from fastres.graph.patterns import ungrouped
-from fastres.perf import clocks, forecast, kernel_check, roofline, timing
+from fastres.perf import forecast, kernel_check, roofline, timing
 from fastres.perf.timing import Method, Samples
+from fastres.runtime import clocks
 from messages.models import Branching, fast
 from messages.provoke import Raised, add, case, places, without
 

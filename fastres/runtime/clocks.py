@@ -6,10 +6,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from threading import Lock
 from typing import Any, TypeVar
 
 import torch
 
+ONE_CAPTURE = Lock()  # a capture begins by waiting for the GPU, which would break off another
 X = TypeVar("X")
 Y = TypeVar("Y")
 Sampler = Callable[[Callable[[X], Y], list[X]], tuple[float, Y]]
@@ -68,7 +70,7 @@ def captured(calls: Sequence[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
         calls[0]()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with ONE_CAPTURE, torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for call in calls:
             call()
     return graph
