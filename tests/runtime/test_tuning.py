@@ -26,7 +26,7 @@ from fastres.runtime import first_call, tuning
 from fastres.runtime.executor import Executor
 from fastres.runtime.live import LiveModule
 
-pytestmark = [pytest.mark.interpreter, pytest.mark.fault(89)]
+pytestmark = pytest.mark.interpreter
 CPU = torch.device("cpu")
 X = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
@@ -124,6 +124,7 @@ def entries(path):
     return [entry for batches in measured.values() for entry in batches.values()]
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize(("microseconds", "wins"), [(0.8, True), (0.951, False), (0.96, False)])
 def test_a_rival_has_to_save_five_per_cent(clock, tuned_file, microseconds, wins):
     clock.microseconds["conv"] = microseconds  # cuDNN's fused convolution
@@ -142,6 +143,7 @@ def test_a_rival_has_to_save_five_per_cent(clock, tuned_file, microseconds, wins
     assert set(chosen.values()) == {0}
 
 
+@pytest.mark.fault(89)
 def test_before_the_capture_and_without_a_rival_all_is_predicted(clock):
     runner = captured(calls=1)
     assert not clock.timed
@@ -151,6 +153,7 @@ def test_before_the_capture_and_without_a_rival_all_is_predicted(clock):
     assert not clock.timed
 
 
+@pytest.mark.fault(89)
 def test_a_group_is_compared_with_its_parts(clock, tuned_file):
     clock.microseconds |= {"head": 5.0}
     runner = captured()
@@ -159,6 +162,7 @@ def test_a_group_is_compared_with_its_parts(clock, tuned_file):
     assert entry["seconds"] == {"head": 5e-6, "unfused": 2e-6}
 
 
+@pytest.mark.fault(89)
 def test_each_piece_is_timed_once_and_its_own_kernel_before_and_after(clock):
     captured()
     both = ["triton conv2d", "cuDNN fused conv", "triton conv2d"]
@@ -166,6 +170,7 @@ def test_each_piece_is_timed_once_and_its_own_kernel_before_and_after(clock):
     assert clock.timed == [*both, *both, *parts, "triton head", "triton head"]
 
 
+@pytest.mark.fault(89)
 def test_what_the_budget_leaves_is_predicted_until_the_next_shape(clock, monkeypatch):
     monkeypatch.setenv("FASTRES_TUNE", "0.25")
     runner = captured()
@@ -177,6 +182,7 @@ def test_what_the_budget_leaves_is_predicted_until_the_next_shape(clock, monkeyp
     assert len(clock.timed) == 6
 
 
+@pytest.mark.fault(89)
 def test_a_wrong_kernel_is_never_chosen(clock, tuned_file, monkeypatch):
     conv = aten.CudnnOps.conv
     monkeypatch.setattr(aten.CudnnOps, "conv", lambda *given: conv(*given) * 1.01)
@@ -186,6 +192,7 @@ def test_a_wrong_kernel_is_never_chosen(clock, tuned_file, monkeypatch):
     assert entry["excluded"]["cudnn"].startswith("wrong: error ")
 
 
+@pytest.mark.fault(89)
 def test_a_kernel_that_fails_is_never_chosen(clock, tuned_file, monkeypatch):
     def fail(*_):
         raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED\nand more")
@@ -196,6 +203,7 @@ def test_a_kernel_that_fails_is_never_chosen(clock, tuned_file, monkeypatch):
     assert [e["excluded"] for e in entries(tuned_file)] == [reason]
 
 
+@pytest.mark.fault(89)
 def test_the_predicted_kernel_goes_where_it_is_wrong(clock):
     clock.microseconds["conv"] = 9.0
     model = tiny()
@@ -231,6 +239,7 @@ def in_a_capture(monkeypatch):
     monkeypatch.setattr(_Cuda, "is_current_stream_capturing", staticmethod(lambda: True))
 
 
+@pytest.mark.fault(89)
 @pytest.mark.fault(25)
 @pytest.mark.parametrize(
     "state",
@@ -245,6 +254,7 @@ def test_where_nothing_is_measured(clock, tuned_file, monkeypatch, state):
     assert set(of_convolutions(runner).values()) == {"predicted: no rule for another kernel"}
 
 
+@pytest.mark.fault(89)
 def test_another_process_reads_what_was_measured(clock, tuned_file):
     clock.microseconds["conv"] = 0.5
     captured(one())
@@ -257,6 +267,7 @@ def test_another_process_reads_what_was_measured(clock, tuned_file):
     assert tuned_file.read_bytes() == before
 
 
+@pytest.mark.fault(89)
 def test_other_versions_are_measured_again_in_silence(clock, tuned_file, monkeypatch):
     captured(one())
     timed = len(clock.timed)
@@ -268,6 +279,7 @@ def test_other_versions_are_measured_again_in_silence(clock, tuned_file, monkeyp
     assert len(json.loads(tuned_file.read_text())["machines"]) == 2
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize("content", [None, b'{"mine": 1}'], ids=["no folder", "not ours"])
 def test_a_file_that_cannot_be_written_is_no_error(clock, monkeypatch, tmp_path, content):
     path = tmp_path / "taken"
@@ -283,6 +295,7 @@ def test_a_file_that_cannot_be_written_is_no_error(clock, monkeypatch, tmp_path,
     assert path.read_bytes() == (content or b"")
 
 
+@pytest.mark.fault(89)
 def test_a_measurement_that_fails_is_one_warning(clock, monkeypatch):
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
@@ -294,6 +307,7 @@ def test_a_measurement_that_fails_is_one_warning(clock, monkeypatch):
     assert set(of_convolutions(runner)) == {"triton conv2d"}
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize("value", ["fast", "-1", "nan", "inf"])
 def test_a_bad_budget_is_one_error(monkeypatch, value):
     monkeypatch.setenv("FASTRES_TUNE", value)
@@ -301,6 +315,7 @@ def test_a_bad_budget_is_one_error(monkeypatch, value):
         captured()
 
 
+@pytest.mark.fault(89)
 def test_a_live_models_answer_is_judged_again_once_others_were_chosen(clock, monkeypatch):
     judged, wrong = [], first_call.FirstCall.wrong
     monkeypatch.setattr(
@@ -315,6 +330,7 @@ def test_a_live_models_answer_is_judged_again_once_others_were_chosen(clock, mon
     assert "cuDNN fused conv" in model.plan().kernels
 
 
+@pytest.mark.fault(89)
 def test_a_live_model_goes_on_without_kernels_that_are_wrong_together(clock, monkeypatch):
     verdicts = iter([None, "up to 1 off PyTorch's", None])
     monkeypatch.setattr(first_call.FirstCall, "wrong", lambda *_: next(verdicts))
@@ -327,6 +343,7 @@ def test_a_live_model_goes_on_without_kernels_that_are_wrong_together(clock, mon
     assert CPU in triton.FAILED
 
 
+@pytest.mark.fault(89)
 def test_threads_measure_once(clock):
     with stubbed(), ThreadPoolExecutor(3) as pool:
         model = Tiny()
@@ -335,6 +352,7 @@ def test_threads_measure_once(clock):
     assert clock.timed.count("triton head") == 2
 
 
+@pytest.mark.fault(89)
 def test_two_models_do_not_measure_at_a_time(monkeypatch):
     underway, most = [], []
 
@@ -351,6 +369,7 @@ def test_two_models_do_not_measure_at_a_time(monkeypatch):
     assert most == [1, 1]
 
 
+@pytest.mark.fault(89)
 @pytest.mark.parametrize(
     ("architecture", "batch", "rivals"),
     [
@@ -374,12 +393,14 @@ def test_what_is_in_question_on_a_gpu(architecture, batch, rivals):
         assert candidate.kernels[1:] == (rival, candidate.kernels[0])
 
 
+@pytest.mark.fault(89)
 def test_nothing_is_measured_where_a_kernel_is_forced(clock, monkeypatch):
     monkeypatch.setenv("FASTRES_KERNELS", "-cudnn,head")
     captured()
     assert not clock.timed
 
 
+@pytest.mark.fault(89)
 def test_images_that_show_nothing_are_not_measured(clock):
     made = executor_of(tiny())
     with torch.no_grad(), mock.patch.object(tuning._Tuning, "run") as run:
