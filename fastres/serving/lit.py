@@ -5,6 +5,7 @@ litserve. Facts of 0.2.19 that it rests on are tested in tests/serving/test_serv
 """
 
 import asyncio  # no annotations as text here: LitServe and FastAPI read them as they are
+import copy
 import logging
 import multiprocessing
 import signal
@@ -61,9 +62,7 @@ class Api(litserve.LitAPI):
 
     def setup(self, device: str) -> None:
         """Load the network, in the worker; ``device`` is LitServe's, such as ``cuda:0``."""
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # Ctrl-C reaches all; the first process decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches all; the first process decides
         log_to_stderr()
         keep_memory()
         on_cpu = {"threads": 1} if device == "cpu" else {}
@@ -84,22 +83,28 @@ class Api(litserve.LitAPI):
 
 
 class Waiting(BatchedLoop):
-    """LitServe's loop for batches, which asks an empty queue a thousand times a second, waiting."""
+    """LitServe's loop for batches asks an empty queue a thousand times a second, and leaves in a
+    long one what it cannot fetch within the wait; this one waits, and fetches before it does."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
-        while True:
-            with suppress(Empty):
-                queue = First(request_queue.get(timeout=1.0), request_queue)
-                while queue.items:  # where its time is over before it starts, nothing is taken
-                    found = collate_requests(self, lit_api, queue, transport)
-                return found
+        queue, taken, late = First(request_queue), [], []
+        for seconds in (0, lit_api.batch_timeout):
+            rules = copy.copy(lit_api)
+            rules.batch_timeout = seconds
+            rules.max_batch_size -= len(taken)
+            found = collate_requests(self, rules, queue, transport)
+            taken, late = taken + found[0], late + found[1]
+        return taken, late
 
 
 class First:
-    """A queue behind one item that was taken off it."""
+    """A queue, one item of which has been waited for."""
 
-    def __init__(self, item: Any, queue: Any) -> None:
-        self.items, self.queue = [item], queue
+    def __init__(self, queue: Any) -> None:
+        self.queue, self.items = queue, []
+        while not self.items:
+            with suppress(Empty):
+                self.items.append(queue.get(timeout=1.0))
 
     def get(self, timeout: float) -> Any:
         return self.items.pop() if self.items else self.queue.get(timeout=timeout)

@@ -64,6 +64,8 @@ class Server:
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             start_new_session=True,
+            # a shell's background jobs, this test run perhaps, ignore SIGINT and hand that on
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.errors = []
         threading.Thread(target=self._listen, daemon=True).start()

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import tracemalloc
 
 import pytest
 
@@ -85,6 +86,7 @@ def test_the_application_gets_the_whole_body_at_once(bodies):
     assert count(guard, "fastres_requests_active") == 0
 
 
+@pytest.mark.fault(90)
 @pytest.mark.parametrize("bodies", [(b"x" * 11,), (b"x" * 6, b"x" * 6, b"x" * 6)])
 def test_a_large_body_is_refused_when_it_has_been_taken(bodies):
     called = []
@@ -100,6 +102,18 @@ def test_a_large_body_is_refused_when_it_has_been_taken(bodies):
     assert not called
 
 
+@pytest.mark.fault(90)
+def test_a_large_body_is_not_kept_in_memory():
+    part = bytes(1_000_000)
+    client = Client(*[part] * 40)
+    tracemalloc.start()
+    assert asyncio.run(client.ask(Guard(echo, max_body=2_000_000)))[0] == 413
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+@pytest.mark.fault(90)
 @pytest.mark.parametrize(("sent", "status"), [(b"abc", 408), (b"x" * 11, 413)])
 def test_a_body_that_stalls_is_refused_at_the_deadline(sent, status):
     guard = Guard(never, deadline=0.05, max_body=10)
@@ -109,6 +123,7 @@ def test_a_body_that_stalls_is_refused_at_the_deadline(sent, status):
     assert guard.active == 0
 
 
+@pytest.mark.fault(90)
 def test_an_application_that_does_not_answer_is_cut_at_the_deadline():
     cut = []
 
@@ -126,6 +141,7 @@ def test_an_application_that_does_not_answer_is_cut_at_the_deadline():
     assert count(guard, "fastres_requests_total", code=504) == 1
 
 
+@pytest.mark.fault(90)
 def test_what_is_too_much_is_refused_and_the_others_are_answered():
     gate = asyncio.Event()
 
@@ -151,6 +167,7 @@ def test_what_is_too_much_is_refused_and_the_others_are_answered():
     assert asyncio.run(Client(b"abc").ask(guard))[0] == 200  # places are free again
 
 
+@pytest.mark.fault(90)
 def test_a_client_that_leaves_frees_its_place():
     async def run():
         first = Client(b"a", leaves=0.02)
@@ -163,6 +180,7 @@ def test_a_client_that_leaves_frees_its_place():
     assert count(guard, "fastres_requests_total", code=499) == 1
 
 
+@pytest.mark.fault(90)
 def test_a_client_that_leaves_while_it_uploads_is_no_error():
     client = Client(b"abc", stalls=True, leaves=0.01)
     guard = Guard(echo)

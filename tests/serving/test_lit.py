@@ -7,7 +7,6 @@ import time
 import pytest
 
 pytest.importorskip("litserve")
-from litserve.loops.base import collate_requests
 from litserve.utils import LitAPIStatus
 
 from fastres.serving import Guard, api
@@ -109,19 +108,29 @@ async def later(waiting, take):
     await taking
 
 
-def test_a_wait_that_is_over_before_it_starts_loses_no_request(server, monkeypatch):
-    """LitServe's collation takes nothing where the process was held up meanwhile."""
-    calls = []
+def test_a_batch_is_full_where_more_wait_than_can_be_fetched_in_time(server):
+    """Each request is fetched from another process; LitServe stops when the wait is over."""
 
-    def held_up(*arguments):
-        calls.append(arguments)
-        return ([], []) if len(calls) == 1 else collate_requests(*arguments)
+    class Distant(queue.Queue):
+        def get(self, *args, **kwargs):
+            time.sleep(0.01)
+            return super().get(*args, **kwargs)
 
-    monkeypatch.setattr("fastres.serving.lit.collate_requests", held_up)
-    waiting = queue.Queue()
-    waiting.put(request(0))
-    assert batch(server, waiting) == [b"photo 0"]
-    assert len(calls) == 2
+    waiting = Distant()
+    for n in range(5):
+        waiting.put(request(n))
+    server.lit_api.batch_timeout = 0.002
+    assert batch(server, waiting) == [b"photo %d" % n for n in range(4)]
+
+
+def test_a_batch_waits_for_others(server):
+    server.lit_api.batch_timeout = 5
+    waiting, taken = queue.Queue(), []
+    waiting.put(request(9))
+    waiting.put(request(8))
+    waiting.put(request(7))
+    asyncio.run(later(waiting, lambda: taken.extend(batch(server, waiting))))
+    assert taken == [b"photo %d" % n for n in (9, 8, 7, 0)]
 
 
 def test_without_a_wait_what_is_there_is_taken(server):

@@ -48,6 +48,7 @@ def arguments(network, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.fault(90, 91)
 def test_what_is_promised_holds(arguments, network, tmp_path):
     with Server(arguments) as server:
         it_says_what_it_serves(server, arguments)
@@ -194,6 +195,7 @@ def what_is_under_way_is_answered_at_the_end(server, end):
 
 
 @pytest.mark.sweep
+@pytest.mark.fault(91)
 def test_control_c_reaches_all_processes_and_loses_nothing(arguments):
     """As a terminal sends it: to the group."""
     with Server(arguments) as server:
@@ -202,6 +204,7 @@ def test_control_c_reaches_all_processes_and_loses_nothing(arguments):
 
 
 @pytest.mark.sweep
+@pytest.mark.fault(91)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_while_workers_load_leaves_none(arguments, number, code):
     with Server(arguments, wait=False) as server:
@@ -211,6 +214,7 @@ def test_a_signal_while_workers_load_leaves_none(arguments, number, code):
 
 
 @pytest.mark.sweep
+@pytest.mark.fault(91)
 def test_a_server_that_takes_no_more_requests_ends(arguments):
     with Server(arguments) as server:
         os.kill(server.listener(), signal.SIGKILL)
@@ -219,6 +223,7 @@ def test_a_server_that_takes_no_more_requests_ends(arguments):
 
 
 @pytest.mark.sweep
+@pytest.mark.fault(91)
 def test_a_worker_that_dies_while_it_loads_is_no_endless_wait(arguments):
     with Server(arguments, wait=False) as server:
         server.until(lambda: server.workers())

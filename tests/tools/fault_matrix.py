@@ -111,6 +111,8 @@ ROWS = {
     87: "Calls that read memory order: they get PyTorch's",
     88: "A kernel that cannot run on this GPU: under auto one warning and PyTorch's answer",
     89: "Kernels measured before a capture: right ones only, once, within seconds, never raising",
+    90: "Serving: bad images, floods, stalled uploads, clients that leave: one answer for each",
+    91: "Serving: a worker or the server killed, SIGTERM, Ctrl-C: nothing hangs, lost or left",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix
