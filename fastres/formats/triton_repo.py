@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ..files import PathLike, check_target, exiting_on_signals
+from ..files import PathLike, atomic_write, check_target, exiting_on_signals
 from ..frontends.fast_model import FastModel
 from .export import Exported, export
 from .export import check_before as check_onnx
@@ -76,14 +76,14 @@ def export_repository(
         version.mkdir(parents=True)
         if backend == "python":
             save(model, version / "fused.safetensors")
-            (version / "model.py").write_text(MODEL_PY)
+            atomic_write(version / "model.py", MODEL_PY.encode())
             specs, found = _read_model(model, images), Exported(str(target), "", None)
         else:
             found = replace(export(model, version / "model.onnx", images), path=str(target))
             specs = _read_onnx(version)
         tensors = "".join(spec.text(kind) for kind in specs for spec in specs[kind])
         config = CONFIG.format(name=name, backend=backend, max_batch=max_batch, tensors=tensors)
-        (version.parent / "config.pbtxt").write_text(config)
+        atomic_write(version.parent / "config.pbtxt", config.encode())
         os.rename(version.parent, target)
     return found
 
