@@ -157,6 +157,7 @@ def test_names_that_kernels_had_before_are_understood(tmp_path):
     assert load(path, lambda: "m") == {"k": {8: Measurement(seconds, excluded)}}
 
 
+@pytest.mark.slow
 def test_two_processes_lose_nothing(tmp_path):
     path = tmp_path / "tuned.json"
     writers = [

@@ -100,6 +100,7 @@ def compiled(*arguments: str) -> list[dict]:
     return rows
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_default_plans_kernels_compiles():
     (row,) = compiled("--target", "sm_90", "--dtype", "float16", "--most", "2")
     assert row["launches"] > row["kernels"] > row["compiled"] == 2

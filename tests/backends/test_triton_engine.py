@@ -99,6 +99,7 @@ def assert_whole_network(model, size, device, launches, convolutions):
     assert rms(out - exact) <= allowed_error(max(errors), rms(exact), torch.float32, ulps=1)
 
 
+@pytest.mark.slow
 def test_resnet18(device, launches):
     assert_whole_network(
         shallow("resnet18", 1, planes=32, backend="triton"), 32, device, launches, 12

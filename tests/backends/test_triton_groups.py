@@ -196,6 +196,7 @@ NETWORKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "forced", "others"), NETWORKS)
 def test_whole_networks(name, size, forced, others, device, monkeypatch):
     """As users force them, through the environment; in fp16, which all of the kernels take."""

@@ -139,6 +139,7 @@ def test_every_image_once_whoever_is_killed(engine, made, start, tmp_path):
     assert report["parts_done"] == report["parts"] - len(old)
 
 
+@pytest.mark.sweep
 def test_two_drivers_at_once_write_the_same_rows(made, start, tmp_path):
     first, second = start("--engine", "local"), start("--engine", "local")
     assert {first.wait(240), second.wait(240)} == {0}

@@ -89,6 +89,7 @@ def test_every_kernel_is_checked_once_for_each_dtype():
     assert not any("gemm" in case[0] for case in without)
 
 
+@pytest.mark.slow
 def test_a_gpu_by_name_is_compiled_for():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = ["doctor", "--target", "sm_120", "--kernel", "relu", "--json"]

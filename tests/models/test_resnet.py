@@ -104,6 +104,7 @@ def test_builders_take_torchvisions_arguments():
     assert ours[: len(theirs)] == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_family_has_the_papers_size(name):
     model = getattr(registry, name)().eval()

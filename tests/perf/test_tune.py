@@ -71,6 +71,7 @@ def test_equal_pieces_are_tried_once_and_small_ones_first():
     assert "cudnn" not in alternatives
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cheap", "expected", "unwanted"),
     [

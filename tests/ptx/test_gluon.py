@@ -53,6 +53,7 @@ def passed(*tests: str, only: str = "") -> int:
 SAMPLE = "conv3x3 and (nan_stays or stores) or tail-torch.float16-bias"
 
 
+@pytest.mark.slow
 @pytest.mark.fault(14)
 def test_each_is_exact_and_a_broken_one_is_noticed():
     assert passed(*ALL[:2], only=SAMPLE) == 3
