@@ -47,6 +47,7 @@ def only(kernels: set[str]) -> list[str]:
     return [word for kernel in sorted(kernels) for word in ("--kernel", kernel)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_a_case_of_each_kernel(target):
     assert passed("--sample", "--target", target, *only(EVERYWHERE)) == EVERYWHERE
