@@ -234,7 +234,8 @@ def test_a_draw_of_fixed_shape_is_frozen_in_no_copy(name):
     source = nn.Sequential(source_of(RANDOM[name])).eval()
     fast = fastres.optimize(source, verify=False)
     x = images()
-    assert len({float(fast(x).sum()) for _ in range(8)}) > 1
+    answers = [fast(x) for _ in range(8)]
+    assert not all(torch.equal(answers[0], answer) for answer in answers)
 
 
 @pytest.mark.fault(51)
