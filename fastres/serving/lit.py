@@ -87,7 +87,9 @@ class Waiting(BatchedLoop):
     long one what it cannot fetch within the wait; this one waits, and fetches before it does."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> Any:
-        queue, taken, late = First(request_queue), [], []
+        queue = First(request_queue)
+        taken: list[Any] = []
+        late: list[Any] = []
         for seconds in (0, lit_api.batch_timeout):
             rules = copy.copy(lit_api)
             rules.batch_timeout = seconds
@@ -101,7 +103,8 @@ class First:
     """A queue, one item of which has been waited for."""
 
     def __init__(self, queue: Any) -> None:
-        self.queue, self.items = queue, []
+        self.queue = queue
+        self.items: list[Any] = []
         while not self.items:
             with suppress(Empty):
                 self.items.append(queue.get(timeout=1.0))
