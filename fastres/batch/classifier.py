@@ -19,7 +19,6 @@ from ..errors import MissingDependencyError
 from ..files import read_text
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
-from ..graph.ir import Conv2d
 from ..models.classify import Crop, decode
 from ..models.preprocess import Normalize
 from .network import open_classifier
@@ -104,10 +103,7 @@ class Classifier:
         threads: int | None = None,
         decode_threads: int | None = None,
     ) -> None:
-        counts = {"top": top, "batch_size": batch_size, "threads": threads}
-        for name, value in {**counts, "decode_threads": decode_threads}.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer from 1 on; got {value!r}")
+        check_counts(top=top, batch_size=batch_size, threads=threads, decode_threads=decode_threads)
         if embeddings not in (None, *EMBEDDINGS):
             raise ValueError(
                 f"embeddings must be one of {', '.join(EMBEDDINGS)}; got {embeddings!r}"
@@ -145,7 +141,8 @@ class Classifier:
             good = [image for image, _ in decoded if image is not None]
             answers = self._answers(torch.stack(good)) if good else iter(())
             for image, row in decoded:
-                found.append(row if image is None else replace(next(answers), **_size(row)))
+                answer = row if image is None else next(answers)
+                found.append(replace(answer, width=row.width, height=row.height))
         return found
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
@@ -200,8 +197,7 @@ class Classifier:
                 raise ValueError("embeddings need the network itself; a fused file gives logits")
             if kind not in (None, network.dtype):
                 raise ValueError(f"dtype must be the file's own, {network.dtype}; got {kind}")
-            steps = (step.op for step in network.traced.steps)
-            if any(isinstance(op, Conv2d) and op.images is not None for op in steps):
+            if network.takes_bytes:
                 return network.to(self.device), network.dtype
             both = nn.Sequential(normalize.to(network.dtype), network)
             return both.to(self.device).eval(), network.dtype
@@ -265,10 +261,6 @@ class _WithEmbedding(nn.Module):
         return self.network.fc(pooled), pooled if self.name == "avgpool" else maps.flatten(1)
 
 
-def _size(row: Row) -> dict[str, Any]:
-    return {"width": row.width, "height": row.height}
-
-
 def _hashed(state: Mapping[str, Tensor]) -> str:
     """Of names, shapes and values, so that it is the same for every file that holds them."""
     found = hashlib.sha256()
@@ -276,6 +268,13 @@ def _hashed(state: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def check_counts(*, optional: bool = True, **counts: int | None) -> None:
+    """Raises ValueError for what is no integer from 1 on, nor None where that is ``optional``."""
+    for name, value in counts.items():
+        if not (optional and value is None) and (type(value) is not int or value < 1):
+            raise ValueError(f"{name} must be an integer from 1 on; got {value!r}")
 
 
 def pyarrow() -> Any:

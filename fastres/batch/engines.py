@@ -19,7 +19,7 @@ import torch
 
 from ..bench.run import parse_device
 from ..errors import MissingDependencyError
-from ..perf.environment import environment
+from ..perf.environment import worker_cores
 from .parts import Place
 
 if TYPE_CHECKING:
@@ -67,23 +67,14 @@ def opened(job: BatchJob) -> Iterator[Work]:
 
 def _settle(job: BatchJob, described: dict[str, Any], device: str) -> None:
     cuda = device.startswith("cuda")
-    defaults = {} if cuda else {"threads": 1}  # more cost time where cores are shared
+    defaults = {"threads": 1}  # more cost time where cores are shared
     if cuda:
-        defaults["decode_threads"] = max(1, cores() // max(1, torch.cuda.device_count()))
+        defaults = {"decode_threads": max(1, worker_cores() // max(1, torch.cuda.device_count()))}
     fused = str(job.options.get("model", "")).endswith(".safetensors")
     if job.options.get("dtype", "auto") == "auto" and not fused:
         job.options["dtype"] = described["dtype"] = "bfloat16" if cuda else "float32"
     given = {name: value for name, value in job.options.items() if value is not None}
     job.options = {**defaults, **given, "device": device}
-
-
-def cores() -> int:
-    """Those that this process may use, by its affinity and its control group."""
-    usable = int(environment().cpu["usable_cores"])
-    with suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
-        quota, period = map(int, file.read().split())
-        usable = min(usable, max(1, quota // period))
-    return usable
 
 
 class _Worker:
@@ -114,7 +105,7 @@ class _Worker:
 def _local(job: BatchJob, todo: list[int], gpus: int) -> Iterator[int]:
     """A dead worker is replaced, and the part that it had comes first."""
     waiting = deque(todo)
-    count = min(job.arguments["workers"] or gpus or cores(), len(todo))
+    count = min(job.arguments["workers"] or gpus or worker_cores(), len(todo))
     device = job.options["device"]
     places = [f"cuda:{k % gpus}" if device == "cuda" else device for k in range(count)]
     workers: dict[Any, _Worker] = {
@@ -168,8 +159,7 @@ def work(make: type[BatchJob]) -> None:
         while True:
             print(json.dumps(job.run_part(lines.get(), classifier)), file=answers, flush=True)
     except Exception as error:
-        text = str(error) or type(error).__name__
-        print(json.dumps({"error": text}), file=answers, flush=True)
+        print(json.dumps({"error": str(error) or type(error).__name__}), file=answers, flush=True)
 
 
 def _ray(job: BatchJob) -> tuple[Any, bool]:
@@ -184,7 +174,7 @@ def _ray(job: BatchJob) -> tuple[Any, bool]:
         ) from error
     mine, address = not ray.is_initialized(), os.environ.get("RAY_ADDRESS")
     if mine:
-        own: dict[str, Any] = {"num_cpus": cores(), "object_store_memory": 256 << 20}
+        own: dict[str, Any] = {"num_cpus": worker_cores(), "object_store_memory": 256 << 20}
         how = {} if address else {**own, "include_dashboard": False}
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **how
@@ -201,8 +191,7 @@ class _RayWorker:
         self.job, self.classifier = job, job.classifier()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        done = [self.job.run_part(int(index), self.classifier) for index in batch["part"]]
-        return {"part": [part["part"] for part in done]}
+        return {"part": [self.job.run_part(int(i), self.classifier)["part"] for i in batch["part"]]}
 
 
 def _on_ray(ray: Any, job: BatchJob, todo: list[int], gpus: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ import torch
 
 from ..version import __version__
 from . import engines
-from .classifier import Classifier, Row, pyarrow
+from .classifier import Classifier, Row, check_counts, pyarrow
 from .parts import Ledger, Place, images, list_input
 
 LISTING, MANIFEST, SUCCESS = "_listing.parquet", "_fastres.json", "_SUCCESS.json"
@@ -98,10 +98,7 @@ class BatchJob:
         shared_fs: bool = False,
         **options: Any,
     ) -> None:
-        counts = {"workers": workers, "part_size": part_size, "limit": limit}
-        for name, value in counts.items():
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be an integer from 1 on; got {value!r}")
+        check_counts(workers=workers, part_size=part_size, limit=limit)
         if engine not in ("auto", "local", "ray"):
             raise ValueError(f"engine must be auto, local or ray; got {engine!r}")
         self.input, self.output = Place(input), Place(output)
@@ -235,8 +232,7 @@ class BatchJob:
             parts_done=parts_done,
             seconds=seconds,
         )
-        text = json.dumps(report.to_dict(), indent=1) + "\n"
-        self.output.write(SUCCESS, text.encode())
+        self.output.write(SUCCESS, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
         return report
 
     @property
@@ -246,10 +242,8 @@ class BatchJob:
 
     @property
     def _rows_of_a_part(self) -> int:
-        tar_or_group = (
-            self._listed[0]["most"][0].as_py() < 0 or self._listed[0]["group"][0].as_py() >= 0
-        )
-        return 1 if tar_or_group else int(self.arguments["part_size"])
+        most, group = (self._listed[0][name][0].as_py() for name in ("most", "group"))
+        return 1 if most < 0 or group >= 0 else int(self.arguments["part_size"])
 
     @cached_property
     def _listed(self) -> tuple[Any, int]:

@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..files import atomic_write
@@ -135,9 +136,7 @@ def list_input(place: Place, columns: tuple[str, str], limit: int | None) -> tup
     if limit is not None:
         if any(row[3] < 0 for row in rows):
             raise ValueError("limit does not go with tar files, whose images are not counted")
-        before = [0]
-        for row in rows:
-            before.append(before[-1] + row[3])
+        before = accumulate((row[3] for row in rows), initial=0)
         rows = [
             (*r[:3], min(r[3], limit - n)) for r, n in zip(rows, before, strict=False) if n < limit
         ]
@@ -156,11 +155,9 @@ def _listed(place: Place, line: str) -> str:
         raise ValueError(f"{line} is on another file system than the list, {place}")
     if scheme:
         return path
-    return (
-        os.path.abspath(line)
-        if place.local
-        else posixpath.join(posixpath.dirname(place.opened[1]), line)
-    )
+    if place.local:
+        return os.path.abspath(line)
+    return posixpath.join(posixpath.dirname(place.opened[1]), line)
 
 
 def _kind(path: str) -> str:
@@ -262,10 +259,9 @@ class Ledger:
 
     def save(self, now: int | None) -> None:
         """Name the image that is touched next, by its place in the part; None for no one."""
-        deaths = list(self.deaths.elements())
-        held = {"tries": self.tries, "now": now, "deaths": deaths, "pid": os.getpid()}
-        text = json.dumps({**held, "host": socket.gethostname()})
-        self.output.write(self.name, text.encode())
+        held = {"tries": self.tries, "now": now, "deaths": list(self.deaths.elements())}
+        whose = {"pid": os.getpid(), "host": socket.gethostname()}
+        self.output.write(self.name, json.dumps(held | whose).encode())
 
     def blames(self, place: int) -> bool:
         return self.deaths[place] >= 2

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .console import ERR, OUT, AsJson, Checkpoint, DeviceName, following, print_json, table
+from .console import (
+    ERR,
+    OUT,
+    AsJson,
+    Checkpoint,
+    DeviceName,
+    Labels,
+    Published,
+    Top,
+    following,
+    print_json,
+    table,
+)
 
 
 def batch(
@@ -26,18 +37,14 @@ def batch(
         str,
         typer.Option(help="A network, a fused .safetensors file, or the folder of a training run."),
     ] = "resnet50",
-    weights: Annotated[
-        str, typer.Option(help="Which published weights; they name preprocessing and labels too.")
-    ] = "DEFAULT",
+    weights: Published = "DEFAULT",
     checkpoint: Checkpoint = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="A text file with the name of each class, one to a line.")
-    ] = None,
+    labels: Labels = None,
     dtype: Annotated[
         str, typer.Option(help="auto, float32, float16 or bfloat16; auto is bfloat16 on a GPU.")
     ] = "auto",
     device: DeviceName = "auto",
-    top: Annotated[int, typer.Option(min=1, help="Labels for each image.")] = 5,
+    top: Top = 5,
     embeddings: Annotated[
         str | None, typer.Option(help="Features too: avgpool, or layer4, which is large.")
     ] = None,

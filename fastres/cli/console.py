@@ -35,6 +35,15 @@ OwnSize = Annotated[
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Pretrained weights to download, e.g. DEFAULT.")
 ]
+Published = Annotated[
+    str,
+    typer.Option("--weights", help="Published weights; they name preprocessing and labels too."),
+]
+Labels = Annotated[
+    Path | None,
+    typer.Option("--labels", help="A text file with the name of each class, one to a line."),
+]
+Top = Annotated[int, typer.Option("--top", min=1, help="Labels for each photograph.")]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", help="A file of weights: .safetensors or .pth.")
 ]

@@ -14,7 +14,9 @@ from .console import (
     AsJson,
     Checkpoint,
     DeviceName,
+    Published,
     Size,
+    Top,
     following,
     numbers,
     print_json,
@@ -130,12 +132,10 @@ def bench(
 def classify(
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.")],
     model: Annotated[str, typer.Option(help="A network with ImageNet weights.")] = "resnet50",
-    weights: Annotated[
-        str, typer.Option(help="Which of its weights; they name preprocessing and labels too.")
-    ] = "DEFAULT",
+    weights: Published = "DEFAULT",
     checkpoint: Checkpoint = None,
     device: DeviceName = "auto",
-    top: Annotated[int, typer.Option(min=1, help="Labels for each photograph.")] = 5,
+    top: Top = 5,
     as_json: AsJson = False,
 ) -> int:
     """Name what is in photographs, with pretrained weights and torchvision's preprocessing."""

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .console import ERR, OUT, AsJson, Checkpoint, DeviceName, print_json
+from .console import ERR, OUT, AsJson, Checkpoint, DeviceName, Labels, Published, Top, print_json
 
 SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 BYTES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20}
@@ -24,16 +23,12 @@ def serve(
             "training run.",
         ),
     ],
-    weights: Annotated[
-        str, typer.Option(help="Published weights; they name preprocessing and labels too.")
-    ] = "DEFAULT",
+    weights: Published = "DEFAULT",
     checkpoint: Checkpoint = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="A text file with the name of each class, one to a line.")
-    ] = None,
+    labels: Labels = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: DeviceName = "auto",
-    top: Annotated[int, typer.Option(min=1, help="Labels for each photograph.")] = 5,
+    top: Top = 5,
     host: Annotated[
         str, typer.Option(help="127.0.0.1 for this machine, 0.0.0.0 or :: for everybody.")
     ] = "127.0.0.1",

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -116,17 +117,31 @@ def commit() -> str | None:
 
 def cpu() -> dict[str, Any]:
     """Name, core counts, torch threads, memory and vector instructions of the processor."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "name": _cpu_name(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "usable_cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "usable_cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "native_bf16": native_bf16(),
         "memory_gib": _memory_gib(),
     }
+
+
+def usable_cores() -> int:
+    """Those that the process' affinity allows."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def worker_cores() -> int:
+    """Usable cores, as far as the control group grants their time: so many workers pay."""
+    usable = usable_cores()
+    with suppress(OSError, ValueError), open("/sys/fs/cgroup/cpu.max") as file:
+        quota, period = map(int, file.read().split())
+        usable = min(usable, max(1, quota // period))
+    return usable
 
 
 def native_bf16() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..batch.classifier import Classifier
+from ..batch.classifier import Classifier, check_counts
 from ..bench.run import parse_device
 from ..errors import MissingDependencyError
+from ..perf.environment import worker_cores
 from .guard import Guard
 
 if TYPE_CHECKING:
@@ -86,9 +86,15 @@ def serve(
         RuntimeError: the workers could not start, or the server died.
     """
     kind = parse_device(device).type
-    workers = workers or (len(os.sched_getaffinity(0)) if kind == "cpu" else 1)
+    workers = workers or (worker_cores() if kind == "cpu" else 1)
     max_batch = max_batch or (1 if kind == "cpu" else 32)
-    _check_numbers(workers, max_batch, max_queue, max_body, batch_wait, deadline)
+    counts = {"workers": workers, "max_batch": max_batch}
+    check_counts(optional=False, **counts, max_queue=max_queue, max_body=max_body)
+    if not 0 <= batch_wait < deadline < float("inf"):
+        raise ValueError(
+            "deadline must be more seconds than batch_wait, from 0 on; "
+            f"got {deadline} and {batch_wait}"
+        )
     _check_port(host, port)
     _litserve()
     network = Classifier(model, device="cpu", **options)
@@ -122,19 +128,6 @@ def show_page() -> Any:
     from fastapi.responses import HTMLResponse
 
     return HTMLResponse(PAGE.read_text(), headers={"content-security-policy": ONLY_ITS_OWN})
-
-
-def _check_numbers(
-    workers: int, max_batch: int, max_queue: int, max_body: int, wait: float, deadline: float
-) -> None:
-    counts = {"workers": workers, "max_batch": max_batch}
-    for name, value in {**counts, "max_queue": max_queue, "max_body": max_body}.items():
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{name} must be an integer from 1 on; got {value!r}")
-    if not 0 <= wait < deadline < float("inf"):
-        raise ValueError(
-            f"deadline must be more seconds than batch_wait, from 0 on; got {deadline} and {wait}"
-        )
 
 
 def _check_port(host: str, port: int) -> None:
