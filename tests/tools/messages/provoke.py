@@ -25,6 +25,7 @@ CASES: dict[str, Callable[[], Any]] = {}
 
 # What other libraries say, and what differs from machine to machine.
 NORMALISED = (
+    (r"port \d{5} of", "port PORT of"),
     (r"cannot be imported \(.*?\);", "cannot be imported (REASON);"),
     (r"(truncated or not a (?:checkpoint|Keras model)) \(.*\)", r"\1 (REASON)"),
     (r"(cannot read image '[^']*'): (?!there is no).*", r"\1: REASON"),

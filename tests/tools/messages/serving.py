@@ -17,7 +17,9 @@ from messages.models import fast
 from messages.provoke import add, case, without
 from messages.tools import said, said_of_fused
 
-PORT = 18_437  # nothing is started on it
+with socket.socket() as trial:
+    trial.bind(("127.0.0.1", 0))
+    PORT = trial.getsockname()[1]  # nothing is started on it
 
 for command in (
     *("serve resnet5", "serve resnet18 --port 80", "serve resnet18 --host example.org"),
