@@ -255,15 +255,18 @@ def test_where_nothing_is_measured(clock, tuned_file, monkeypatch, state):
 
 
 @pytest.mark.fault(89)
-def test_another_process_reads_what_was_measured(clock, tuned_file):
-    clock.microseconds["conv"] = 0.5
+@pytest.mark.parametrize(
+    ("microseconds", "kernel"), [(0.5, "cuDNN fused conv"), (1.0, "triton conv2d")]
+)
+def test_another_process_reads_what_was_measured(clock, tuned_file, microseconds, kernel):
+    clock.microseconds["conv"] = microseconds
     captured(one())
     timed = list(clock.timed)
     assert not kernel_choice._unwritten, "the file alone knows"
     before = tuned_file.read_bytes()
     runner = captured(one(seed=1))
     assert clock.timed == timed
-    assert set(of_convolutions(runner)) == {"cuDNN fused conv"}
+    assert set(of_convolutions(runner)) == {kernel}
     assert tuned_file.read_bytes() == before
 
 
