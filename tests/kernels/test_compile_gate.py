@@ -134,6 +134,7 @@ def rows(*rows: str) -> list[str]:
     return [word for row in rows for word in ("--row", *row.split())]
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_fail():
     """One has too much shared memory, the other too many registers."""
     given = rows("half 128 256 64 8 6", "half 256 256 32 4 2")
