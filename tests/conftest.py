@@ -75,12 +75,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """The interpreter spends half of its time on overflows of whole numbers, of which kernels on
-    small tensors have none: only the sweep and the mutants are looked at so."""
+    """Half of the interpreter's time goes into overflows of whole numbers, of which kernels on
+    small tensors have none: only the sweep and the mutants are looked at so. A quarter of the rest
+    goes into the functions of triton.language, which each call of each function replaces anew."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is not None and not session.config.getoption("--sweep"):
-        builder = interpreter.interpreter_builder
-        builder.options = replace(builder.options, sanitize_overflow=False)
+    if interpreter is None or session.config.getoption("--sweep"):
+        return
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    patch, patched = interpreter._patch_lang, set()
+
+    def patch_once(function: Callable) -> object:
+        """For good: no process of these tests also compiles kernels."""
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
 
 
 def mark_sweeps(items: list[pytest.Item]) -> None:
