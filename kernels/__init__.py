@@ -14,7 +14,18 @@ elif __name__ != "fastres.kernels":
         "(a second copy would register the same custom operators twice)"
     )
 else:
-    from . import b2b_gemm, conv, elementwise, gemm, global_pool, head, linear, pool, stem
+    from . import (
+        b2b_gemm,
+        conv,
+        conv_int8,
+        elementwise,
+        gemm,
+        global_pool,
+        head,
+        linear,
+        pool,
+        stem,
+    )
     from ._ahead import compile_ahead
     from ._common import COMPILING, INTERPRETED, LAUNCHES, OPERATORS, KernelError, runs_on
     from ._config import TileConfig, gpu_of
@@ -40,6 +51,7 @@ __all__ = [
     "conv",
     "conv2d",
     "conv2d_ref",
+    "conv_int8",
     "elementwise",
     "gemm",
     "global_avg_pool",

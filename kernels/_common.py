@@ -113,7 +113,7 @@ def _to_tf32(x):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in float32."""
+    """``acc + a @ b`` in float32; in int32 of int8."""
     if not _EMULATED and PRECISION == "tf32" and a.dtype == tl.float32:
         # Matrix units cut operands off, which makes all products smaller alike: through the layers
         # of a network that adds up to ten times the error of rounded operands.
@@ -122,7 +122,11 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
     if _EMULATED and a.dtype == tl.bfloat16:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.dtype == tl.int8:
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit
@@ -249,12 +253,16 @@ def describe(t: Tensor) -> str:
     return f"{t.dtype} of shape {tuple(t.shape)}, strides {t.stride()}, on {t.device}"
 
 
-def check_tensor(name: str, t: Tensor, ndim: int | None = None) -> None:
-    """A tensor of a supported dtype and of rank ``ndim``, whose gradient nobody wants."""
+def check_tensor(
+    name: str, t: Tensor, ndim: int | None = None, dtypes: Sequence[torch.dtype] = FLOATS
+) -> None:
+    """A tensor of one of the dtypes and of rank ``ndim``, whose gradient nobody wants."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(t).__name__}")
-    if t.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float16 or bfloat16, got {t.dtype}")
+    if t.dtype not in dtypes:
+        *others, last = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{name} must be {wanted}, got {t.dtype}")
     if ndim is not None and t.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {tuple(t.shape)}")
     if t.requires_grad and torch.is_grad_enabled():
@@ -308,7 +316,7 @@ def check_matrix(name: str, w: Tensor, shape: Sequence[int], x: Tensor) -> None:
 
 def check_activation(name: str, t: Tensor, shape: Sequence[int], x: Tensor) -> None:
     """A dense NHWC tensor of ``shape``, of the dtype and on the device of the input ``x``."""
-    check_tensor(name, t, 4)
+    check_tensor(name, t, 4, (*FLOATS, torch.uint8))
     check_like(name, t, x)
     check_shape(name, t, shape)
     check_channels_last(name, t)

@@ -69,9 +69,11 @@ class TileConfig:
         in full precision where TMA has ``copied`` it.
         """
         a, b = (n * self.block_k * BYTES[math_mode] for n in (self.block_m, self.block_n))
-        asynchronous = gpu.asynchronous and self.block_m >= 64
+        asynchronous = gpu.reads_memory(math_mode) and self.block_m >= 64
         if math_mode == "half" and asynchronous:
             return self.num_stages * (a + b)
+        if math_mode == "int8":  # a, whose padding is put in by registers, is held for longer
+            return self.num_stages * a + (self.num_stages - (not asynchronous)) * b
         again = b if (copied if math_mode == "ieee" else asynchronous) else 0
         return max(1, self.num_stages - 1) * (a + b) + again
 

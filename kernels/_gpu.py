@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 _PORT = 64  # bytes per cycle between one multiprocessor and L2
 
-BYTES = {"half": 2, "tf32": 4, "ieee": 4}
+BYTES = {"half": 2, "tf32": 4, "ieee": 4, "int8": 1}
 """Bytes of an operand's element, by arithmetic."""
 
 
@@ -22,7 +22,8 @@ class Gpu:
     Attributes:
         sms: multiprocessors.
         shared_limit: bytes of shared memory that one block may have.
-        matrix: multiply-adds of halves per cycle and multiprocessor; of TF32 it does half.
+        matrix: multiply-adds of halves per cycle and multiprocessor; of TF32 it does half, of bytes
+            twice as many.
         mma: the same where a warp multiplies from registers, as in tiles below 64 rows.
         vector: multiply-adds of float32 in full.
         l2: bytes per cycle from L2 to each multiprocessor while all of them read.
@@ -40,12 +41,16 @@ class Gpu:
         """Whether products read shared memory while they run (wgmma, tcgen05)."""
         return self.matrix != self.mma
 
+    def reads_memory(self, math_mode: str) -> bool:
+        """The same by arithmetic: Triton multiplies bytes by wgmma, but not by tcgen05."""
+        return self.asynchronous and (math_mode != "int8" or self.matrix == 2 * self.mma)
+
     def multiply_adds(self, math_mode: str, rows: int) -> float:
         """Multiply-adds per cycle and multiprocessor in tiles of so many rows."""
         if math_mode == "ieee":
             return self.vector
-        rate = self.matrix if rows >= 64 else self.mma
-        return rate if math_mode == "half" else rate / 2
+        rate = self.matrix if rows >= 64 and self.reads_memory(math_mode) else self.mma
+        return rate * {"half": 1, "tf32": 0.5, "int8": 2}[math_mode]
 
     def l2_bandwidth(self, programs: int) -> float:
         """Bytes per cycle from L2 to each of so many multiprocessors at a time."""

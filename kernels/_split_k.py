@@ -20,7 +20,8 @@ def sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K):
     same. ``workspace_ptr`` begins with a count per tile, 0 before and after."""
     SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
     i = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    first = workspace_ptr + WORKSPACE_COUNTS + tile * SPLIT_K * SIZE + i
+    sums_ptr = workspace_ptr.to(tl.pointer_type(acc.dtype))  # float32 or int32
+    first = sums_ptr + WORKSPACE_COUNTS + tile * SPLIT_K * SIZE + i
     tl.store(first + split * SIZE, acc)
     tl.debug_barrier()  # all of the partial sum is written before the arrival is announced
     count_ptr = workspace_ptr.to(tl.pointer_type(tl.int32)) + tile

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._bytes import requantized, scaled, signed
 from ._common import (
     IntPair,
     Operator,
@@ -96,6 +98,7 @@ def _write(
     m_ok,  # [BM]
     n0,  # first column of acc
     K,
+    grids,  # None, or what an int32 acc, a residual of bytes and y on bytes stand for
     RELU: tl.constexpr,
     PARTS: tl.constexpr,
 ):
@@ -104,25 +107,35 @@ def _write(
     if PARTS > 1:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = tl.split(acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1))
-        _write(left, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS // 2)
-        _write(right, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0 + HALF, K, RELU, PARTS // 2)
+        _write(left, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, grids, RELU, PARTS // 2)
+        n0 += HALF
+        _write(right, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, grids, RELU, PARTS // 2)
     else:
         n = n0 + tl.arange(0, acc.shape[1])
         ok = m_ok[:, None] & (n < K)[None, :]
         offset = y_row[:, None] + n[None, :]
+        if grids is not None:
+            scale_ptr, shift_ptr, residual_scale, residual_zero, y_inverse, y_zero = grids
+            acc = scaled(acc, scale_ptr + n, shift_ptr + n, n < K)
         if b_ptr is not None:
             acc += tl.load(b_ptr + n, mask=n < K, other=0.0).to(tl.float32)[None, :]
         if residual_ptr is not None:
-            acc += tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+            residual = tl.load(residual_ptr + offset, mask=ok, other=0.0).to(tl.float32)
+            if grids is not None:
+                residual = (residual - residual_zero) * residual_scale
+            acc += residual
         if RELU:
             acc = relu_keeping_nan(acc)
-        store_rounded(y_ptr + offset, acc, ok)
+        if y_ptr.dtype.element_ty == tl.uint8:
+            tl.store(y_ptr + offset, requantized(acc, y_inverse, y_zero), mask=ok)
+        else:
+            store_rounded(y_ptr + offset, acc, ok)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLIT_K"])
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "SPLIT_K", "x_zero"])
 def conv2d_kernel(
-    x_ptr,  # [N, H, W, GROUPS * C]
-    w_ptr,  # [GROUPS * K, R, S, C]
+    x_ptr,  # [N, H, W, GROUPS * C], bytes where scale_ptr is given
+    w_ptr,  # [GROUPS * K, R, S, C], then int8
     b_ptr,  # [GROUPS * K] or None
     residual_ptr,  # [M, GROUPS * K] or None
     y_ptr,  # [M, GROUPS * K]
@@ -154,6 +167,13 @@ def conv2d_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
     PDL: tl.constexpr = False,
+    scale_ptr=None,  # [GROUPS * K] of the sums of bytes; y are bytes or floating point
+    shift_ptr=None,  # [GROUPS * K] int32, to be added to them
+    x_zero=None,  # byte that stands for 0, with which x is padded; None for 0
+    residual_scale=None,
+    residual_zero=None,
+    y_inverse=None,  # of y's scale
+    y_zero=None,
 ) -> None:
     await_producers(PDL)
     # Neighbouring programs share rows of x: output channels run fastest, then groups.
@@ -193,7 +213,9 @@ def conv2d_kernel(
     if workspace_ptr is not None:
         begin = split * steps // SPLIT_K
         steps = (split + 1) * steps // SPLIT_K
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    ACC: tl.constexpr = tl.float32 if scale_ptr is None else tl.int32
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    pad = 0.0 if x_zero is None else x_zero
     if GATHER_C > 0:
         for step in range(begin, steps):
             kk = step * BLOCK_K + k  # [BK] flat (r, s, c)
@@ -208,7 +230,9 @@ def conv2d_kernel(
             # Masked offsets stay inside too: a pipelined load may touch them.
             x_pixel = tl.where(x_ok, pixel[:, None] + (r * W + s)[None, :], 0)
             x_offset = x_pixel * (C * GROUPS) + (group * C + c)[None, :]
-            a = tl.load(x_ptr + x_offset, mask=x_ok, other=0.0)  # [BM, BK]
+            a = tl.load(x_ptr + x_offset, mask=x_ok, other=pad)  # [BM, BK]
+            if scale_ptr is not None:
+                a = signed(a)
             w_offset = w_row[None, :] + (kk % WINDOW)[:, None]
             b = tl.load(w_ptr + w_offset, mask=(kk < WINDOW)[:, None], other=0.0)  # [BK, BN]
             acc = dot(a, b, acc, PRECISION)
@@ -233,7 +257,9 @@ def conv2d_kernel(
                 x_pixel = tl.where(x_ok, x_pixel, 0)  # masked offsets stay inside here too
             x_offset = (x_pixel * (C * GROUPS) + group * C)[:, None] + c[None, :]
             x_mask = x_ok[:, None] & c_ok[None, :]
-            a = tl.load(x_ptr + x_offset, mask=x_mask, other=0.0)  # [BM, BK]
+            a = tl.load(x_ptr + x_offset, mask=x_mask, other=pad)  # [BM, BK]
+            if scale_ptr is not None:
+                a = signed(a)
             w_offset = w_row[None, :] + (tap * C + c)[:, None]
             b = tl.load(w_ptr + w_offset, mask=c_ok[:, None], other=0.0)  # [BK, BN]
             acc = dot(a, b, acc, PRECISION)
@@ -241,13 +267,18 @@ def conv2d_kernel(
     y_row = m * (K * GROUPS) + group * K
     if b_ptr is not None:
         b_ptr += group * K
+    grids = None
+    if scale_ptr is not None:
+        scale_ptr += group * K
+        shift_ptr += group * K
+        grids = (scale_ptr, shift_ptr, residual_scale, residual_zero, y_inverse, y_zero)
     n0 = n_tile * BLOCK_N
     if workspace_ptr is None:
-        _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
+        _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, grids, RELU, PARTS)
     else:
         acc, last = sum_split_k(acc, workspace_ptr, tile, split, SPLIT_K)
         if last:
-            _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, RELU, PARTS)
+            _write(acc, b_ptr, residual_ptr, y_ptr, y_row, m_ok, n0, K, grids, RELU, PARTS)
 
 
 def conv2d_ref(
@@ -274,7 +305,7 @@ def conv2d_ref(
 
 
 @dataclass(frozen=True, slots=True)
-class _Geometry:
+class Geometry:
     """Checked sizes of one convolution."""
 
     stride: tuple[int, int]
@@ -282,6 +313,12 @@ class _Geometry:
     dilation: tuple[int, int]
     groups: int
     shape: tuple[int, int, int, int]  # of the output
+
+    def problem(self, x: Tensor, w: Tensor) -> ProblemSize:
+        """What the choice of a tile looks at."""
+        (batch, k, p, q), (c, r, s) = self.shape, w.shape[1:]
+        size = x.element_size()
+        return ProblemSize(batch * p * q, k // self.groups, c, r * s, self.groups, size)
 
 
 def _check(
@@ -294,11 +331,24 @@ def _check(
     dilation: IntPair,
     groups: int,
     precision: str,
-) -> _Geometry:
+) -> Geometry:
     """Refuse what the kernel does not take; otherwise the sizes of the convolution."""
     check_tensor("x", x, 4)
     check_tensor("w", w, 4)
     check_like("w", w, x)
+    if b is not None:
+        check_vector("b", b, w.shape[0], x)
+    check_precision(precision)
+    geometry = geometry_of(x, w, stride, padding, dilation, groups)
+    if residual is not None:
+        check_activation("residual", residual, geometry.shape, x)
+    return geometry
+
+
+def geometry_of(
+    x: Tensor, w: Tensor, stride: IntPair, padding: IntPair, dilation: IntPair, groups: int
+) -> Geometry:
+    """The sizes of a convolution of 4-D tensors, which must be right."""
     if groups < 1 or w.shape[0] % groups:
         raise ValueError(f"groups must divide w's {w.shape[0]} output channels, got {groups}")
     if x.shape[1] != w.shape[1] * groups or not x.shape[1]:
@@ -308,9 +358,6 @@ def _check(
         )
     check_channels_last("x", x)
     check_channels_last("w", w)
-    if b is not None:
-        check_vector("b", b, w.shape[0], x)
-    check_precision(precision)
     stride = int_pair("stride", stride, 1)
     padding = int_pair("padding", padding, 0)
     dilation = int_pair("dilation", dilation, 1)
@@ -321,10 +368,7 @@ def _check(
             f"x of {x.shape[2]}x{x.shape[3]} with padding {padding} is smaller than the "
             f"{w.shape[2]}x{w.shape[3]} window with dilation {dilation}"
         )
-    shape = (x.shape[0], w.shape[0], p, q)
-    if residual is not None:
-        check_activation("residual", residual, shape, x)
-    return _Geometry(stride, padding, dilation, groups, shape)
+    return Geometry(stride, padding, dilation, groups, (x.shape[0], w.shape[0], p, q))
 
 
 def math_mode_of(dtype: torch.dtype, precision: str) -> str:
@@ -386,49 +430,48 @@ def conv2d(
     if not out.numel():
         return out
 
-    batch, k, p, q = geometry.shape
-    c, r, s = w.shape[1:]
-    problem = ProblemSize(batch * p * q, k // groups, c, r * s, groups, x.element_size())
+    problem = geometry.problem(x, w)
     if config is None:
         config = _select(problem, math_mode_of(x.dtype, precision), gpu_of(x.device))
-    programs = problem.tiles(config) * config.split_k
+    how = {"RELU": relu, "PRECISION": product_precision(x.dtype, precision)}
+    launch_conv2d((x, w, b, residual, out), geometry, problem, config, workspace, how)
+    return out
+
+
+def launch_conv2d(
+    tensors: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor],
+    geometry: Geometry,
+    problem: ProblemSize,
+    config: TileConfig,
+    workspace: Tensor | None,
+    how: dict[str, Any],
+) -> None:
+    """Launch the kernel on x, w, b, residual and out, with ``how`` for its other arguments."""
+    x, w, _, _, out = tensors
+    tiles, block = problem.tiles(config), config.block_m * config.block_n
     launch(
         conv2d_kernel,
-        programs,
+        tiles * config.split_k,
         x.device,
-        x,
-        w,
-        b,
-        residual,
-        out,
-        split_workspace(
-            workspace,
-            problem.tiles(config),
-            config.split_k,
-            config.block_m * config.block_n,
-            x.device,
-        ),
+        *tensors,
+        split_workspace(workspace, tiles, config.split_k, block, x.device),
         problem.m,
-        x.shape[2],
-        x.shape[3],
-        p,
-        q,
-        c,
+        *x.shape[2:],
+        *geometry.shape[2:],
+        problem.channels,
         problem.n,
         config.split_k,
-        GROUPS=groups,
-        R=r,
-        S=s,
+        GROUPS=geometry.groups,
+        R=w.shape[2],
+        S=w.shape[3],
         STRIDE_H=geometry.stride[0],
         STRIDE_W=geometry.stride[1],
         PAD_H=geometry.padding[0],
         PAD_W=geometry.padding[1],
         DILATION_H=geometry.dilation[0],
         DILATION_W=geometry.dilation[1],
-        GATHER_C=c if problem.gathers(config.block_k) else 0,
-        EVEN_C=c % config.block_k == 0,
-        RELU=relu,
-        PRECISION=product_precision(x.dtype, precision),
+        GATHER_C=problem.channels if problem.gathers(config.block_k) else 0,
+        EVEN_C=problem.channels % config.block_k == 0,
         INT64=needs_int64(x, w, out),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -436,8 +479,8 @@ def conv2d(
         PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **how,
     )
-    return out
 
 
 def _conv2d_ours(

@@ -3,10 +3,11 @@
     max:      y[n, p, q, c] = max   of x[n, p*u + r*d - h, q*v + s*e - g, c] over the window (r, s)
     average:  y[n, p, q, c] = sum over the window / its size
 
-Memory is dense NHWC (``channels_last``); float32, float16 or bfloat16, sums in float32, rounded
-once. As in torch the max pool pads with -inf and any NaN in a window wins, and a ``ceil_mode``
-window starts inside the image or its left padding. Rejected: other layouts and dtypes, padding
-above half a window, images smaller than a window, an ``out`` that overlaps x.
+Memory is dense NHWC (``channels_last``); float32, float16 or bfloat16, for the max pool uint8 as
+well; sums in float32, rounded once. As in torch the max pool pads with -inf (bytes with 0) and any
+NaN in a window wins, and a ``ceil_mode`` window starts inside the image or its left padding.
+Rejected: other layouts and dtypes, padding above half a window, images smaller than a window, an
+``out`` that overlaps x.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    FLOATS,
     IntPair,
     Operator,
     await_producers,
@@ -58,6 +60,9 @@ CONFIGS: tuple[PoolConfig, ...] = (
 def select_config(channels: int) -> PoolConfig:
     """The widest row that does not reach beyond the channels, or the narrowest."""
     return next((config for config in CONFIGS if config.block_c <= channels), CONFIGS[-1])
+
+
+BYTES_TOO = (*FLOATS, torch.uint8)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q"])
@@ -101,7 +106,8 @@ def pool2d_kernel(
     # Masked addresses stay inside too; a remainder, unlike a choice, keeps neighbours adjacent.
     c_in = (c % C)[None, :]
 
-    acc = tl.full((BLOCK_M, BLOCK_C), float("-inf") if MAX else 0.0, tl.float32)
+    LOWEST: tl.constexpr = 0.0 if x_ptr.dtype.element_ty == tl.uint8 else float("-inf")
+    acc = tl.full((BLOCK_M, BLOCK_C), LOWEST if MAX else 0.0, tl.float32)
     for tap in range(R * S):
         h = h0 + tap // S * DILATION_H
         w = w0 + tap % S * DILATION_W
@@ -110,7 +116,7 @@ def pool2d_kernel(
         offset = pixel[:, None] * C + c_in
         read = ok & inside[:, None]
         if MAX:
-            x = tl.load(x_ptr + offset, mask=read, other=float("-inf")).to(tl.float32)
+            x = tl.load(x_ptr + offset, mask=read, other=LOWEST).to(tl.float32)
             acc = tl.where((x > acc) | (x != x), x, acc)  # tl.maximum would drop NaN
         else:
             acc += tl.load(x_ptr + offset, mask=read, other=0.0).to(tl.float32)
@@ -206,9 +212,10 @@ def _check(
     padding: IntPair,
     dilation: IntPair,
     ceil_mode: bool,
+    dtypes: Sequence[torch.dtype] = FLOATS,
 ) -> _Geometry:
     """Refuse what the kernel does not take; otherwise the sizes of the pooling."""
-    check_image(x)
+    check_image(x, dtypes)
     window = int_pair("kernel_size", kernel_size, 1)
     stride = window if stride is None else int_pair("stride", stride, 1)
     padding = int_pair("padding", padding, 0)
@@ -226,9 +233,9 @@ def _check(
     return _Geometry(window, stride, padding, dilation, (x.shape[0], x.shape[1], p, q))
 
 
-def check_image(x: Tensor) -> None:
+def check_image(x: Tensor, dtypes: Sequence[torch.dtype] = FLOATS) -> None:
     """A dense NHWC tensor with something to pool in each image."""
-    check_tensor("x", x, 4)
+    check_tensor("x", x, 4, dtypes)
     check_channels_last("x", x)
     if not (x.shape[1] and x.shape[2] and x.shape[3]):
         raise ValueError(f"x must have channels and pixels, got shape {tuple(x.shape)}")
@@ -305,7 +312,7 @@ def max_pool2d(
     """Largest element of each window, as ``torch.nn.functional.max_pool2d``.
 
     Args:
-        x: (N, C, H, W), channels_last, float32, float16 or bfloat16.
+        x: (N, C, H, W), channels_last, float32, float16, bfloat16 or uint8.
         stride: the window's size by default.
         out: where to write; must not overlap x.
 
@@ -315,7 +322,7 @@ def max_pool2d(
     Raises:
         TypeError, ValueError, RuntimeError: an argument is not what is wanted (named in the text).
     """
-    geometry = _check(x, kernel_size, stride, padding, dilation, ceil_mode)
+    geometry = _check(x, kernel_size, stride, padding, dilation, ceil_mode, BYTES_TOO)
     return _pool2d(x, geometry, out, config, maximum=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from functools import cache
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,15 @@ class Int8Ops(AtenOps):
     channel (K,) floating point, in whose dtype everything is computed.
     """
 
+    most = 127  # the largest weight
+
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self._dtype = dtype
         self._met: set[Grid] = set()
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
-        return weights if _in_8_bits(op) else super().prepare(op, weights)
+        return weights if in_8_bits(op) else super().prepare(op, weights)
 
     def conv(
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
@@ -70,23 +72,29 @@ class Int8Ops(AtenOps):
         Raises:
             InputError: it holds NaN or infinity, for which there is no byte.
         """
-        if not math.isfinite(x.sum().item()):
-            raise InputError(
-                "the images, or what the network made of them, hold NaN or infinity, which 8 bits "
-                "cannot carry"
-            )
         y = _rounded(grid, x)
-        if grid not in self._met:
-            self._met.add(grid)
-            _warn_of_clipping(grid, y)
+        if self.may_look():
+            if not math.isfinite(x.sum().item()):
+                raise InputError(
+                    "the images, or what the network made of them, hold NaN or infinity, which 8 "
+                    "bits cannot carry"
+                )
+            if grid not in self._met:
+                self._met.add(grid)
+                _warn_of_clipping(grid, y)
         return _to_bytes(y)
+
+    def may_look(self) -> bool:
+        """Whether values are there to be looked at: while a CUDA graph is captured there are none,
+        and none in its replays."""
+        return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def dequantize(self, grid: Grid, x: Tensor) -> Tensor:
         return x.to(self._dtype).sub_(grid.zero).mul_(grid.scale)
 
     def kernel_name(self, op: Operation) -> str:
         name = super().kernel_name(op)
-        return f"{name}, 8 bits in floats" if _in_8_bits(op) else name
+        return f"{name}, 8 bits in floats" if in_8_bits(op) else name
 
 
 class OneDNNInt8Ops(Int8Ops, OneDNNOps):
@@ -98,13 +106,13 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
 
     def __init__(self) -> None:
         super().__init__()
-        self._most = 127 if int8_products() == "exact" else 64
+        self.most = 127 if int8_products() == "exact" else 64
         self._int8 = torch.ops.onednn.qconv2d_pointwise.default
         self._int8_sum = torch.ops.onednn.qconv2d_pointwise.binary
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         prepared: Any = super().prepare(op, weights)
-        return _PackedInt8(prepared, self._most) if _in_8_bits(op) else prepared
+        return _PackedInt8(prepared, self.most) if in_8_bits(op) else prepared
 
     def conv(
         self, op: Conv2d, prepared: Any, x: Tensor, residual: Tensor | None, in_place: bool
@@ -135,9 +143,9 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
         return torch.ops.quantized.max_pool2d(x, *window, op.ceil_mode)
 
     def kernel_name(self, op: Operation) -> str:
-        if not _in_8_bits(op):
+        if not in_8_bits(op):
             return OneDNNOps.kernel_name(self, op)
-        return "oneDNN int8 conv" + ", 7-bit weights: no VNNI" * (self._most < 127)
+        return "oneDNN int8 conv" + ", 7-bit weights: no VNNI" * (self.most < 127)
 
 
 class _PackedInt8(PackedWeight):
@@ -163,7 +171,7 @@ class _PackedInt8(PackedWeight):
         return found
 
 
-def _in_8_bits(op: Operation) -> bool:
+def in_8_bits(op: Operation) -> TypeGuard[Conv2d]:
     return isinstance(op, Conv2d) and op.x_grid is not None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import cache
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +17,7 @@ from .kernel_choice import FORCE_VARIABLE, KernelSelector, architecture_of, forc
 from .kernel_table import family
 from .onednn_int8 import Int8Ops, OneDNNInt8Ops, int8_products
 from .triton import FAILED, TritonOps
+from .triton_int8 import TritonInt8Ops
 
 __all__ = [
     "BACKENDS",
@@ -30,6 +33,7 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "torch")
+Ops = TypeVar("Ops", bound=AtenOps)
 GPUS = {"cuda"}
 """Types of devices on which auto may take our kernels."""
 
@@ -50,15 +54,10 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
     """
     check_backend(backend)
     if backend == "triton":
-        if device.type == "cpu" and not _interpreting():
-            raise BackendError(
-                "backend='triton' needs a CUDA device, got a CPU tensor "
-                "(or set TRITON_INTERPRET=1 before triton is imported)"
-            )
+        _check_triton(device)
         return triton_ops()
     if device.type in GPUS:
-        ours = backend == "auto" and dtype in (torch.float16, torch.bfloat16, torch.float32)
-        return _triton_or_cudnn() if ours and _suits_triton(device) else CudnnOps()
+        return _triton_or_cudnn() if _takes_ours(backend, device, dtype) else CudnnOps()
     if device.type != "cpu" or dtype is torch.float64:
         return AtenOps()
     ops = OneDNNOps() if _onednn_takes(dtype) else AtenOps()
@@ -68,16 +67,33 @@ def select_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOp
     return ops
 
 
-def select_int8_ops(backend: str, device: torch.device, dtype: torch.dtype) -> AtenOps:
+def select_int8_ops(backend: str, device: torch.device, dtype: torch.dtype) -> Int8Ops:
     """What computes the steps of a plan with 8-bit convolutions on this device.
 
     Raises:
-        BackendError: ``backend="triton"``, which has no 8-bit kernels.
+        BackendError: ``backend="triton"`` where Triton cannot run.
     """
-    if check_backend(backend) == "triton":
-        raise BackendError("backend='triton' has no 8-bit kernels; take 'auto'")
+    if check_backend(backend) == "triton" and dtype is not torch.float64:
+        _check_triton(device)
+        return TritonInt8Ops(dtype)
+    if device.type in GPUS and _takes_ours(backend, device, dtype):
+        return _ours_or(Int8Ops(dtype), lambda: TritonInt8Ops(dtype, cudnn=True))
     onednn = device.type == "cpu" and dtype is torch.float32 and _onednn_takes(dtype)
     return OneDNNInt8Ops() if onednn and int8_products() else Int8Ops(dtype)
+
+
+def _check_triton(device: torch.device) -> None:
+    if device.type == "cpu" and not _interpreting():
+        raise BackendError(
+            "backend='triton' needs a CUDA device, got a CPU tensor "
+            "(or set TRITON_INTERPRET=1 before triton is imported)"
+        )
+
+
+def _takes_ours(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GPU is to run our kernels."""
+    halves_or_single = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return backend == "auto" and halves_or_single and _suits_triton(device)
 
 
 def _native(dtype: torch.dtype) -> bool:
@@ -127,9 +143,14 @@ def _suits_triton(device: torch.device) -> bool:
 
 
 def _triton_or_cudnn() -> AtenOps:
+    plainer: AtenOps = CudnnOps()
+    return _ours_or(plainer, lambda: triton_ops(cudnn=True))
+
+
+def _ours_or(plainer: Ops, make: Callable[[], Ops]) -> Ops:
     """The Triton backend, or PyTorch's operators where the package is broken, with one warning."""
     try:
-        ops = triton_ops(cudnn=True)
+        ops = make()
         ops.falls_back = True
         ops.tuning_seconds = tuning_seconds()
         return ops
@@ -137,7 +158,7 @@ def _triton_or_cudnn() -> AtenOps:
         raise
     except Exception as error:
         _warn_of_triton(f"{type(error).__name__}: {error}")
-        return CudnnOps()
+        return plainer
 
 
 @cache

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backends.onednn_int8 import Int8Ops, int8_products
+from ..backends.onednn_int8 import Int8Ops
+from ..backends.select import select_int8_ops
 from ..graph.ir import Conv2d, Grid, Linear
 from ..graph.plan import Plan, Step, kept_names
 from ..graph.quantize import quantize, quantized_weight, sharing, value_grids
@@ -235,6 +236,7 @@ class Calibration:
     def _assembled(self, plan: Plan) -> FastModel:
         model, kept, folded = self.model, copy.deepcopy(self.model.kept), dict[int, Any]()
         weights = iter([model._step_weights(step) for step in self._weighted])
+        most = select_int8_ops(model.backend, model.device, model.dtype).most
         for index, step in enumerate(plan.steps):
             if not isinstance(step.op, (Conv2d, Linear)):
                 continue
@@ -244,7 +246,6 @@ class Calibration:
                 bias = weight.new_zeros(len(weight)) if bias is None else bias
                 # So that the bias is a 32-bit number of products, as which other runtimes take it.
                 least = bias.abs() / (2.0**30 * op.x_grid.scale)
-                most = 64 if int8_products() == "saturating" else 127
                 whole, scale = quantized_weight(weight, most, least)
                 if op.images is not None:
                     centered = self._centered(op, kept)

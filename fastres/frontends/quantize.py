@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..backends.select import select_int8_ops
+from ..backends.select import check_backend
 from ..errors import QuantizationError
 from ..runtime.verify import undisturbed
 from .calibrate import Calibration, decibels
@@ -130,7 +130,7 @@ def quantize(
         holdout: share of the images that are compared, not calibrated on.
         min_agreement: least share of held out images with the float network's largest logit; None
             for any. Outputs that are not (N, classes) are measured in dB alone.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"triton"`` or ``"torch"``, as :func:`optimize` takes it.
         progress: called with the images that are done, and those to be done.
 
     Returns:
@@ -145,7 +145,7 @@ def quantize(
     start = time.perf_counter()
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     _check(calibrator, images, holdout)
-    select_int8_ops(backend, torch.device("cpu"), torch.float32)  # refuses what there is not
+    check_backend(backend)
     seen, unseen, digest = _split(_pairs(calibration, images), holdout)
     fast = _fused(model, seen[0][0][:4], backend)
     passes = 2 + (calibrator != "max")

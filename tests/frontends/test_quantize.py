@@ -450,7 +450,6 @@ REFUSED = {
         "holdout must be between 0 and 1",
         lambda: quantized(holdout=0),
     ),
-    "Triton": (fastres.FastresError, "has no 8-bit kernels", lambda: quantized(backend="triton")),
 }
 
 

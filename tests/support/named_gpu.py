@@ -75,18 +75,24 @@ class Launch:
     def compiled(self) -> Any:
         """What Triton compiles for it, or has compiled before."""
         with compiling_for(self.target):
-            return self.kernel.warmup(*self._typed(), grid=(self.grid,), **self.meta)
+            args, meta = self._typed()
+            return self.kernel.warmup(*args, grid=(self.grid,), **meta)
 
     def key(self) -> Hashable:
         """Equal for launches that share one compiled kernel, by Triton's own reckoning."""
         with compiling_for(self.target):
             *_, binder = self.kernel.device_caches[self.target.gpu.arch]
-            _, specialization, options = binder(*self._typed(), debug=False, **self.meta)
+            args, meta = self._typed()
+            _, specialization, options = binder(*args, debug=False, **meta)
         return self.kernel.__name__, str(specialization), str(sorted(options.items(), key=str))
 
-    def _typed(self) -> list[Any]:
-        """Tensors as stand-ins of their dtypes in aligned memory."""
-        return [MockTensor(a.dtype) if isinstance(a, Tensor) else a for a in self.args]
+    def _typed(self) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments, tensors as stand-ins of their dtypes in aligned memory."""
+
+        def typed(value: Any) -> Any:
+            return MockTensor(value.dtype) if isinstance(value, Tensor) else value
+
+        return list(map(typed, self.args)), {k: typed(v) for k, v in self.meta.items()}
 
 
 @contextmanager

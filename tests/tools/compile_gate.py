@@ -42,7 +42,7 @@ import triton
 from named_gpu import TARGETS, fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastres.kernels import conv, elementwise, global_pool, pool
+from fastres.kernels import conv, conv_int8, elementwise, global_pool, pool
 from fastres.kernels._config import ProblemSize, TileConfig, select_config
 from fastres.kernels._gpu import HOPPER
 from fastres.perf.kernel_check import disassembled, resources
@@ -61,6 +61,7 @@ class Case:
     run: Callable[[], object]
     wgmma: bool = False  # whether tensor-core instructions of sm_90 are due
     wide: str = ""  # a machine instruction that is due, as a regular expression
+    product: str = ""  # another one, that multiplies
     ttir: str = ""  # an operation of Triton's IR that is due, likewise
     unusable: str = ""  # why the row cannot serve the target at all
     pdl: bool = False  # for programmatic dependent launch
@@ -111,12 +112,14 @@ def inspect(kernel, case: Case, verdict: Verdict) -> None:
     if not re.search(case.ttir, kernel.asm.get("ttir", "")):  # Gluon has none
         verdict.problems.append(f"no {case.ttir} in Triton's IR")
     verdict.registers, verdict.spilled, verdict.shared = resources(kernel)
-    if "cubin" in kernel.asm and (case.wgmma or case.wide):
+    if "cubin" in kernel.asm and (case.wgmma or case.wide or case.product):
         sass = disassembled(kernel.asm["cubin"], "nvdisasm", "-c")
-        verdict.wgmma = len(re.findall(r"\bHGMMA\b", sass))
+        verdict.wgmma = len(re.findall(r"\b[HI]GMMA\b", sass))
         verdict.waits = len(re.findall(r"\bWARPGROUP\.ARRIVE\b", sass))
         if not re.search(case.wide, sass):
             verdict.problems.append(f"no {case.wide}: memory is accessed in small pieces")
+        if not re.search(case.product, sass):
+            verdict.problems.append(f"no {case.product}")
 
 
 KNOWN_SPILLS = {
@@ -260,6 +263,8 @@ class ConvShape:
         padding = self.window // 2
         size = (self.size + 2 * padding - self.window) // self.stride + 1
         y = fake(self.batch, self.outputs, size, size, dtype=dtype)
+        if dtype is torch.uint8:
+            return self.run_bytes(y, padding, config)
         conv.conv2d(
             fake(self.batch, self.channels, self.size, self.size, dtype=dtype),
             fake(self.outputs, self.channels // self.groups, self.window, self.window, dtype=dtype),
@@ -270,6 +275,26 @@ class ConvShape:
             residual=y if self.residual else None,
             relu=True,
             precision=precision,
+            config=config,
+        )
+        return None
+
+    def run_bytes(self, y: torch.Tensor, padding: int, config: TileConfig) -> None:
+        window = self.outputs, self.channels // self.groups, self.window, self.window
+        column = fake(self.outputs, dtype=torch.float32)
+        conv_int8.conv2d_int8(
+            fake(self.batch, self.channels, self.size, self.size, dtype=torch.uint8),
+            fake(*window, dtype=torch.int8),
+            column,
+            column,
+            x_zero=6,
+            shift=fake(self.outputs, dtype=torch.int32),
+            stride=self.stride,
+            padding=padding,
+            groups=self.groups,
+            residual=y if self.residual else None,
+            relu=True,
+            y_grid=(0.5, 0),
             config=config,
         )
 
@@ -291,6 +316,7 @@ DTYPES = {
     "half": (torch.float16, torch.bfloat16),
     "tf32": (torch.float32,),
     "ieee": (torch.float32,),
+    "int8": (torch.uint8,),
 }
 
 
@@ -310,8 +336,9 @@ def conv_case(
     elif fitted is None or (CONV_SHAPES[shape].split_k > 1 and not row.can_split_k):
         return None
     used = replace(fitted or row, split_k=CONV_SHAPES[shape].split_k)
-    bits = min(128, 8 * dtype.itemsize * COPY_CHANNELS.get(shape, 8))
+    bits = min(128, 8 * dtype.itemsize * COPY_CHANNELS.get(shape, 16))
     wgmma = kind != "ieee" and target == "sm_90" and row.block_m >= 64
+    product = "IGMMA" if wgmma else r"IMMA\.16832"
     return Case(
         "conv2d",
         f"{shape} {kind if kind != 'half' else str(dtype).removeprefix('torch.')}",
@@ -319,7 +346,8 @@ def conv_case(
         target,
         lambda: CONV_SHAPES[shape].run(dtype, "ieee" if kind == "half" else kind, used),
         wgmma=wgmma and shape != "stem",
-        wide=rf"LDGSTS\.E\S*\.{bits}" if target == "sm_90" and bits else "",
+        wide=rf"LDGSTS\.E\S*\.{bits}" if target == "sm_90" and bits > 32 else "",
+        product=product if kind == "int8" else "",
         ttir=INT64 if shape == "int64" else ROUNDED if kind == "tf32" else "",
         unusable=unusable,
         counted=used.shared_bytes(kind, gpu) if nvidia(target) else 0,
@@ -332,12 +360,12 @@ def nvidia(target: str) -> bool:
 
 def kinds(target: str) -> tuple[str, ...]:
     """Arithmetic that users have there: AMD's GPUs are not asked for TF32."""
-    return ("half", "tf32", "ieee") if nvidia(target) else ("half", "ieee")
+    return ("half", "tf32", "ieee", "int8") if nvidia(target) else ("half", "ieee", "int8")
 
 
 def conv_cases(full: bool) -> Iterator[Case | None]:
     """Each row for each target; rare paths through the kernel for the row that they would get."""
-    for kind, rows in conv.CONFIGS.items():
+    for kind, rows in {**conv.CONFIGS, "int8": conv_int8.CONFIGS}.items():
         first, last = DTYPES[kind][0], DTYPES[kind][-1]
         for index, row in enumerate(rows):
             targets = [target for target in TARGETS if kind in kinds(target)]
