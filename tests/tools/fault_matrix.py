@@ -113,6 +113,7 @@ ROWS = {
     89: "Kernels measured before a capture: right ones only, once, within seconds, never raising",
     90: "Serving: bad images, floods, stalled uploads, clients that leave: one answer for each",
     91: "Serving: a worker or the server killed, SIGTERM, Ctrl-C: nothing hangs, lost or left",
+    92: "8 bits on a GPU: the bytes of the definition; halves, ends, padding, the largest sums",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix

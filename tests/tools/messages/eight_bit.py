@@ -12,8 +12,8 @@ from helpers import adversarial_, real_images
 from torch import nn
 
 import fastres
+from fastres.backends import select
 from fastres.backends.onednn_int8 import Int8Ops
-from fastres.backends.select import select_int8_ops
 from fastres.formats.plan_json import decode_plan, encode_plan
 from fastres.graph.ir import Grid, Parameter, Quantize, Ref, ReLU
 from fastres.graph.plan import Plan, Step
@@ -26,7 +26,6 @@ X = (Parameter("x", True),)
 PLAN = Plan((Step("q", Quantize(GRID), ("x",)), Step("r", ReLU(), ("q",))), X, None)
 
 add("8 bits: NaN", lambda: Int8Ops().quantize(GRID, torch.tensor([1.0, float("nan")])))
-add("8 bits: Triton", lambda: select_int8_ops("triton", torch.device("cpu"), torch.float32))
 add("8 bits: a step that reads bytes", lambda: value_grids(PLAN))
 add("8 bits: bytes given out", lambda: value_grids(Plan(PLAN.steps[:1], X, Ref("q"))))
 add("8 bits: a file whose grids do not fit", lambda: decode_plan(encode_plan(PLAN)))
@@ -69,9 +68,16 @@ REFUSED = {
     "a share": lambda: quantized(holdout=1),
     "agreement": close_classes,
     "an output without floats": lambda: quantized(Chosen(small()).eval()),
+    "no such backend": lambda: quantized(backend="cuda"),
 }
 for name, call in REFUSED.items():
     add(f"quantize: {name}", call)
+
+
+@case("quantize: Triton on a CPU")
+def _() -> None:
+    with mock.patch.object(select, "_interpreting", return_value=False):
+        quantized(backend="triton")
 
 
 @case("load: an 8-bit step without its scale")
