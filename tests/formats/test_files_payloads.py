@@ -81,6 +81,7 @@ def read(data):
 def written(path, header, description, tensors):
     header = {**header, "__metadata__": {"fastres": json.dumps(description)}}
     text = json.dumps(header).encode()
+    path.unlink(missing_ok=True)  # ext4 waits for the disk where a file is truncated
     path.write_bytes(struct.pack("<Q", len(text)) + text + tensors)
     return path
 

@@ -104,14 +104,18 @@ def test_builders_take_torchvisions_arguments():
     assert ours[: len(theirs)] == theirs
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", CIFAR)
 def test_cifar_family_has_the_papers_size(name):
-    model = getattr(registry, name)().eval()
+    with torch.device("meta"):
+        model = getattr(registry, name)().eval()
     parameters = sum(p.numel() for p in model.parameters())
     assert parameters / 1e6 == pytest.approx(CIFAR[name], rel=0.03)  # the table has two digits
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert len(convolutions) == int(name.removeprefix("resnet"))
+
+
+def test_cifar_networks_take_its_images():
+    model = registry.resnet20().eval()
     assert model(real_images(2, 32)).shape == (2, 10)
     assert model.forward_features(real_images(1, 32)).shape == (1, 64, 8, 8)
 
