@@ -26,8 +26,9 @@ from fastres.frontends.quantize import wilson
 from fastres.models.digits import digits_split, load_digits_model
 from fastres.models.pretrained import load_network, read_run
 from fastres.perf.environment import environment
+from fastres.train.batches import Batches
 from fastres.train.config import Config
-from fastres.train.data import Batches, open_data
+from fastres.train.data import open_data
 
 IMAGES = 512
 

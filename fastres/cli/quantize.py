@@ -148,7 +148,8 @@ class _Labelled:
         """Images as the network takes them, without augmentation, and their labels."""
         import torch
 
-        from ..train.data import Batches, ImageFiles, Split
+        from ..train.batches import Batches
+        from ..train.data import ImageFiles, Split
 
         images, source, labels = split.images, split.source, split.labels[places]
         if source is not None:

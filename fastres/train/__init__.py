@@ -1,4 +1,4 @@
-"""Trains networks. config holds the options, data the images and their order, optimize the
+"""Trains networks. config holds the options, data the images, batches their order, optimize the
 optimizer and schedule, checkpoints the files, report what is shown; loop joins them in ``fit``.
 
 A run is a function of its options, its data and the weights that it starts from: order and

@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import atomic_write
+from ..files import atomic_write, check_target
 from ..models.pretrained import BEST, RUN
+from .report import CURVES, METRICS
 
 LAST, PREVIOUS, MODEL = "last.safetensors", "last.prev.safetensors", "model.safetensors"
+NAN, EPOCH = "nan.safetensors", "epoch{}.safetensors"
+FILES = (LAST, PREVIOUS, BEST, MODEL, NAN, METRICS, CURVES, EPOCH.format("[0-9]*"), RUN)
 
 
 def pack(tree: Any) -> bytes:
@@ -78,7 +81,7 @@ def unpack(path: Path) -> Any:
 
 
 class Folder:
-    """The folder of a run, made where it is missing.
+    """The folder of a run; nothing is changed in it before :meth:`begin` or :meth:`save`.
 
     Args:
         path: where it is.
@@ -94,14 +97,19 @@ class Folder:
         self.path = Path(path)
         if resume and not any((self.path / name).exists() for name in (LAST, PREVIOUS)):
             raise ValueError(f"there is no checkpoint to resume in {self.path}")
-        if (self.path / RUN).exists() and not resume:
-            if not overwrite:
-                raise ValueError(
-                    f"{self.path} holds another run: resume it, overwrite it, or choose another"
-                )
-            for name in (RUN, LAST, PREVIOUS, BEST, MODEL):
-                (self.path / name).unlink(missing_ok=True)
+        if (self.path / RUN).exists() and not (resume or overwrite):
+            raise ValueError(
+                f"{self.path} holds another run: resume it, overwrite it, or choose another"
+            )
+        check_target(self.path / RUN, makes_folder=True)
+
+    def begin(self) -> None:
+        """Make the folder where it is missing, and remove what another run has left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / RUN).exists():
+            for pattern in FILES:
+                for path in self.path.glob(pattern):
+                    path.unlink()
 
     def save(self, tree: Any) -> None:
         """Replace the last checkpoint and keep the one before it; at any moment one is whole."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
+import numpy as np
+
 
 def _option(default: Any, text: str, choices: tuple[str, ...] = (), least: float = 0) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices, "least": least})
@@ -41,7 +43,7 @@ class Config:
     label_smoothing: float = _option(0.0, "Label smoothing.")
     mixup_alpha: float = _option(0.0, "Mixup's alpha; 0 is off.")
     cutmix_alpha: float = _option(0.0, "CutMix's alpha; 0 is off.")
-    flip: bool = _option(False, "Mirror half of the images; of folders by default.")
+    flip: bool = _option(False, "Mirror half of the images; always those of folders.")
     shift: int = _option(0, "Move images by up to so many pixels, zeros behind them.")
     resize: int | None = _option(None, "Height and width for the network.", least=1)
     model_ema: bool = _option(False, "Average the weights and judge and keep the average.")
@@ -63,6 +65,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in fields(self):
+            if isinstance(number := getattr(self, option.name), np.generic):
+                object.__setattr__(self, option.name, number.item())
             _check(option, getattr(self, option.name))
         for name in ("label_smoothing", "momentum", "model_ema_decay", "lr_warmup_decay"):
             if not 0 <= getattr(self, name) <= 1:

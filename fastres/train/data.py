@@ -10,26 +10,25 @@ import gzip
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ..models.classify import read_image
 from ..models.digits import digits_split
-from .config import Config
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 IDX = {"train": "train", "validation": "t10k"}
 ON_DEVICE = 2**31  # bytes of images that are held there
+MOST_CLASSES = 1_000_000  # beyond are hashes and other numbers that are no labels
 SOURCES = "digits, mnist:DIR, fashion-mnist:DIR, cifar10:DIR, a .npz file or a folder of images"
 
 
@@ -77,6 +76,19 @@ class Data:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     skipped: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for images in memory that the mean and deviation are not of."""
+        wanted = "floating-point" if self.mean is None else f"uint8 of {len(self.mean)} channels"
+        for name, part in (("training", self.train), ("validation", self.validation)):
+            if part is None or (x := part.images) is None:
+                continue
+            bytes_of = x.shape[1] if x.dtype is torch.uint8 else None
+            if bytes_of != (None if self.mean is None else len(self.mean)):
+                raise ValueError(
+                    f"{name} images must be {wanted}, as those that the network is trained on; "
+                    f"got {x.dtype} of {x.shape[1]} channels"
+                )
 
     def on(self, device: torch.device) -> Data:
         """Its parts there, see :meth:`Split.on`."""
@@ -136,7 +148,7 @@ def from_tensors(
 
 def split_of(name: str, images: Any, labels: Any) -> Split:
     """Images and labels of any of the forms that :func:`from_tensors` takes."""
-    x, y = torch.as_tensor(images), torch.as_tensor(labels)
+    x, y = _tensor(f"{name} images", images), _tensor(f"{name} labels", labels)
     if x.dim() == 3:
         x = x[:, None]
     if x.dim() == 4 and x.shape[1] not in (1, 3, 4) and x.shape[3] in (1, 3, 4):
@@ -146,30 +158,48 @@ def split_of(name: str, images: Any, labels: Any) -> Split:
             f"{name} images must be (N, C, H, W), uint8 or floating-point; "
             f"got {x.dtype} of shape {tuple(x.shape)}"
         )
-    if y.dim() == 2:
-        y = y[:, 0] if y.shape[1] == 1 else y.argmax(1)
+    if y.dim() == 2 and y.shape[1] != 1:
+        if not (((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all()):
+            raise ValueError(f"{name} labels of shape {tuple(y.shape)} must be one-hot")
+        y = y.argmax(1)
+    y = y[:, 0] if y.dim() == 2 else y
     if y.dim() != 1 or y.is_floating_point() or len(y) != len(x) or not len(y):
         raise ValueError(
             f"{name} labels must be one integer for each of the {len(x)} images; "
             f"got {y.dtype} of shape {tuple(y.shape)}"
         )
-    return Split(x.contiguous(), y.long())
+    y = y.long()
+    wrong = ((y < 0) | (y >= MOST_CLASSES)).nonzero().flatten()
+    if len(wrong):
+        raise ValueError(
+            f"{name} labels must be integers from 0 to {MOST_CLASSES - 1:,}; "
+            f"got {int(y[wrong[0]])} at index {int(wrong[0])}"
+        )
+    return Split(x.contiguous(), y)
+
+
+def _tensor(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = type(values).__name__
+        raise ValueError(f"{name} must be a tensor or an array; got a {what}: {error}") from error
 
 
 def _normalised(name: str, parts: Sequence[Split]) -> Data:
     train, *others = parts
     assert train.images is not None
     classes = tuple(map(str, range(int(train.labels.max()) + 1)))
-    data = Data(name, train, others[0] if others else None, classes)
+    validation = others[0] if others else None
     if train.images.dtype is not torch.uint8:
-        return data
+        return Data(name, train, validation, classes)
     values = torch.arange(256, dtype=torch.float64) / 255
     mean, std = [], []
     for channel in train.images.unbind(1):
         shares = torch.bincount(channel.flatten(), minlength=256) / channel.numel()
         mean.append(float((shares * values).sum()))
         std.append(float((shares * (values - mean[-1]) ** 2).sum().sqrt()) or 1.0)
-    return replace(data, mean=tuple(mean), std=tuple(std))
+    return Data(name, train, validation, classes, tuple(mean), tuple(std))
 
 
 def _idx(folder: Path, part: str) -> Split:
@@ -206,6 +236,8 @@ def _cifar10(folder: Path) -> list[Split]:
 
 
 def _npz(path: Path) -> list[Split]:
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"cannot read {path}: it is no .npz file, or half of one")
     try:
         with np.load(path, allow_pickle=False) as held:
             arrays = {name: held[name] for name in held.files}
@@ -213,6 +245,8 @@ def _npz(path: Path) -> list[Split]:
         raise ValueError(f"cannot read {path}: {error}") from error
     if not {"x_train", "y_train"} <= arrays.keys():
         raise ValueError(f"{path} must hold x_train and y_train; got {', '.join(arrays) or 'none'}")
+    if len({"x_test", "y_test"} & arrays.keys()) == 1:
+        raise ValueError(f"{path} must hold x_test and y_test, or neither")
     parts = [split_of("x_train", arrays["x_train"], arrays["y_train"])]
     if "x_test" in arrays:
         parts.append(split_of("x_test", arrays["x_test"], arrays["y_test"]))
@@ -317,134 +351,3 @@ def mixed(*numbers: int) -> int:
 def generator(*numbers: int) -> torch.Generator:
     """A generator on the CPU, seeded by :func:`mixed`."""
     return torch.Generator().manual_seed(mixed(*numbers))
-
-
-@dataclass(frozen=True)
-class Batches:
-    """The batches of a run on this process.
-
-    Args:
-        data: what they are of.
-        config: the options.
-        device: where they go.
-        rank: of this process among ``world``.
-    """
-
-    data: Data
-    config: Config
-    device: torch.device
-    rank: int = 0
-    world: int = 1
-
-    def share(self, epoch: int) -> Tensor:
-        """The indices of this process' images in the epoch's order."""
-        n = len(self.data.train)
-        order = torch.randperm(n, generator=generator(self.config.seed, epoch))
-        return order[: n - n % self.world][self.rank :: self.world]
-
-    def order(self, epoch: int) -> list[Tensor]:
-        """The indices of each batch of a training epoch.
-
-        Processes get equally many; a last batch of one image, on which a batch norm can fail, is
-        left out.
-        """
-        batches = list(self.share(epoch).split(self.config.batch_size))
-        return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches
-
-    def train(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Augmented images and labels of an epoch, from its ``start``-th batch on."""
-        order = self.order(epoch)[start:]
-        images = self._images(self.data.train, order, epoch)
-        flips, moves = self._drawn(epoch)
-        for number, (batch, x) in enumerate(zip(order, images, strict=True), start):
-            y = self.data.train.labels[batch.to(self.device)]
-            if flips is not None:
-                x = torch.where(flips[batch].to(x.device)[:, None, None, None], x.flip(3), x)
-            if moves is not None:
-                x = _moved(x, moves[batch].to(x.device), self.config.shift)
-            yield self._blended(self._prepared(x), y, epoch, number)
-
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The validation images of this process, none twice."""
-        part = self.data.validation
-        assert part is not None
-        order = list(torch.arange(self.rank, len(part), self.world).split(self.config.batch_size))
-        for batch, x in zip(order, self._images(part, order, 0), strict=True):
-            yield self._prepared(x), part.labels[batch.to(self.device)]
-
-    def sample(self) -> Tensor:
-        """One training image as the network gets it."""
-        first = [torch.zeros(1, dtype=torch.long)]
-        return self._prepared(next(iter(self._images(self.data.train, first, 0))))
-
-    def _images(self, part: Split, order: Sequence[Tensor], epoch: int) -> Iterator[Tensor]:
-        """The batches' images on the device, as they are stored or decoded."""
-        if part.images is not None:
-            for batch in order:
-                yield part.images[batch.to(part.images.device)].to(self.device)
-            return
-        assert part.source is not None
-        seed = self.config.seed if part is self.data.train else None
-        paths, labels = part.source.paths, part.source.labels
-        source = ImageFiles(paths, labels, self.config.resize or 224, seed)
-        keys = [[(epoch, int(index)) for index in batch] for batch in order]
-        state = torch.get_rng_state()  # which a loader draws from
-        loader = iter(DataLoader(source, batch_sampler=keys, num_workers=self.config.workers))
-        torch.set_rng_state(state)
-        for x, _ in loader:
-            yield x.to(self.device, non_blocking=True)
-
-    def _drawn(self, epoch: int) -> tuple[Tensor | None, Tensor | None]:
-        """Which images in memory an epoch mirrors, and how far it moves each."""
-        n, s = len(self.data.train), self.config.shift
-        if self.data.train.images is None:
-            return None, None
-        flips = torch.rand(n, generator=generator(self.config.seed, epoch, 1)) < 0.5
-        moves = torch.randint(0, 2 * s + 1, (n, 2), generator=generator(self.config.seed, epoch, 2))
-        return flips if self.config.flip else None, moves if s else None
-
-    @cached_property
-    def _normalisation(self) -> tuple[Tensor, Tensor] | None:
-        """Mean and deviation of each channel, (C, 1, 1)."""
-        if self.data.mean is None or self.data.std is None:
-            return None
-        mean, std = (torch.tensor(v, device=self.device) for v in (self.data.mean, self.data.std))
-        return mean[:, None, None], std[:, None, None]
-
-    @cached_property
-    def _blends(self) -> list[Any]:
-        """torchvision's MixUp and CutMix, as far as they are wanted."""
-        config = self.config
-        if not (config.mixup_alpha or config.cutmix_alpha):
-            return []
-        from torchvision.transforms import v2
-
-        kinds = ((v2.MixUp, config.mixup_alpha), (v2.CutMix, config.cutmix_alpha))
-        classes = len(self.data.classes)
-        return [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-
-    def _prepared(self, x: Tensor) -> Tensor:
-        """Resized, normalised images in float32 and the run's memory format."""
-        wide = x.float() if x.dtype is torch.uint8 else x
-        size = self.config.resize
-        if size is not None and wide.shape[2:] != (size, size):
-            wide = F.interpolate(wide, (size, size), mode="bilinear", antialias=True)
-        if x.dtype is torch.uint8 and self._normalisation is not None:
-            mean, std = self._normalisation
-            wide = (wide / 255 - mean) / std
-        order = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        return wide.contiguous(memory_format=order)
-
-    def _blended(self, x: Tensor, y: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
-        """Images and labels of a batch mixed in one of the ways that are wanted."""
-        if not self._blends:
-            return x, y
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(mixed(self.config.seed, epoch, number, self.rank, 3))
-            return self._blends[int(torch.randint(len(self._blends), ()))](x, y)
-
-
-def _moved(x: Tensor, moves: Tensor, most: int) -> Tensor:
-    """(N, C, H, W) images moved by ``moves`` - ``most`` pixels up and left, zeros behind."""
-    windows = F.pad(x, [most] * 4).unfold(2, x.shape[2], 1).unfold(3, x.shape[3], 1)
-    return windows[torch.arange(len(x), device=x.device), :, moves[:, 0], moves[:, 1]]

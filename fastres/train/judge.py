@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import Batches
 from .config import Config
-from .data import Batches
 
 NOT_JUDGED = {"loss": None, "accuracy": None, "top5": None}
 
@@ -37,6 +37,12 @@ def check_labels(model: nn.Module, batches: Batches) -> None:
                 f"{name} labels must be below the model's {logits.shape[1]} logits; "
                 f"got {int(labels[wrong[0]])} at index {int(wrong[0])}"
             )
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """That of a network's weights; float32 where it has none."""
+    kinds = (parameter.dtype for parameter in model.parameters())
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
 def judge(model: nn.Module, batches: Batches) -> dict[str, float]:

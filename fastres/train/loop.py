@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..models.preprocess import Normalize
+from .batches import Batches
 from .checkpoints import Folder
 from .config import Config
-from .data import Batches, Data, from_tensors, open_data, split_of
-from .judge import check_labels, judge
+from .data import Data, from_tensors, open_data, split_of
+from .judge import check_labels, dtype_of, judge
 from .trainer import Trainer
 
 
@@ -100,6 +101,8 @@ def fit(
             its step and a checkpoint; a second ends it at once.
     """
     config = Config.of(options)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("model must have parameters that require a gradient; it has none")
     data = _data(train, labels, validation, config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -110,7 +113,7 @@ def fit(
         where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     _check_sizes(data, config, world)
     held = None if folder is None else Folder(folder, resume, overwrite)
-    batches = Batches(data.on(where), config, where, rank, world)
+    batches = Batches(data.on(where), config, where, rank, world, dtype_of(model))
     with _deterministic(config):
         torch.manual_seed(config.seed)
         trainer = Trainer(model, batches, held, progress)
@@ -133,7 +136,7 @@ def evaluate(
     if data.validation is None:
         raise ValueError(f"{data.name} has no validation images to be judged by")
     where = torch.device(device) if device is not None else next(model.parameters()).device
-    batches = Batches(data.on(where), config, where)
+    batches = Batches(data.on(where), config, where, dtype=dtype_of(model))
     check_labels(model.to(where), batches)
     return judge(model, batches)
 
@@ -148,7 +151,12 @@ def _data(train: Any, labels: Any, validation: Any, config: Config) -> Data:
     if labels is None and isinstance(train, (tuple, list)) and len(train) == 2:
         train, labels = train
     if labels is None:
-        raise ValueError("labels must be given with images")
+        raise ValueError(
+            "train must be images, with labels, or the name of a data set; "
+            f"got a {type(train).__name__} alone"
+        )
+    if validation is not None and len(validation) != 2:
+        raise ValueError(f"validation must be images and labels; got {len(validation)} things")
     return from_tensors(train, labels, validation)
 
 
@@ -162,6 +170,11 @@ def _check_sizes(data: Data, config: Config, world: int) -> None:
     if config.workers > len(data.train):
         raise ValueError(
             f"workers must be at most the {len(data.train)} training images, got {config.workers}"
+        )
+    if config.shift and data.train.images is None:
+        raise ValueError(
+            "shift is for images in memory, those of a folder are cropped at random; "
+            f"got {config.shift}"
         )
 
 

@@ -8,6 +8,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -24,13 +25,14 @@ from ..files import atomic_write
 from ..models.checkpoint import save_checkpoint
 from ..models.pretrained import BEST, RUN, read_run
 from ..version import __version__
-from .checkpoints import LAST, MODEL, Folder, random_state, restore_random_state
-from .data import Batches
+from .batches import Batches
+from .checkpoints import EPOCH, LAST, MODEL, NAN, Folder, random_state, restore_random_state
 from .judge import NOT_JUDGED, autocast, digest, judge, over_ranks
 from .optimize import average_of, optimizer_of, schedule_of
 from .report import CURVES, METRICS, Reporter, draws, write_curves, write_metrics
 from .taps import ReachedTaps
 
+FIXED = ("model", "opt", "model_ema")  # what a checkpoint holds is theirs
 LOOKS = 50  # steps between looks at the loss, for which a GPU has to be waited for
 
 
@@ -94,8 +96,10 @@ class Trainer:
             "threads": torch.get_num_threads(),
         }
         if resume:
-            _refuse_changes(read_run(self.folder.path), now, allow_change)
-            self._restore(self.folder.load())
+            changed = _changes(read_run(self.folder.path), now, allow_change)
+            self._restore(self.folder.load(), changed)
+        elif self.first:
+            self.folder.begin()
         if self.first:
             text = json.dumps(now, indent=1) + "\n"
             atomic_write(self.folder.path / RUN, text.encode())
@@ -209,7 +213,7 @@ class Trainer:
             if better:
                 save_checkpoint(self.kept, path / BEST, metadata={"epoch": str(self.epoch)})
             if self.config.keep and self.epoch % self.config.keep == 0:
-                save_checkpoint(self.kept, path / f"epoch{self.epoch}.safetensors")
+                save_checkpoint(self.kept, path / EPOCH.format(self.epoch))
             write_metrics(self.history, path / METRICS)
             if draws():
                 write_curves({"": self.history}, path / CURVES)
@@ -249,8 +253,8 @@ class Trainer:
             return
         kept = ""
         if self.folder is not None and self.first:
-            kept = f"; the weights are in {self.folder.path / 'nan.safetensors'}"
-            save_checkpoint(self.model, self.folder.path / "nan.safetensors")
+            kept = f"; the weights are in {self.folder.path / NAN}"
+            save_checkpoint(self.model, self.folder.path / NAN)
         raise TrainingError(
             f"the loss became infinite or no number by step {self.step} of epoch {self.epoch + 1}, "
             f"lr {self.optimizer.param_groups[0]['lr']:g}, scale {self.scaler.get_scale():g}{kept}"
@@ -269,13 +273,30 @@ class Trainer:
             self.folder.save(tree)
         self.saved = time.monotonic()
 
-    def _restore(self, held: dict[str, Any]) -> None:
+    def _restore(self, held: dict[str, Any], changed: bool) -> None:
+        """Go on from a checkpoint; where options changed, with theirs in place of its own."""
+        wanted = [{**group} for group in self.optimizer.param_groups]
         for name, part in self.parts.items():
-            part.load_state_dict(held[name])
-        self.epoch, self.step = held["epoch"], held["step"]
+            if not (changed and name in ("schedule", "scaler")):
+                part.load_state_dict(held[name])
+        self.epoch, self.step = held["epoch"], min(held["step"], self.steps)
+        if changed:
+            for group, options in zip(self.optimizer.param_groups, wanted, strict=True):
+                group.update({**options, "params": group["params"]})
+            self._catch_up()
         self.history, self.best = held["history"], held["best"]
         self.sums = held["sums"].to(self.device)
         self.random = held["random"][self.batches.rank]
+
+    def _catch_up(self) -> None:
+        """Bring a schedule that has just been made to where the run is."""
+        done = self.epoch
+        if self.config.lr_scheduler == "onecycle":
+            done = min(self.epoch, self.config.epochs) * self.steps + self.step
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            for _ in range(done):
+                self.schedule.step()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -301,12 +322,14 @@ class Trainer:
             put_back()
 
 
-def _refuse_changes(then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> None:
-    """Raises ValueError for what a resumed run has otherwise than before, unless it may."""
+def _changes(then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> bool:
+    """Whether a resumed run has something else than before; raises ValueError unless it may."""
     before, after = ({**run, **run.get("options", {})} for run in (then, now))
-    for name in (*now["options"], "model", "arguments", "classes", "world", "data_hash"):
-        if before.get(name) != after.get(name) and name not in allowed:
-            raise ValueError(
-                f"{name} was {before.get(name)!r} in the run to resume, got {after.get(name)!r}; "
-                f"allow_change={name} goes on all the same"
-            )
+    every = (*now["options"], "model", "arguments", "classes", "world", "data_hash")
+    changed = [name for name in every if before.get(name) != after.get(name)]
+    for name in changed:
+        if name in FIXED or name not in allowed:
+            may = "cannot change" if name in FIXED else f"allow_change={name} goes on all the same"
+            was, got = before.get(name), after.get(name)
+            raise ValueError(f"{name} was {was!r} in the run to resume, got {got!r}; {may}")
+    return bool(changed)

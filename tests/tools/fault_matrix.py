@@ -114,6 +114,7 @@ ROWS = {
     90: "Serving: bad images, floods, stalled uploads, clients that leave: one answer for each",
     91: "Serving: a worker or the server killed, SIGTERM, Ctrl-C: nothing hangs, lost or left",
     92: "8 bits on a GPU: the bytes of the definition; halves, ends, padding, the largest sums",
+    93: "Training: data, labels and options that do not fit, or change: refused, or as wanted",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastres.train.batches import Batches
 from fastres.train.config import Config
-from fastres.train.data import Batches, from_tensors, open_data
+from fastres.train.data import from_tensors, open_data
 
 GIVEN = np.random.default_rng(5)
 

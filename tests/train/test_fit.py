@@ -4,8 +4,10 @@ import copy
 import csv
 import json
 import signal
+from dataclasses import asdict
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,8 +18,9 @@ from fastres import cli
 from fastres.errors import TrainingError
 from fastres.models.pretrained import load_network
 from fastres.train import checkpoints
+from fastres.train.batches import Batches
 from fastres.train.config import Config
-from fastres.train.data import Batches, from_tensors
+from fastres.train.data import from_tensors
 from fastres.train.judge import digest
 from fastres.train.loop import fit
 
@@ -265,6 +268,7 @@ MISTAKES = {
     ),
     "large": ({"batch_size": 64}, ValueError, "batch_size must be at most the 50"),
     "workers": ({"workers": 51}, ValueError, "workers must be at most the 50 training images"),
+    "nothing": ({"validation": (IMAGES, LABELS, 0)}, ValueError, "validation must be images and"),
     "bad files": ({"on_bad_file": "stop"}, ValueError, "on_bad_file must be one of raise, skip"),
     "resume": ({"folder": "x", "resume": True}, ValueError, "no checkpoint to resume in x"),
 }
@@ -292,12 +296,92 @@ def test_labels_and_images_that_do_not_fit():
         fit(network(), IMAGES, LABELS[:9], progress=False)
     with pytest.raises(ValueError, match=r"must be \(N, C, H, W\), uint8 or floating"):
         fit(network(), IMAGES.int(), LABELS, progress=False)
-    with pytest.raises(ValueError, match="labels must be given"):
+    with pytest.raises(ValueError, match="train must be images, with labels, .* got a Tensor"):
         fit(network(), IMAGES, progress=False)
     with pytest.raises(ValueError, match="labels and validation do not go with 'digits'"):
         fit(network(), "digits", LABELS, progress=False)
     with pytest.raises(ValueError, match="model must give"):
         fit(nn.Conv2d(1, 3, 3), IMAGES, LABELS, batch_size=8, progress=False)
+
+
+@pytest.mark.fault(93)
+@pytest.mark.parametrize("made", [torch.Tensor.double, torch.Tensor.half, torch.Tensor.numpy])
+def test_images_of_any_floating_dtype_get_that_of_the_network(made):
+    images = (IMAGES / 256).half().float()  # numbers that each of them holds
+    options = {"epochs": 1, "batch_size": 16, "progress": False}
+    plain, other = (fit(network(), x, LABELS, **options) for x in (images, made(images)))
+    assert digest(other.model) == digest(plain.model)
+    wide = fit(network().double(), made(images), LABELS, **options)
+    assert wide.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-5)
+
+
+@pytest.mark.fault(93)
+@pytest.mark.parametrize("images", [IMAGES / 255, IMAGES.expand(-1, 3, -1, -1)])
+def test_images_to_judge_by_are_as_those_of_training(images):
+    options = {"epochs": 1, "batch_size": 16, "progress": False}
+    with pytest.raises(ValueError, match="validation images must be uint8 of 1 channels, as those"):
+        fit(network(), IMAGES, LABELS, validation=(images, LABELS), **options)
+    run = fit(network(), IMAGES, LABELS, **options)
+    with pytest.raises(ValueError, match="validation images must be uint8 of 1 channels, as those"):
+        run.evaluate(images, LABELS)
+    floats = fit(network(), normalised(IMAGES), LABELS, **options)
+    with pytest.raises(ValueError, match="validation images must be floating-point"):
+        floats.evaluate(IMAGES, LABELS)
+    judged = run.evaluate(IMAGES, LABELS)
+    assert judged["loss"] == pytest.approx(
+        floats.evaluate(normalised(IMAGES), LABELS)["loss"], rel=1e-4
+    )
+
+
+@pytest.mark.fault(93)
+def test_labels_that_are_no_classes():
+    y = LABELS.clone()
+    y[3] = 2**40  # a hash, of which no list of classes is to be made
+    for labels, text in (
+        (torch.softmax(torch.rand(50, 3), 1), r"labels of shape \(50, 3\) must be one-hot"),
+        (torch.ones(50, 3), "must be one-hot"),
+        (y, "train labels must be integers from 0 to 999,999; got 1099511627776 at index 3"),
+        (["cat"] * 50, "train labels must be a tensor or an array; got a list"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            from_tensors(IMAGES, labels)
+
+
+def test_batches_of_one_leave_none_out():
+    data = from_tensors(IMAGES[:5], LABELS[:5])
+    assert len(Batches(data, Config(batch_size=1), CPU).order(0)) == 5
+
+
+def test_options_may_be_numbers_of_numpy():
+    found = Config(epochs=np.int64(3), lr=np.float32(0.5), flip=np.bool_(True))
+    assert found == Config(epochs=3, lr=0.5, flip=True)
+    assert json.loads(json.dumps(asdict(found)))["epochs"] == 3
+
+
+@pytest.mark.fault(93)
+def test_a_run_is_replaced_by_one_that_begins(tmp_path):
+    """What keeps a new run from beginning leaves the old one whole; then nothing of it is left."""
+    train(network(), folder=tmp_path, keep=1)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"config.json", "metrics.csv", "epoch2.safetensors"} <= before.keys()
+    with pytest.raises(ValueError, match="training labels must be below"):
+        fit(network(), IMAGES, LABELS + 1, folder=tmp_path, overwrite=True, batch_size=16)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(TrainingError):
+        train(network(), folder=tmp_path, overwrite=True, lr=1e30, lr_scheduler="constant")
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"config.json", "mine.safetensors", "nan.safetensors"}
+
+
+@pytest.mark.fault(93)
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="training labels must be below"):
+        fit(network(), IMAGES, LABELS + 1, folder=tmp_path / "a" / "b", batch_size=16)
+    (tmp_path / "file").touch()
+    with pytest.raises(PermissionError, match="is not a folder to write in"):
+        train(network(), folder=tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_another_run_is_neither_replaced_nor_mixed_in(tmp_path):

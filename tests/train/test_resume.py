@@ -1,5 +1,6 @@
 """A run that was cut ends with the same bits as one that was not."""
 
+import copy
 import errno
 import os
 import signal
@@ -14,6 +15,8 @@ import torch
 from torch import nn
 
 from fastres.train import checkpoints, trainer
+from fastres.train.batches import Batches
+from fastres.train.data import from_tensors
 from fastres.train.judge import digest
 from fastres.train.loop import fit
 
@@ -122,6 +125,46 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     monkeypatch.undo()
     again = train(network(), tmp_path / "cut", resume=True, save_steps=2)
     assert again.history[-1]["weights"] == whole.history[-1]["weights"]
+
+
+@pytest.mark.fault(93)
+@pytest.mark.parametrize("scheduler", ["cosine", "onecycle", "constant"])
+def test_a_run_that_goes_on_for_longer_has_the_rates_of_a_longer_one(scheduler, tmp_path):
+    options = {"lr_scheduler": scheduler, "lr": 0.2, "momentum": 0.5}
+    whole = train(network(), None, epochs=4, **options)
+    train(network(), tmp_path, epochs=2, **options)
+    allowed = {"resume": True, "allow_change": ("epochs",)}
+    longer = train(network(), tmp_path, epochs=4, **options, **allowed)
+    rates = [row["lr"] for row in whole.history]
+    assert [row["lr"] for row in longer.history[2:]] == rates[2:]
+    if scheduler == "constant":  # where the first epochs are those of the longer run
+        assert longer.history[-1]["weights"] == whole.history[-1]["weights"]
+
+
+@pytest.mark.fault(93)
+def test_options_that_may_change_do(tmp_path):
+    options = {"lr_scheduler": "constant", "momentum": 0.0, "epochs": 1}
+    model = network()
+    model[3].p = 0.0
+    first = copy.deepcopy(train(model, tmp_path, lr=0.2, **options).model)
+    options |= {"epochs": 2, "lr": 0.01, "weight_decay": 0.5}
+    changed = {"resume": True, "allow_change": ("epochs", "lr", "weight_decay")}
+    run = train(model, tmp_path, **options, **changed)
+    assert [row["lr"] for row in run.history] == [0.2, 0.01]
+    # SGD without momentum keeps nothing, so that the second epoch can be made by hand.
+    data = from_tensors(IMAGES, LABELS)
+    batches = Batches(data, run.config, torch.device("cpu"))
+    optimizer = torch.optim.SGD(first.parameters(), 0.01, weight_decay=0.5)
+    for x, y in batches.train(1):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(first.train()(x), y).backward()
+        optimizer.step()
+    for name, value in first.state_dict().items():
+        torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    for fixed in ({"opt": "adamw"}, {"model_ema": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(fixed))} was .* cannot change"):
+            train(network(), tmp_path, **{**options, **fixed}, resume=True,
+                  allow_change=tuple(fixed))  # fmt: skip
 
 
 def test_the_best_weights_are_those_of_a_run_that_was_not_cut(tmp_path, monkeypatch):

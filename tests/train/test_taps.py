@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastres
-from fastres.train.data import Batches
+from fastres.train.batches import Batches
 from fastres.train.loop import fit
 from fastres.train.taps import ReachedTaps
 

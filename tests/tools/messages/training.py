@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from fastres.models.pretrained import load_network, read_run
 from fastres.train import checkpoints
@@ -43,6 +44,13 @@ add("train: a label without a logit", lambda: train(labels=LABELS + 1))
 add("train: no logits", lambda: train(nn.Conv2d(1, 2, 3)))
 add("train: images that are none", lambda: from_tensors(IMAGES.int(), LABELS))
 add("train: labels that do not fit", lambda: from_tensors(IMAGES, LABELS.float()))
+add("train: labels of two classes", lambda: from_tensors(IMAGES, torch.full((6, 2), 0.5)))
+add("train: labels that are no numbers of classes", lambda: from_tensors(IMAGES, LABELS - 1))
+add("train: labels that are words", lambda: from_tensors(IMAGES, ["cat"] * 6))
+add("train: a data set of torch alone", lambda: fit(nn.Linear(1, 1), TensorDataset(IMAGES)))
+add("train: validation of three", lambda: train(validation=(IMAGES, LABELS, 1)))
+add("train: bytes beside floats", lambda: train(validation=(IMAGES.byte(), LABELS)))
+add("train: nothing to train", lambda: train(nn.Flatten()))
 add("train: a loss that is no number", lambda: train(lr=1e38, epochs=9))
 add("train: nothing to resume", lambda: train(folder="run", resume=True))
 
@@ -57,6 +65,12 @@ def _() -> None:
 def _() -> None:
     train(folder="run", epochs=1)
     train(folder="run", epochs=1, lr=0.3, resume=True)
+
+
+@case("train: resumed with another optimizer")
+def _() -> None:
+    train(folder="run", epochs=1)
+    train(folder="run", epochs=1, opt="adamw", resume=True, allow_change=("opt",))
 
 
 @case("train: a checkpoint that is none")
@@ -98,6 +112,23 @@ def _() -> None:
 def _() -> None:
     np.savez("set.npz", images=np.zeros(3))
     open_data("set.npz")
+
+
+@case("train: images without labels to be judged by")
+def _() -> None:
+    np.savez("set.npz", x_train=IMAGES.numpy(), y_train=LABELS.numpy(), x_test=IMAGES.numpy())
+    open_data("set.npz")
+
+
+@case("train: no such arrays")
+def _() -> None:
+    open_data("set.npz")
+
+
+@case("train: images of a folder that are to be moved")
+def _() -> None:
+    _picture("train/cat/1.png")
+    fit(nn.Linear(1, 1), ".", batch_size=1, shift=2)
 
 
 @case("train: no arrays")
