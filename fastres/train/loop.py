@@ -101,9 +101,9 @@ def fit(
             its step and a checkpoint; a second ends it at once.
     """
     config = Config.of(options)
+    data = _data(train, labels, validation, config)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("model must have parameters that require a gradient; it has none")
-    data = _data(train, labels, validation, config)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     joined = dist.is_initialized()

@@ -329,7 +329,9 @@ def _changes(then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) 
     changed = [name for name in every if before.get(name) != after.get(name)]
     for name in changed:
         if name in FIXED or name not in allowed:
-            may = "cannot change" if name in FIXED else f"allow_change={name} goes on all the same"
+            may = (
+                "it cannot change" if name in FIXED else f"allow_change={name} goes on all the same"
+            )
             was, got = before.get(name), after.get(name)
             raise ValueError(f"{name} was {was!r} in the run to resume, got {got!r}; {may}")
     return bool(changed)

@@ -162,7 +162,7 @@ def test_options_that_may_change_do(tmp_path):
     for name, value in first.state_dict().items():
         torch.testing.assert_close(run.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     for fixed in ({"opt": "adamw"}, {"model_ema": True}):
-        with pytest.raises(ValueError, match=f"{next(iter(fixed))} was .* cannot change"):
+        with pytest.raises(ValueError, match=f"{next(iter(fixed))} was .* it cannot change"):
             train(network(), tmp_path, **{**options, **fixed}, resume=True,
                   allow_change=tuple(fixed))  # fmt: skip
 
