@@ -188,17 +188,18 @@ class _RayWorker:
     """An actor: a part in, done, its number out."""
 
     def __init__(self, job: BatchJob) -> None:
-        self.job, self.classifier = job, job.classifier()
+        self.job = job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"part": [self.job.run_part(int(i), self.classifier)["part"] for i in batch["part"]]}
+        return {"part": [self.job.run_part(int(i))["part"] for i in batch["part"]]}
 
 
 def _on_ray(ray: Any, job: BatchJob, todo: list[int], gpus: int) -> Iterator[int]:
     """One stage: actors read, decode, classify and write, and no task waits for a core of theirs.
 
-    Tasks are retried for ever: a lost node uses up any number before it is found dead. What would
-    kill them for ever is ended by the ledger.
+    Ray Data retries tasks and restarts actors for ever, as it must: a lost node uses up any number
+    before it is found dead. What would kill them for ever is ended by the ledger, which knows all
+    attempts since it is in the output.
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
     cpus = int(ray.cluster_resources().get("CPU", 1))
@@ -211,8 +212,6 @@ def _on_ray(ray: Any, job: BatchJob, todo: list[int], gpus: int) -> Iterator[int
         fn_constructor_kwargs={"job": type(job)(**job.to_dict())},
         num_cpus=1,
         **({"num_gpus": 1} if gpus else {}),
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     try:
         for row in done.iter_rows():

@@ -178,11 +178,13 @@ class BatchJob:
                 say(done, self.parts)
         return self.finish(len(todo), time.perf_counter() - start)
 
-    def run_part(self, index: int, classifier: Classifier) -> dict[str, Any]:
+    def run_part(self, index: int, classifier: Classifier | None = None) -> dict[str, Any]:
         """Do one part whole: read, decode, classify, write its file; returns its number and rows.
 
         For a worker of any engine; :meth:`missing_parts` comes first, on the driver, and
         :meth:`finish` last.
+
+        classifier: by default one that is made at the first part, and kept.
         """
         from pyarrow.parquet import ParquetFile
 
@@ -191,6 +193,7 @@ class BatchJob:
             listed = ParquetFile(stream).read_row_group(index).to_pylist()
         ledger = Ledger(self.output, index)
         careful = ledger.tries > 1
+        classifier = classifier or self._held  # a death while it loads has tried the part
         left = images(self.input.opened[0], listed, self.columns)
         ids: list[str] = []
         rows: list[Row] = []
@@ -246,6 +249,10 @@ class BatchJob:
         return 1 if most < 0 or group >= 0 else int(self.arguments["part_size"])
 
     @cached_property
+    def _held(self) -> Classifier:
+        return self.classifier()
+
+    @cached_property
     def _listed(self) -> tuple[Any, int]:
         return list_input(self.input, self.columns, self.arguments["limit"])
 
@@ -291,13 +298,13 @@ class BatchJob:
 
     def _sweep(self) -> None:
         """Delete temporary files that a killed process has left."""
-        for info in self.output.under() if self.output.local else ():
+        for info in self.output.under(recursive=True) if self.output.local else ():
             ours = info.base_name.startswith((".part-", "._"))
             if ours and info.mtime and time.time() - info.mtime.timestamp() > OLD:
-                self.output.delete(info.base_name)
+                self.output.delete(os.path.relpath(info.path, self.output.opened[1]))
 
 
-def run_part(job: BatchJob, index: int, classifier: Classifier) -> dict[str, Any]:
+def run_part(job: BatchJob, index: int, classifier: Classifier | None = None) -> dict[str, Any]:
     """:meth:`BatchJob.run_part`, for a worker of another engine."""
     return job.run_part(index, classifier)
 

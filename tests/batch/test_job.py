@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 import tarfile
 import time
 
@@ -10,7 +11,7 @@ import pytest
 from batches import DAMAGED, do, photo, rows, success, write_images, write_model
 
 from fastres.batch import BatchJob, Classifier, run_part
-from fastres.batch.parts import Ledger, Place, list_input
+from fastres.batch.parts import UNNAMED, Ledger, Place, list_input
 
 Image = pytest.importorskip("PIL.Image")
 pa = pytest.importorskip("pyarrow")
@@ -76,15 +77,16 @@ def test_a_resumed_job_does_only_what_is_missing(job, tmp_path):
         run_part(first, index, first.classifier())
     out = tmp_path / "out"
     old = {path: path.stat().st_mtime_ns for path in out.glob("part-*")}
-    swept = out / ".part-000002.parquet.12.ab"
-    for path in (swept, out / ".part-000004.parquet.13.cd"):
+    swept = [out / ".part-000002.parquet.12.ab", out / ".attempts/.part-000002.json.12.ef"]
+    for path in (*swept, out / ".part-000004.parquet.13.cd"):
         path.write_bytes(b"torn")
-    os.utime(swept, (time.time() - 7200,) * 2)
+    for path in swept:
+        os.utime(path, (time.time() - 7200,) * 2)
     with pytest.raises(ValueError, match=r"part-000000.parquet of output .* cannot be read"):
         first.finish()
     again = job()
     assert again.missing_parts() == [0, 2, 4]
-    assert not swept.exists()
+    assert not any(path.exists() for path in swept)
     # The other may be of a process that is at work.
     assert (out / ".part-000004.parquet.13.cd").exists()
     assert do(again)["parts_done"] == 3
@@ -290,6 +292,17 @@ def test_a_part_that_died_is_done_again_with_the_same_rows(job, tmp_path):
     for at in (0, 1, 3, 4):
         assert after["labels"][at] == before["labels"][at]
         assert after["error"][at] == before["error"][at]
+
+
+def test_a_process_that_dies_while_it_loads_the_network_has_tried_the_part(job, monkeypatch):
+    work = job()
+    work.missing_parts()
+    monkeypatch.setattr(work, "classifier", lambda: sys.exit(9))
+    for _ in range(UNNAMED + 1):
+        with pytest.raises(SystemExit):
+            work.run_part(0)
+    with pytest.raises(RuntimeError, match="no image is to blame; is there too little memory"):
+        work.run_part(0)
 
 
 def test_part_files_have_one_schema(job, tmp_path):

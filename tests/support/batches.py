@@ -19,11 +19,13 @@ POISON = b"kills whoever decodes it"
 # Imported by workers at their start: one image kills, and all take long enough to be interrupted.
 DEADLY = f"""
 import os, time
+from pathlib import Path
 from PIL import Image
 opened = Image.open
 def open(file, *args, **kwargs):
-    time.sleep(0.05)
+    time.sleep(0.1)
     if file.getvalue().startswith({POISON!r}):
+        Path(__file__).with_name(f"death-{{os.getpid()}}").touch()
         os.kill(os.getpid(), 9)
     return opened(file, *args, **kwargs)
 Image.open = open
