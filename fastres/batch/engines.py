@@ -179,19 +179,25 @@ def _ray(job: BatchJob) -> tuple[Any, bool]:
         ray.init(
             address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **how
         )
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not job.arguments["shared_fs"] and sum(node["Alive"] for node in ray.nodes()) > 1:
         refuse_local(job.places)
     return ray, mine
 
 
 class _RayWorker:
-    """An actor: a part in, done, its number out."""
+    """An actor: a part in, done, its number out, or why it cannot be."""
 
     def __init__(self, job: BatchJob) -> None:
         self.job = job
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {"part": [self.job.run_part(int(i))["part"] for i in batch["part"]]}
+        (part,), error = batch["part"], ""
+        try:
+            self.job.run_part(int(part))
+        except Exception as found:  # raised on the driver: Ray would put advice of its own behind
+            error = str(found) or type(found).__name__
+        return {"part": [part], "error": [error]}
 
 
 def _on_ray(ray: Any, job: BatchJob, todo: list[int], gpus: int) -> Iterator[int]:
@@ -215,6 +221,8 @@ def _on_ray(ray: Any, job: BatchJob, todo: list[int], gpus: int) -> Iterator[int
     )
     try:
         for row in done.iter_rows():
+            if row["error"]:
+                raise RuntimeError(row["error"])
             yield row["part"]
     except ray.exceptions.RayError as error:
         raise RuntimeError(str(error).strip().splitlines()[-1]) from error
