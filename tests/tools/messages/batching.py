@@ -138,13 +138,18 @@ def _() -> None:
         work.missing_parts()
 
 
-@case("batch: a Ray job that fails")
-def _() -> None:
+def on_ray(**rows: object) -> None:
+    """A job of which Ray Data gives such rows."""
     ray = of_ray()
-    parts = ray.data.from_items.return_value.map_batches.return_value
-    parts.iter_rows.side_effect = OSError("a traceback\nOSError: No space left on device")
+    ray.data.from_items.return_value.map_batches.return_value.iter_rows = mock.Mock(**rows)
     with mock.patch.object(engines, "_ray", return_value=(ray, False)):
         job(engine="ray").run()
+
+
+lost = OSError("a traceback\nOSError: all nodes were lost")
+add("batch: a Ray job that fails", lambda: on_ray(side_effect=lost))
+full = {"part": 0, "error": "No space left on device"}
+add("batch: a part that fails on Ray", lambda: on_ray(return_value=[full]))
 
 
 def with_worker(script: str) -> None:
