@@ -33,7 +33,7 @@ HEADER = (
     *("network", "batch", "image", "dtype", "fastres images/s", "over eager fp32"),
     *("over eager, same dtype", "fastest other", "over it"),
 )
-KINDS = ("fp32", "fp16", "bf16")
+KINDS = ("fp32", "fp16", "bf16", "int8")
 
 
 def publish(path: Path, results: Path = RESULTS) -> Path:

@@ -1,12 +1,14 @@
 """The reference, and the bound that every output of a benchmark must keep.
 
 The reference is the model in float64. Rounding in the tested precision is whatever PyTorch itself
-shows against it, and an output passes when its RMS error is at most twice that ("the rule of two",
-as flash-attention's tests have it). Random weights are calibrated so that a bug shows.
+shows against it (in 8 bits its ``fake_quantize_*`` operators), and an output passes when its RMS
+error is at most twice that ("the rule of two", as flash-attention's tests have it). Random weights
+are calibrated so that a bug shows.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -15,8 +17,9 @@ from torch import Tensor, nn
 
 from ..backends.aten import cudnn_benchmarking
 from ..models.resnet import BasicBlock, Bottleneck, ResNet
-from ..runtime.tolerance import allowed_error, rms
+from ..runtime.tolerance import allowed_error, eps_of, rms
 from .baselines import Model, eager
+from .eight_bits import calibration_images, fake_quantize_
 from .results import OutputError
 
 SANE_ERROR = 0.25
@@ -33,7 +36,11 @@ class AccuracyCheck:
     """
 
     def __init__(
-        self, model: nn.Module, contenders: Mapping[str, Model], inputs: Sequence[Tensor]
+        self,
+        model: nn.Module,
+        contenders: Mapping[str, Model],
+        inputs: Sequence[Tensor],
+        int8: bool = False,
     ) -> None:
         self.errors: dict[str, OutputError] = {}
         self.reference = _float64(model, inputs)
@@ -44,6 +51,12 @@ class AccuracyCheck:
                 rounding = rms(torch.cat(outputs).double() - torch.cat(self.reference))
                 known = self.rounding.get(outputs[0].dtype, 0.0)
                 self.rounding[outputs[0].dtype] = max(known, rounding)
+        if int8:
+            copied = fake_quantize_(copy.deepcopy(model), calibration_images(inputs[0]))
+            plain = eager(copied, torch.float32, torch.contiguous_format)
+            outputs = [plain(x) for x in inputs]
+            rounding = rms(torch.cat(outputs).double() - torch.cat(self.reference))
+            self.rounding[torch.int8] = rounding
 
     def __call__(self, name: str, index: int, output: Tensor) -> str | None:
         """What is wrong with ``output`` on the input ``index``, or None."""
@@ -54,7 +67,8 @@ class AccuracyCheck:
         if not bool(difference.isfinite().all()):
             advice = "; bfloat16 has the range" if output.dtype == torch.float16 else ""
             return f"the logits are not finite{advice}"
-        error = self._error(difference, output, reference)
+        dtype = torch.int8 if "int8" in name.split() else output.dtype
+        error = self._error(difference, output, reference, dtype)
         if name not in self.errors or self.errors[name].rms < error.rms:
             self.errors[name] = error
         if error.rms > error.allowed_rms:
@@ -64,13 +78,15 @@ class AccuracyCheck:
             )
         return None
 
-    def _error(self, difference: Tensor, output: Tensor, reference: Tensor) -> OutputError:
+    def _error(
+        self, difference: Tensor, output: Tensor, reference: Tensor, dtype: torch.dtype
+    ) -> OutputError:
         scale = rms(reference)
         return OutputError(
             rms=rms(difference),
             max_abs=difference.abs().max().item(),
             reference_rms=scale,
-            allowed_rms=self._allowed(output.dtype, len(output), scale),
+            allowed_rms=self._allowed(dtype, len(output), scale),
             agreement=(output.argmax(1) == reference.argmax(1)).double().mean().item(),
         )
 
@@ -85,7 +101,7 @@ class AccuracyCheck:
         if not math.isfinite(rounding):
             return SANE_ERROR * scale
         rounding *= 1 + 1 / math.sqrt(images)
-        return min(allowed_error(rounding, scale, torch.finfo(dtype).eps), SANE_ERROR * scale)
+        return min(allowed_error(rounding, scale, eps_of(dtype)), SANE_ERROR * scale)
 
 
 def _float64(model: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:

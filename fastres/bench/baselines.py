@@ -21,19 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.select import AtenOps, CudnnOps
-from ..errors import FastresError
+from ..errors import FastresError, one_line
 from ..graph import plan
 from ..graph.ir import Conv2d
 from ..perf.ceilings import SHORT
 from ..runtime.clocks import call_seconds
 from ..runtime.cuda_graph import GraphRunner
 from ..runtime.executor import Executor
+from . import eight_bits
 
 Model: TypeAlias = Callable[[Tensor], Tensor]
 
 BUILD_SECONDS = 120.0
 AUTOTUNE_SECONDS = 240.0
+INT8_SECONDS = 600.0
 TRIALS = 10
+OPENVINO_TYPES = {  # the hint, and what a processor must be capable of
+    torch.float32: ("f32", "FP32"),
+    torch.bfloat16: ("bf16", "BF16"),
+    torch.float16: ("f16", "FP16"),
+    torch.int8: ("f32", "INT8"),
+}
 
 
 class Unavailable(FastresError):
@@ -50,6 +58,8 @@ class Baseline:
         build: makes it from a model in eval mode, a dtype and an example input (float32 NCHW on
             the device); raises Unavailable where it cannot.
         limit: seconds that building may take.
+        int8: whether it has a form in 8 bits, which torch.int8 stands for; it may take
+            ``INT8_SECONDS`` to be calibrated.
     """
 
     name: str
@@ -57,6 +67,7 @@ class Baseline:
     devices: tuple[str, ...]
     build: Callable[[nn.Module, torch.dtype, Tensor], Model]
     limit: float = BUILD_SECONDS
+    int8: bool = False
 
     def contender(self, model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
         """A callable of float32 NCHW images that builds itself at its first call."""
@@ -68,7 +79,8 @@ class Baseline:
 
     def _built(self, model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
         # Weights made in inference mode could not be compiled or exported.
-        with time_limit(self.limit, self.name), torch.inference_mode(False), torch.no_grad():
+        limit = INT8_SECONDS if dtype is torch.int8 else self.limit
+        with time_limit(limit, self.name), torch.inference_mode(False), torch.no_grad():
             return self.build(model, dtype, example)
 
 
@@ -106,9 +118,14 @@ def eager(model: nn.Module, dtype: torch.dtype, memory_format: torch.memory_form
 def contenders(
     model: nn.Module, dtype: torch.dtype, example: Tensor, names: Sequence[str]
 ) -> dict[str, Model]:
-    """The named baselines in one dtype, by label; those meant for other devices are left out."""
+    """The named baselines in one dtype, by label.
+
+    Those meant for other devices are left out, and in 8 bits those without a form in 8 bits.
+    """
     check_names(names)
-    chosen = [BASELINES[name] for name in names if example.device.type in BASELINES[name].devices]
+    chosen = [b for name in names if example.device.type in (b := BASELINES[name]).devices]
+    if dtype is torch.int8:
+        chosen = [b for b in chosen if b.int8]
     return {b.label(dtype): b.contender(model, dtype, example) for b in chosen}
 
 
@@ -195,14 +212,16 @@ def _cudnn_fused(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model
     return lambda x: runner(x.to(dtype))
 
 
-def _inductor(**settings: Any) -> Callable[[nn.Module, torch.dtype, Tensor], Model]:
+def _inductor(
+    backend: str = "inductor", /, **settings: Any
+) -> Callable[[nn.Module, torch.dtype, Tensor], Model]:
     def build(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
         from torch._inductor import config
 
         form: Any = {"dtype": dtype, "memory_format": torch.channels_last}
         copied = _copied(model, dtype, torch.channels_last)
         # fullgraph also refuses to fall back to eager once dynamo's limit of variants is reached.
-        compiled = torch.compile(copied, dynamic=False, fullgraph=True)
+        compiled = torch.compile(copied, backend=backend, dynamic=False, fullgraph=True)
         # Freezing is looked up while dynamo traces, so that torch.compile(options=) is too late.
         with config.patch(settings), torch.inference_mode():
             compiled(example.to(**form))
@@ -217,6 +236,19 @@ def _inductor(**settings: Any) -> Callable[[nn.Module, torch.dtype, Tensor], Mod
         return call
 
     return build
+
+
+def _zentorch(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
+    _require("zentorch", "zentorch")
+    try:
+        import zentorch  # registers its backend
+    except Exception as error:  # each release is built for one of torch
+        reason = f"zentorch does not import beside torch {torch.__version__}: {one_line(error)}"
+        raise Unavailable(reason) from error
+    if not torch.cpu._is_avx512_supported():
+        version = zentorch.__version__
+        raise Unavailable(f"zentorch {version} leaves graphs as they are without AVX-512")
+    return _inductor("zentorch", freezing=True)(model, dtype, example)
 
 
 def _tensorrt(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
@@ -241,6 +273,7 @@ def _onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model
         raise Unavailable(f"the installed onnxruntime has no {provider} (onnxruntime-gpu has it)")
     if dtype is torch.bfloat16 or (dtype is torch.float16 and not cuda):
         raise Unavailable(f"onnxruntime has no {SHORT[dtype]} convolution for {provider}")
+    dtype, int8 = (torch.float32, True) if dtype is torch.int8 else (dtype, False)
     copied = _copied(model, dtype, torch.contiguous_format)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
@@ -248,9 +281,9 @@ def _onnxruntime(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        exported.model_proto.SerializeToString(), options, providers=[provider]
-    )
+    proto = exported.model_proto
+    written = eight_bits.of_onnx(proto, example) if int8 else proto.SerializeToString()
+    session = onnxruntime.InferenceSession(written, options, providers=[provider])
     name = session.get_inputs()[0].name
     if cuda:
         return _bound(session, name, dtype)
@@ -279,19 +312,36 @@ def _bound(session: Any, name: str, dtype: torch.dtype) -> Model:
 
 
 def _openvino(model: nn.Module, dtype: torch.dtype, example: Tensor) -> Model:
-    _require("openvino", "openvino")
+    packages = ("openvino", "nncf") if dtype is torch.int8 else ("openvino",)
+    for package in packages:
+        _require(package, package)
     import openvino
 
-    hints = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+    hint, capability = OPENVINO_TYPES[dtype]
+    able = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if capability not in able:  # it would compute in float32 without a word
+        raise Unavailable(f"OpenVINO has no {capability} on this processor")
+    int8 = dtype is torch.int8
     copied = _copied(model, torch.float32, torch.contiguous_format)
     converted = openvino.convert_model(copied, example_input=example)
+    if int8:
+        converted = eight_bits.by_nncf(converted, example)
     settings = {
-        "INFERENCE_PRECISION_HINT": hints[dtype],
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
-    compiled = openvino.compile_model(converted, "CPU", settings)
-    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy()).to(dtype)
+    hints = [hint] + ["bf16"] * (int8 and "BF16" in able)  # of what is not in 8 bits
+    forms = [
+        openvino.compile_model(converted, "CPU", {**settings, "INFERENCE_PRECISION_HINT": each})
+        for each in hints
+    ]
+
+    def seconds(form: Any) -> float:
+        return median_high(call_seconds(lambda: form(example.numpy()), example.device, TRIALS))
+
+    compiled = min(forms, key=seconds) if len(forms) > 1 else forms[0]
+    result = torch.float32 if int8 else dtype
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy()).to(result)
 
 
 def _require(module: str, package: str) -> None:
@@ -334,11 +384,29 @@ _ALL: tuple[Baseline, ...] = (
         AUTOTUNE_SECONDS,
     ),
     Baseline("TensorRT", "torch-tensorrt", ("cuda",), _tensorrt),
-    Baseline("onnxruntime", "the ONNX export in onnxruntime", ("cpu", "cuda"), _onnxruntime),
-    Baseline("OpenVINO", "OpenVINO on the CPU", ("cpu",), _openvino),
+    Baseline(
+        "zentorch",
+        "torch.compile by AMD's plug-in, channels_last, weights frozen",
+        ("cpu",),
+        _zentorch,
+    ),
+    Baseline(
+        "onnxruntime",
+        "the ONNX export in onnxruntime; int8: its static quantisation, QDQ, by channel",
+        ("cpu", "cuda"),
+        _onnxruntime,
+        int8=True,
+    ),
+    Baseline(
+        "OpenVINO",
+        "OpenVINO on the CPU; int8: by NNCF, the rest in float32 or bfloat16, which is faster",
+        ("cpu",),
+        _openvino,
+        int8=True,
+    ),
 )
 BASELINES: Mapping[str, Baseline] = {baseline.name: baseline for baseline in _ALL}
 """By name. Eager float32, which all ratios refer to, and eager channels_last are always there."""
 
 CHEAP = ("folded", "cuDNN fused", "TensorRT", "onnxruntime", "OpenVINO")
-STANDARD = ("folded", "cuDNN fused", "compile CUDA graphs", "inductor freezing", *CHEAP[2:])
+STANDARD = (*CHEAP[:2], "compile CUDA graphs", "inductor freezing", "zentorch", *CHEAP[2:])

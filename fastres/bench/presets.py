@@ -126,7 +126,7 @@ def _standard_gpu() -> Iterator[Spec]:
 
 def _full(device: str) -> Preset:
     cuda = device == "cuda"
-    dtypes = ("float16", "bfloat16", "tf32", "ieee") if cuda else ("float32", "bfloat16")
+    dtypes = ("float16", "bfloat16", "tf32", "ieee") if cuda else ("float32", "bfloat16", "int8")
     batches = BATCHES if cuda else (1, 8, 32)
     everything = tuple(BASELINES)
     specs = [

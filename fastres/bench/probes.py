@@ -132,10 +132,10 @@ class _Replayed:
         self._turn = iter(self._results)
 
     def _operator(self, compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def call(*arguments: Any) -> Tensor:
+        def call(*arguments: Any, **others: Any) -> Tensor:
             if self._turn is not None:
                 return next(self._turn)
-            self._results.append(compute(*arguments))
+            self._results.append(compute(*arguments, **others))
             return self._results[-1]
 
         return call

@@ -12,6 +12,7 @@ from ..perf.timing import Comparison, Samples, Timing
 COLUMNS = (
     "contender",
     "ms per batch",
+    "CPU ms",
     "images/s",
     "speed-up",
     "relative RMS error",
@@ -192,6 +193,8 @@ def footnote(case: Case) -> str:
         f"{spread(noise, '{:.3f}x'.format)}; warm-up of {warmup:.1f} s not counted; "
         f"weights: {case.weights}; errors against float64."
     )
+    if any(timing.cpu_seconds for timing in comparison.timings):
+        text += " CPU ms: of all threads; each sample begins when no other's threads spin."
     if noise and noise.p80 > NOISY * noise.p20:
         text += " The machine was busy: the noise is too large for fine differences."
     return text
@@ -293,10 +296,11 @@ def _row(case: Case, timing: Timing) -> tuple[str, ...]:
     error = case.errors.get(timing.name)
     wrong = ("-", "-") if error is None else _error_cells(error)
     if timing.failure:
-        return (timing.name, f"no time: {timing.failure}", "-", "-", *wrong)
+        return (timing.name, f"no time: {timing.failure}", "-", "-", "-", *wrong)
     return (
         timing.name,
         spread(timing.seconds, milliseconds),
+        milliseconds(timing.cpu_seconds.median) if timing.cpu_seconds else "-",
         f"{case.images_per_second(timing).median:,.1f}",
         spread(case.comparison.speedup(timing.name), "{:.2f}x".format),
         *wrong,

@@ -14,6 +14,7 @@ from ..backends.aten import cudnn_benchmarking
 from ..errors import UnknownModelError, one_line
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
+from ..frontends.quantize import quantize
 from ..models.pretrained import is_run, load_network
 from ..models.resnet import ResNet
 from ..perf.ceilings import measured_ceilings
@@ -22,12 +23,14 @@ from ..perf.roofline import Ceilings, roofline
 from ..perf.timing import DEFAULT_METHOD, Method, Progress, measure
 from .accuracy import AccuracyCheck, calibrate_, random_images
 from .baselines import SHORT, Lazy, Model, check_names, contenders, eager
+from .eight_bits import calibration_images
 from .presets import Spec
 from .probes import SUSTAINED_SECONDS, cold_starts, layers, probe, python_seconds
 from .report import Report
 from .results import Case, Check, Probe
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TIMED_DTYPES = {**DTYPES, "int8": torch.int8}
 BASELINE = "eager fp32"
 SMALL = 32  # pixels of a side where only the number of steps counts
 
@@ -53,9 +56,10 @@ def benchmark(
         models: names that :func:`fastres.create_model` knows, or folders of training runs.
         batches: batch sizes.
         dtypes: any of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
-            device. On CUDA also ``"tf32"`` and ``"ieee"``: float32 with all products made so, in a
-            run of its own; plain ``"float32"`` does what torch's flags say. Plain eager float32 is
-            the baseline in any case.
+            device. On a CPU also ``"int8"``: quantised, all on the same images. On CUDA also
+            ``"tf32"`` and ``"ieee"``: float32 with all products made so, in a run of its own; plain
+            ``"float32"`` does what torch's flags say. Plain eager float32 is the baseline in any
+            case.
         size: height and width of the images.
         device: ``"cpu"`` or ``"cuda"``.
         method: how often and how long.
@@ -135,7 +139,8 @@ def _check_spec(spec: Spec, device: torch.device) -> None:
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for name in spec.dtypes:
-        parse_dtype(name)
+        if parse_dtype(name, TIMED_DTYPES) is torch.int8 and device.type != "cpu":
+            raise ValueError(f"dtype 'int8' is timed on a CPU alone, got {device.type!r}")
     if spec.products and device.type != "cuda":
         raise ValueError(f"dtype {spec.products!r} needs a CUDA device, got {device.type!r}")
     check_names(spec.baselines)
@@ -158,7 +163,7 @@ def _measure(
     progress: Progress | None,
 ) -> Case:
     """One case; ceilings that it needs are measured once and kept in ``ceilings``."""
-    dtypes = [parse_dtype(name) for name in spec.dtypes] or fast_dtypes(device)
+    dtypes = [parse_dtype(name, TIMED_DTYPES) for name in spec.dtypes] or fast_dtypes(device)
     images = [x.to(device) for x in random_images(spec.batch, model.conv1.in_channels, spec.size)]
     source = weights or "random, with batch norms calibrated on random images"
     source = "of the run's best epoch" if is_run(spec.model) else source
@@ -182,8 +187,9 @@ def _measure(
     if device.type == "cpu":
         case = replace(case, probes=_with_python(case.probes, model, dtypes, images[0]))
     floors, steps = {}, {}
+    floats = [dtype for dtype in dtypes if dtype.is_floating_point]  # bytes have no ceiling here
     with torch.inference_mode(), float32_products(spec.products):
-        for dtype in dtypes:
+        for dtype in floats:
             if dtype not in ceilings:
                 ceilings[dtype] = measured_ceilings(device, dtype)
             floor = roofline(
@@ -203,7 +209,7 @@ def _with_python(
     small = x[:1, :, :SMALL, :SMALL]
     for dtype in dtypes:
         name = f"fastres {SHORT[dtype]}"
-        if name in found:
+        if name in found and dtype.is_floating_point:
             with torch.inference_mode(False), torch.no_grad():
                 fast = optimize(model, dtype=dtype, verify=False)
             assert isinstance(fast, FastModel)
@@ -235,7 +241,7 @@ def compare(
         calls |= contenders_for(model, dtype, images[0])
         calls |= contenders(model, dtype, images[0], baselines)
     with torch.inference_mode(), cudnn_benchmarking():
-        judge = AccuracyCheck(model, calls, images)
+        judge = AccuracyCheck(model, calls, images, torch.int8 in dtypes)
         comparison = measure(
             calls, images, check=judge, device=device, method=method, progress=progress
         )
@@ -272,6 +278,8 @@ def float32_products(kind: str) -> Iterator[None]:
 def contenders_for(model: nn.Module, dtype: torch.dtype, example: Tensor) -> dict[str, Model]:
     """Eager channels_last and fastres in one dtype; on CUDA with Triton alone and with cuDNN."""
     kind = SHORT[dtype]
+    if dtype is torch.int8:
+        return {"fastres int8": ours_in_8_bits(model, example)}
     found = {f"eager {kind} channels_last": eager(model, dtype, torch.channels_last)}
     backends = ("triton", "auto") if example.is_cuda else ("auto",)
     for backend in backends:
@@ -291,6 +299,17 @@ def ours(model: nn.Module, dtype: torch.dtype, backend: str, example: Tensor) ->
     return Lazy(build)
 
 
+def ours_in_8_bits(model: nn.Module, example: Tensor) -> Model:
+    """The quantised model, built at its first call; of random weights agreement says nothing."""
+
+    def build() -> Model:
+        images = calibration_images(example)
+        with torch.inference_mode(False), torch.no_grad():
+            return quantize(model, images, images=len(images), min_agreement=None)
+
+    return Lazy(build)
+
+
 def fast_dtypes(device: torch.device) -> list[torch.dtype]:
     """What is worth timing: float16 on CUDA; on a CPU float32, and bfloat16 if it multiplies it."""
     if device.type == "cuda":
@@ -298,11 +317,11 @@ def fast_dtypes(device: torch.device) -> list[torch.dtype]:
     return [torch.float32, torch.bfloat16] if native_bf16() else [torch.float32]
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a name. Raises ValueError listing the names."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {name!r}")
-    return DTYPES[name]
+def parse_dtype(name: str, known: Mapping[str, torch.dtype] = DTYPES) -> torch.dtype:
+    """The dtype of a name. Raises ValueError listing the known names."""
+    if name not in known:
+        raise ValueError(f"dtype must be one of {', '.join(known)}; got {name!r}")
+    return known[name]
 
 
 def parse_device(name: torch.device | str) -> torch.device:

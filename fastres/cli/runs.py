@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 SHADES = " ░▒▓█" if OUT.encoding.startswith("utf") else " .:*#"
 LATENCY_SECONDS = 60.0
-NARROW = ("contender", "ms", "images/s", "speed-up", "error", "top-1")
+NARROW = ("contender", "ms", "CPU ms", "images/s", "speed-up", "error", "top-1")
 
 
 def demo(
@@ -66,8 +66,8 @@ def bench(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of float32, float16, bfloat16, separated by commas; on a GPU also tf32 and ieee: "
-            "float32 multiplied so. By default what is fast here."
+            help="Of float32, float16, bfloat16, separated by commas; on a CPU also int8; on a GPU "
+            "also tf32 and ieee: float32 multiplied so. By default what is fast here."
         ),
     ] = None,
     size: Size = 224,
@@ -229,10 +229,10 @@ def show(report: Report) -> None:
 
 
 def narrow(cells: tuple[str, ...]) -> tuple[str, ...]:
-    """A row of a case's table in 80 columns: the time's spread and a failure's reason left out."""
+    """A row of a case's table in 80 columns: spreads and a failure's reason are left out."""
     name, milliseconds, *others = cells
     median = "-" if milliseconds.startswith("no time") else milliseconds.partition(" ")[0]
-    return (name, median, *others)
+    return (name, median, *(cell.partition(" ")[0] for cell in others))
 
 
 def gallery(pictures: tuple[Picture, ...], width: int) -> str:

@@ -7,7 +7,12 @@ import torch
 from ..runtime.clocks import call_seconds
 from .roofline import Ceilings
 
-SHORT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHORT = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "int8",
+}
 COPIED_BYTES = 256 * 2**20
 TRIES = 7
 L2_SET_BYTES, L2_READS = 16 * 2**20, 512

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ..errors import one_line
-from ..runtime.clocks import X, Y, sampler
+from ..runtime.clocks import X, Y, sampler, wait_until_idle
 
 OutputCheck = Callable[[str, int, Y], str | None]
 Progress = Callable[[int, int], None]
@@ -102,6 +102,8 @@ class Timing:
 
     Attributes:
         seconds: time per call, one value per round.
+        cpu_seconds: of all threads of the process, per call, one value per round; none on a GPU
+            and with cold caches.
         calls: calls per sample.
         first_call: seconds of the very first call, compilation and all.
         warmup_calls: calls before the first sample, the first one included; never timed.
@@ -116,10 +118,12 @@ class Timing:
     warmup_calls: int = 0
     warmup: float = 0.0
     failure: str | None = None
+    cpu_seconds: Samples = field(default_factory=Samples)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields, with the quantiles beside the raw samples."""
-        return {**asdict(self), "seconds": self.seconds.to_dict()}
+        times = {"seconds": self.seconds.to_dict(), "cpu_seconds": self.cpu_seconds.to_dict()}
+        return {**asdict(self), **times}
 
 
 @dataclass(frozen=True)
@@ -211,11 +215,12 @@ def measure(
 
     for runner in runners:
         runner.warm_up(method, synchronize)
-    rounds = _run_rounds(runners, sample, method, progress)
+    rounds = _run_rounds(runners, sample, method, progress, device.type == "cpu")
     for runner in runners:
         runner.check_last()
 
-    *timed, a_a = (runner.result() for runner in runners)
+    cpu_time = device.type == "cpu" and not method.cold_cache
+    *timed, a_a = (runner.result(cpu_time) for runner in runners)
     clock = "cuda events" if device.type == "cuda" else "time.perf_counter"
     return Comparison(baseline, str(device), clock, method, rounds, tuple(timed), a_a)
 
@@ -225,6 +230,7 @@ def _run_rounds(
     sample: Callable[..., tuple[float, Any]],
     method: Method,
     progress: Progress | None,
+    on_cpu: bool,
 ) -> int:
     """Samples every runner once per round, in random order; returns the number of rounds."""
     order = random.Random(method.seed)
@@ -237,7 +243,7 @@ def _run_rounds(
             if progress:
                 progress(done, method.rounds)
             for runner in order.sample(runners, len(runners)):
-                runner.take(sample)
+                runner.take(sample, on_cpu)
             done += 1
     if progress:
         progress(method.rounds, method.rounds)
@@ -257,6 +263,7 @@ class _Runner(Generic[X, Y]):
         self.turns = itertools.cycle(range(len(inputs)))
         self.calls = 0
         self.values: list[float] = []
+        self.cpu_values: list[float] = []
         self.last: tuple[int, Y] | None = None
         self.first_call: float | None = None
         self.warmup_calls = 0
@@ -288,17 +295,21 @@ class _Runner(Generic[X, Y]):
         except Exception as error:
             self._fail(error)
 
-    def take(self, sample: Callable[..., tuple[float, Any]]) -> None:
-        """One sample, unless this contender has failed already."""
+    def take(self, sample: Callable[..., tuple[float, Any]], on_cpu: bool) -> None:
+        """One sample, unless this contender has failed already; on a CPU from rest."""
         if self.failure:
             return
         turns = [next(self.turns) for _ in range(self.calls)]
+        if on_cpu:
+            wait_until_idle()
+        started = time.process_time()
         try:
             elapsed, output = sample(self.call, [self.inputs[turn] for turn in turns])
         except Exception as error:
             self._fail(error)
         else:
             self.values.append(elapsed / self.calls)
+            self.cpu_values.append((time.process_time() - started) / self.calls)
             self.last = (turns[-1], output)
 
     def check_last(self) -> None:
@@ -309,7 +320,8 @@ class _Runner(Generic[X, Y]):
             except Exception as error:
                 self._fail(error)
 
-    def result(self) -> Timing:
+    def result(self, cpu_time: bool) -> Timing:
+        """What was found; with the CPU time where that is of the calls alone."""
         return Timing(
             self.name,
             Samples(() if self.failure else tuple(self.values)),
@@ -318,6 +330,7 @@ class _Runner(Generic[X, Y]):
             self.warmup_calls,
             self.warmup,
             self.failure,
+            Samples(tuple(self.cpu_values) if cpu_time and not self.failure else ()),
         )
 
     def _judge(self, index: int, output: Y) -> None:

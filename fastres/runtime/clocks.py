@@ -18,6 +18,7 @@ Sampler = Callable[[Callable[[X], Y], list[X]], tuple[float, Y]]
 
 FLUSHED_BYTES = 256 * 2**20  # more than the last cache of any GPU or of most CPUs
 EVENT_SLACK_SECONDS = 1e-3
+IDLE_SECONDS, LONGEST_WAIT = 5e-3, 0.2
 
 
 def event_seconds(calls: Sequence[Callable[[], Any]]) -> tuple[list[float], Any]:
@@ -51,6 +52,20 @@ def host_seconds(call: Callable[[X], Y], inputs: Sequence[X]) -> tuple[float, Y]
     for x in inputs:
         output = call(x)
     return time.perf_counter() - started, output
+
+
+def wait_until_idle(longest: float = LONGEST_WAIT) -> bool:
+    """Waits until no thread of this process computes; False where some still did after ``longest``.
+
+    The threads of a runtime spin for a while after a call, on the cores of whoever is called next.
+    """
+    until = time.perf_counter() + longest
+    while time.perf_counter() < until:
+        started, used = time.perf_counter(), time.process_time()
+        time.sleep(IDLE_SECONDS)
+        if time.process_time() - used < 0.1 * (time.perf_counter() - started):
+            return True
+    return False
 
 
 def graph_seconds(calls: Sequence[Callable[[], Any]], tries: int = 7) -> list[float]:

@@ -3,7 +3,9 @@
 import itertools
 import json
 import signal
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -37,7 +39,8 @@ def test_the_baselines_of_each_device():
     meant = {
         "cuda": {"folded", "cuDNN fused", "compile CUDA graphs", "max-autotune", "TensorRT"}
         | {"onnxruntime"},
-        "cpu": {"folded", "inductor freezing", "max-autotune", "onnxruntime", "OpenVINO"},
+        "cpu": {"folded", "inductor freezing", "max-autotune", "zentorch", "onnxruntime"}
+        | {"OpenVINO"},
     }
     for device, names in meant.items():
         assert {n for n, b in BASELINES.items() if device in b.devices} == names
@@ -55,6 +58,28 @@ def test_a_missing_package_is_listed_with_its_reason_and_the_rest_is_timed(
     }
     assert case.comparison["folded fp32"].seconds
     assert case.errors["folded fp32"].rms > 0
+
+
+def test_a_plug_in_that_cannot_serve_says_why(model, images, monkeypatch):
+    monkeypatch.setattr(baselines, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "zentorch", None)
+    with pytest.raises(Unavailable, match="zentorch does not import beside torch 2.*: .*halted"):
+        BASELINES["zentorch"].build(model, torch.float32, images[0])
+    monkeypatch.setitem(sys.modules, "zentorch", types.SimpleNamespace(__version__="9.9"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    with pytest.raises(Unavailable, match="9.9 leaves graphs as they are without AVX-512"):
+        BASELINES["zentorch"].build(model, torch.float32, images[0])
+
+
+def test_openvino_is_not_timed_in_a_type_that_it_would_compute_in_float32(
+    model, images, monkeypatch
+):
+    core = types.SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
+    openvino = types.SimpleNamespace(Core=lambda: core)
+    monkeypatch.setattr(baselines, "find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "openvino", openvino)
+    with pytest.raises(Unavailable, match="OpenVINO has no BF16 on this processor"):
+        BASELINES["OpenVINO"].build(model, torch.bfloat16, images[0])
 
 
 def test_half_precision_that_a_runtime_lacks_is_a_reason(model, images):

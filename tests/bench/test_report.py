@@ -28,7 +28,9 @@ from fastres.perf.timing import Comparison, Method, Samples, Timing
 
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
 EAGER = Timing("eager fp32", Samples((0.4, 0.5, 0.6)), 1, 0.9, 3, 1.5)
-FAST = Timing("fastres fp32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0)
+FAST = Timing(
+    "fastres fp32", Samples((0.2, 0.25, 0.3)), 2, 1.9, 4, 2.0, cpu_seconds=Samples((0.4, 0.5, 0.7))
+)
 BROKEN = Timing("fastres bf16", failure="wrong output: RMS error 1.2e+00")
 ERROR = OutputError(1e-6, 5e-6, 1.0, 3e-6, 1.0)
 PROBES = {
@@ -114,6 +116,8 @@ def test_json_holds_the_raw_samples_and_where_they_come_from():
     timing = read["cases"][0]["timings"][1]
     assert timing["seconds"]["values"] == [0.2, 0.25, 0.3]
     assert timing["speedup"]["values"] == [2.0, 2.0, 2.0]
+    assert timing["cpu_seconds"]["values"] == [0.4, 0.5, 0.7]
+    assert read["cases"][0]["timings"][0]["cpu_seconds"] is None
     assert timing["warmup"] == 2.0
     assert read["cases"][0]["errors"][FAST.name]["allowed_rms"] == 3e-6
 
@@ -145,7 +149,7 @@ def test_markdown_gives_median_spread_ratio_and_error_in_one_row():
         line for line in report(EAGER, FAST).to_markdown().splitlines() if "fastres fp32" in line
     ]
     assert rows == [
-        "| fastres fp32 | 250 (220-280) | 32.0 | 2.00x (2.00x-2.00x) | 1.0e-06 | 100.0% |"
+        "| fastres fp32 | 250 (220-280) | 500 | 32.0 | 2.00x (2.00x-2.00x) | 1.0e-06 | 100.0% |"
     ]
 
 

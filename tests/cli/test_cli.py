@@ -53,7 +53,7 @@ MISTAKES = {
     ("bench", "resnet18", "--batch", "1,x"): ("--batch takes integers such as 1,8,32; got '1,x'"),
     ("bench", "resnet18", "--batch", "0"): "batch must be at least 1, got 0",
     ("bench", "resnet18", "--dtype", "float31"): (
-        "dtype must be one of float32, float16, bfloat16; got 'float31'"
+        "dtype must be one of float32, float16, bfloat16, int8; got 'float31'"
     ),
     ("demo", "--report", "report.pdf"): ("a report ends in .json, .md, .html; got 'report.pdf'"),
     ("verify", "resnet18", "--weights", "V9"): (

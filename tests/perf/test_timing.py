@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import threading
 import time
 import types
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastres.bench import probes
+from fastres.perf import timing as timing_module
 from fastres.perf.timing import LEAST_ROUNDS, Comparison, Method, Samples, Timing, measure
 from fastres.runtime import clocks
 
@@ -46,6 +48,58 @@ def test_ratios_are_taken_within_each_round():
     assert comparison.speedup("fast").values == (2.0, 2.0, 2.0)
     assert comparison.speedup("slow", over="fast").values == (0.5, 0.5, 0.5)
     assert comparison.noise.values == (1.0, 2.0, 0.5)
+
+
+def busy(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
+def test_cpu_time_is_that_of_all_threads_and_not_of_waiting():
+    def threaded(x):
+        threads = [threading.Thread(target=busy, args=(0.01 * i,)) for i in (1, 2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    contenders = {"waits": lambda x: time.sleep(0.02), "two threads": threaded}
+    found = measure(contenders, [None], check=right, method=ONE_CALL)
+    waits, computes = found.timings
+    assert waits.seconds.median >= 0.02 > 4 * waits.cpu_seconds.median
+    assert 0.02 <= computes.cpu_seconds.median < 0.1
+    assert len(computes.cpu_seconds.values) == found.rounds
+    cold = measure(contenders, [None], check=right, method=Method(1, 0, 0, 0, cold_cache=True))
+    assert not any(timing.cpu_seconds for timing in cold.timings)
+
+
+def test_a_sample_begins_when_the_threads_of_the_one_before_rest(monkeypatch):
+    happened = []
+    monkeypatch.setattr(timing_module, "wait_until_idle", lambda: happened.append("waited"))
+    contenders = {name: lambda x, name=name: happened.append(name) for name in "ab"}
+    measure(contenders, [None], check=right, method=ONE_CALL)
+    samples = happened[happened.index("waited") :]
+    assert samples[::2] == ["waited"] * 3 * ONE_CALL.rounds
+    assert sorted(samples[1::2]) == sorted("aab" * ONE_CALL.rounds)
+
+
+def test_other_threads_are_waited_for_until_they_rest(monkeypatch):
+    """By a clock of its own: two threads that spin for 50 ms, then a hundredth of that."""
+    now = [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+
+    def used():
+        return 2 * min(now[0], 0.05) + 0.01 * now[0]
+
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0], process_time=used, sleep=sleep)
+    monkeypatch.setattr(clocks, "time", clock)
+    assert not clocks.wait_until_idle(0.03)
+    assert now[0] == pytest.approx(0.03, abs=clocks.IDLE_SECONDS)
+    assert clocks.wait_until_idle()
+    assert now[0] == pytest.approx(0.055, abs=clocks.IDLE_SECONDS)
 
 
 def test_every_round_has_each_contender_once_and_the_baseline_twice_in_changing_order():

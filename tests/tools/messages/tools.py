@@ -36,9 +36,13 @@ def benchmark(*models: str, **kwargs: Any) -> Any:
 
 add("benchmark: no such network", lambda: benchmark("resnet5"))
 add("benchmark: no images", lambda: benchmark(batches=[0]))
-add("benchmark: no such dtype", lambda: benchmark(dtypes=["int8"]))
+add("benchmark: no such dtype", lambda: benchmark(dtypes=["int4"]))
 add("benchmark: no such baseline", lambda: benchmark(baselines=["tensorflow"]))
 add("benchmark: products of a GPU", lambda: benchmark(dtypes=["tf32"]))
+add(
+    "benchmark: 8 bits on a GPU",
+    lambda: run._check_spec(run.Spec("resnet18", 1, dtypes=("int8",)), torch.device("cuda")),
+)
 add("benchmark: no device's name", lambda: benchmark(device="a GPU"))
 add("benchmark: another device", lambda: benchmark(device="meta"))
 add("benchmark: a GPU that is not here", lambda: benchmark(device="cuda:99"))
