@@ -23,14 +23,19 @@ def images():
     return random_images(4, 3, 64)
 
 
-@pytest.fixture
-def judge(model, images):
+@pytest.fixture(scope="module")
+def references(model, images):
     contenders = {
         BASELINE: eager(model, torch.float32, NCHW),
         "eager bf16": eager(model, torch.bfloat16, NCHW),
     }
     with torch.inference_mode():
         return AccuracyCheck(model, contenders, images)
+
+
+@pytest.fixture
+def judge(references):
+    return copy.deepcopy(references)
 
 
 def test_an_honest_output_passes_and_its_error_is_kept(judge, model, images):
