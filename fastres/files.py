@@ -33,7 +33,7 @@ def atomic_write(path: PathLike, data: bytes) -> None:
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno:
-                error.filename, error.filename2 = str(path), None
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise
         _sync_directory(target.parent)
 
@@ -119,7 +119,10 @@ def read_text(path: PathLike, most: int) -> str:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"{path} is larger than {most} bytes")
-    return data.decode()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
 
 
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0)

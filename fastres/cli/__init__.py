@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
 
@@ -113,8 +114,14 @@ def one_line(message: str) -> str:
     return "; ".join(line for line in lines if line) or "no further message"
 
 
+def _warned(message: Warning | str, *_: object) -> None:
+    """A warning in one line, without the place in our source that it comes from."""
+    ERR.print(f"warning: {one_line(str(message))}", markup=False)
+
+
 def main() -> NoReturn:
     """The entry point."""
     keep_memory()
+    warnings.showwarning = _warned  # type: ignore[assignment]
     with exiting_on_signals():
         sys.exit(run())

@@ -99,7 +99,8 @@ def verify_file(path: str, data: str | None, test: int, size: int | None, as_jso
 
     model = load(path)
     if data is None or model.report is None:
-        raise ValueError(f"of {path} 8 bits can be verified, on images: give --data")
+        why = "it has none" if model.report is None else "give --data"
+        raise ValueError(f"of {path} 8 bits can be verified, on images: {why}")
     models = {"float64": in_float64(model), "8 bits": model}
     with following() as follow:
         rows = _Labelled(data, 0, size).accuracies(models, test, follow("test"))

@@ -26,6 +26,7 @@ from .console import (
 if TYPE_CHECKING:
     from ..bench.report import Report
     from ..bench.results import Picture
+    from ..models.classify import Classified
 
 SHADES = " ░▒▓█" if OUT.encoding.startswith("utf") else " .:*#"
 LATENCY_SECONDS = 60.0
@@ -131,26 +132,37 @@ def bench(
 
 def classify(
     photos: Annotated[list[Path], typer.Argument(metavar="PHOTO...", help="Image files.")],
-    model: Annotated[str, typer.Option(help="A network with ImageNet weights.")] = "resnet50",
+    model: Annotated[
+        str,
+        typer.Option(help="A network, a fused .safetensors file, or the folder of a training run."),
+    ] = "resnet50",
     weights: Published = "DEFAULT",
     checkpoint: Checkpoint = None,
     device: DeviceName = "auto",
     top: Top = 5,
     as_json: AsJson = False,
 ) -> int:
-    """Name what is in photographs, with pretrained weights and torchvision's preprocessing."""
+    """Name what is in photographs, with pretrained weights and torchvision's preprocessing.
+
+    A network of one's own is a fused .safetensors file or the folder of a training run.
+    """
+    from ..batch.network import FUSED
     from ..bench.run import parse_device
     from ..models.classify import classify as run_classify
+    from ..models.pretrained import is_run
 
-    found = run_classify(
-        photos,
-        model=model,
-        weights=weights,
-        checkpoint=checkpoint,
-        device=parse_device(device),
-        top=top,
-        progress=ERR.is_terminal,
-    )
+    if is_run(model) or Path(model).suffix == FUSED:
+        found = _of_ones_own(photos, model, weights, checkpoint, device, top)
+    else:
+        found = run_classify(
+            photos,
+            model=model,
+            weights=weights,
+            checkpoint=checkpoint,
+            device=parse_device(device),
+            top=top,
+            progress=ERR.is_terminal,
+        )
     if as_json:
         print_json([photo.to_dict() for photo in found])
         return 0
@@ -158,6 +170,23 @@ def classify(
         OUT.print(photo.path, style="bold", markup=False)
         OUT.print(table(("", ""), [(label, f"{p:.1%}") for label, p in photo.top]))
     return 0
+
+
+def _of_ones_own(
+    photos: list[Path], model: str, weights: str, checkpoint: Path | None, device: str, top: int
+) -> list[Classified]:
+    """As :func:`fastres.models.classify.classify`, by a fused file or a training run."""
+    from ..batch.classifier import Classifier
+    from ..models.classify import Classified
+
+    network = Classifier(model, weights=weights, checkpoint=checkpoint, device=device, top=top)
+    found = []
+    for photo, row in zip(photos, network.rows([p.read_bytes for p in photos]), strict=True):
+        if row.names is None or row.probabilities is None:
+            raise ValueError(f"{photo}: {row.error}")
+        best = zip(row.names, row.probabilities, strict=True)
+        found.append(Classified(str(photo), tuple(best)))
+    return found
 
 
 def compare_reports(

@@ -60,7 +60,13 @@ def train(
     if data is None:
         raise ValueError("give DATA to train on, or --resume FOLDER")
     config = Config.of(given)
-    opened = open_data(data, config.on_bad_file)
+    try:
+        opened = open_data(data, config.on_bad_file)
+    except ValueError as error:
+        if resume is None:
+            raise
+        hint = f"; if the data has moved: fastres train DATA --resume {resume}"
+        raise ValueError(f"{error}{hint}") from error
     if test_only and resume is not None:
         _judge(None, resume, opened, config, device, as_json)
         return

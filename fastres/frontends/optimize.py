@@ -233,9 +233,8 @@ def check_against(source: nn.Module, model: FastModel, arguments: Sequence[Any])
         except RuntimeError:  # of code between the steps that needs its own dtype
             pass
     if not found.finite or not _all_finite(model.run(same)):
-        warnings.warn(
-            f"the outputs are not all finite in {model.dtype}; try torch.bfloat16", stacklevel=5
-        )
+        advice = "; try torch.bfloat16" if model.dtype is torch.float16 else ""
+        warnings.warn(f"the outputs are not all finite in {model.dtype}{advice}", stacklevel=5)
     return found
 
 

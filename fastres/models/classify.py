@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from .pretrained import load_network
 from .weights import get_weights
 
 BATCH = 32
+LONGEST = 16  # times the shorter side, beyond which an image is not resized as a whole
 ORIENTATION = 0x0112  # the EXIF tag of how a camera was held
 
 
@@ -101,8 +103,29 @@ class Crop:
         from torchvision.transforms import functional as F
 
         how = {"interpolation": self.preset.interpolation, "antialias": self.preset.antialias}
+        (resized,), (side,) = self.preset.resize_size, self.preset.crop_size
+        if max(image.size) > LONGEST * min(image.size) and side <= resized:
+            return F.pil_to_tensor(_middle(image, resized, side, self.preset.interpolation))
         image = F.resize(image, self.preset.resize_size, **how)
         return F.pil_to_tensor(F.center_crop(image, self.preset.crop_size))
+
+
+def _middle(image: Any, resized: int, side: int, interpolation: Any) -> Any:
+    """The middle of a resized image, without the rest, which can be millions of times larger."""
+    from torchvision.transforms import functional as F
+
+    axis = int(image.height > image.width)
+    length = int(resized * image.size[axis] / image.size[1 - axis])
+    scale = image.size[axis] / length
+    begin, end = (round((length - side) / 2.0) * scale + part * scale for part in (0, side))
+    # Whole pixels with a margin first: Pillow's box is of float32, exact enough near zero only.
+    margin = 2 * max(1.0, scale) + 1
+    low, high = max(0, int(begin - margin)), min(image.size[axis], math.ceil(end + margin))
+    crop, box, size = [0, 0, *image.size], [0.0, 0.0, *map(float, image.size)], [resized] * 2
+    crop[axis], crop[axis + 2] = low, high
+    box[axis], box[axis + 2], size[axis] = begin - low, end - low, side
+    strip = image.crop(crop).resize(size, F.pil_modes_mapping[interpolation], tuple(box))
+    return F.center_crop(strip, [side])
 
 
 def read_image(path: str | os.PathLike[str], preprocess: Callable[[Any], Tensor]) -> Tensor:

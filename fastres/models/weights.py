@@ -7,8 +7,10 @@ accuracy as torchvision measured it, and the preprocessing it wants.
 
 import enum
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Protocol
 from urllib.error import URLError
@@ -83,9 +85,10 @@ def fetch(url: str, *, progress: bool = True, check_hash: bool = True) -> Mappin
     Raises WeightsError naming the address and the reason.
     """
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=progress, check_hash=check_hash, weights_only=True
-        )
+        with redirect_stdout(sys.stderr):  # where it says what it downloads
+            return torch.hub.load_state_dict_from_url(
+                url, map_location="cpu", progress=progress, check_hash=check_hash, weights_only=True
+            )
     except (OSError, URLError) as error:
         reason = str(getattr(error, "reason", error))
         raise WeightsError(

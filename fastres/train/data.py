@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.classify import read_image
+from ..models.classify import Crop, read_image
 from ..models.digits import digits_split
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -267,12 +267,15 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
     ) -> None:
         self.paths, self.labels, self.seed = paths, labels, seed
         from torchvision.transforms import v2
+        from torchvision.transforms._presets import ImageClassification
 
+        self.transform: Any
         if seed is None:
-            parts = [v2.Resize(round(size / 0.875)), v2.CenterCrop(size)]
+            middle = ImageClassification(crop_size=size, resize_size=round(size / 0.875))
+            self.transform = Crop(middle)
         else:
-            parts = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        self.transform = v2.Compose([*parts, v2.PILToTensor()])
+            parts = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()]
+            self.transform = v2.Compose(parts)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key

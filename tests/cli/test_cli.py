@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -273,3 +274,17 @@ def test_pictures_on_the_terminal_stay_inside_its_width():
     drawn = gallery((picture,) * 9, width=30)
     assert max(map(len, drawn.splitlines())) <= 30
     assert drawn.count("3 (50%), is 2") == 9
+
+
+def test_a_warning_is_one_line_without_its_place(monkeypatch, capsys):
+    def warn():
+        warnings.warn("one\n  two", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(cli, "run", warn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            cli.main()
+    assert capsys.readouterr().err == "warning: one; two\n"

@@ -486,3 +486,15 @@ def test_a_pretrained_network_with_other_classes(monkeypatch):
     assert model.fc.weight.shape == (10, 512)
     assert model.num_classes == 10
     assert torch.equal(model.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_advice_to_what_is_not_finite_is_of_use(dtype):
+    """bfloat16 reaches further than float16, and no further than float32."""
+    model = adversarial_(small()).eval()
+    with torch.no_grad():
+        next(model.parameters())[0, 0, 0, 0] = float("nan")
+    with pytest.warns(UserWarning, match="outputs are not all finite") as said:
+        fastres.optimize(model, example_input=images(), dtype=dtype)
+    advised = ["try torch.bfloat16" in str(w.message) for w in said if "finite" in str(w.message)]
+    assert advised == [dtype is torch.float16]

@@ -5,6 +5,7 @@ file in a cache that turns out damaged is named, not fatal for the process.
 """
 
 import ast
+import errno
 import io
 import json
 import os
@@ -244,3 +245,22 @@ def test_of_a_file_that_is_too_large_no_more_is_read_than_shows_it(tmp_path, mon
         files.read_text(path, 10)
     assert taken == [11]
     assert files.read_text(path, 1000) == "7" * 1000
+
+
+@pytest.mark.fault(70)
+@pytest.mark.parametrize("place", ["write", "replace"])
+def test_an_error_of_the_system_names_the_target_alone(tmp_path, monkeypatch, place):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "beside", None, "target")
+
+    monkeypatch.setattr(os, "fsync" if place == "write" else "replace", full)
+    with pytest.raises(OSError, match="No space left") as found:
+        files.atomic_write(tmp_path / "kept", b"new")
+    assert str(found.value) == f"[Errno 28] No space left on device: '{tmp_path / 'kept'}'"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_text_that_is_none_is_named(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"names.txt is no text in UTF-8: .* 0xe9"):
+        files.read_text(tmp_path / "names.txt", 99)

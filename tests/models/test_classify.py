@@ -8,10 +8,13 @@ import pytest
 import torch
 from helpers import adversarial_
 
+import fastres
 from fastres import cli
-from fastres.models.classify import classify, read_image
+from fastres.models.checkpoint import save_checkpoint
+from fastres.models.classify import Crop, classify, read_image
 from fastres.models.pretrained import load_network
 from fastres.models.registry import create_model
+from fastres.train.data import IMAGENET
 
 torchvision = pytest.importorskip("torchvision")
 Image = pytest.importorskip("PIL.Image")
@@ -147,3 +150,55 @@ def test_mistakes_are_named(photos):
         classify(photos, top=0)
     with pytest.raises(ValueError, match="No weights available for model resnet20"):
         classify(photos, model="resnet20")
+
+
+@pytest.mark.fault(90)
+@pytest.mark.parametrize("size", [(12, 300), (300, 12), (3, 500), (2001, 5), (1, 900)])
+def test_a_long_image_is_cropped_before_it_is_resized(size, monkeypatch):
+    """Resized as a whole, a kilobyte of PNG can take gigabytes; the pixels are torchvision's."""
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (*size, 3), np.uint8))
+    preset = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.transforms()
+    functional = torchvision.transforms.functional
+    whole = functional.resize(image, preset.resize_size, antialias=True)
+    expected = to_tensor(functional.center_crop(whole, preset.crop_size)).int()
+    monkeypatch.delattr(functional, "resize")
+    difference = (Crop(preset)(image).int() - expected).abs()
+    # A value that lies just between two bytes is rounded to either.
+    assert difference.max() <= 1
+    assert (difference == 0).float().mean() > 0.99
+
+
+def test_networks_of_ones_own_name_their_classes(photos, tmp_path, capsys):
+    model = adversarial_(create_model("resnet18", num_classes=3)).eval()
+    theirs = torchvision.models.resnet18(num_classes=3).eval()
+    theirs.load_state_dict(model.state_dict())
+    run = tmp_path / "run"
+    run.mkdir()
+    save_checkpoint(model, run / "best.safetensors")
+    described = {"model": "resnet18", "classes": ["cat", "dog", "emu"], "options": {"resize": 64}}
+    (run / "config.json").write_text(json.dumps({**described, "mean": IMAGENET[0]}))
+    x = torch.stack([read_image(path, _side_of_64) for path in photos])
+    mean, std = (torch.tensor(v)[:, None, None] for v in IMAGENET)
+    with torch.no_grad():
+        expected = theirs((x / 255 - mean) / std).softmax(1)
+    arguments = ["classify", *map(str, photos), "--device", "cpu", "--json", "--model"]
+    assert cli.run([*arguments, str(run)]) == 0
+    for photo, wanted in zip(json.loads(capsys.readouterr().out), expected, strict=True):
+        found = {row["label"]: row["probability"] for row in photo["top"]}
+        assert [found[name] for name in described["classes"]] == pytest.approx(
+            wanted.tolist(), rel=1e-3
+        )
+    fused = tmp_path / "fused.safetensors"
+    fastres.save(fastres.optimize(model), fused)
+    assert cli.run([*arguments, str(fused)]) == 0
+    assert {row["label"] for row in json.loads(capsys.readouterr().out)[0]["top"]} == {
+        "class 0", "class 1", "class 2"
+    }  # fmt: skip
+    (tmp_path / "none.png").write_bytes(b"none")
+    assert cli.run(["classify", str(tmp_path / "none.png"), "--model", str(fused)]) == 2
+    assert "none.png: cannot read image" in capsys.readouterr().err
+
+
+def _side_of_64(image):
+    functional = torchvision.transforms.functional
+    return to_tensor(functional.center_crop(functional.resize(image, [73], antialias=True), [64]))

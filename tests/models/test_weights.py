@@ -133,6 +133,14 @@ def test_download_with_the_right_hash(source, published):
     assert all(torch.equal(state[k], v) for k, v in source.state_dict().items())
 
 
+def test_a_download_is_told_on_standard_error(published, capsys):
+    """On standard output it would be in the JSON of ``fastres classify --json``."""
+    at(published).get_state_dict(progress=True)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert published.name in told.err
+
+
 @pytest.mark.fault(37)
 def test_download_with_a_wrong_hash_is_refused(published, tmp_path):
     wrong = tmp_path / "resnet18-0badc0de.pth"

@@ -89,6 +89,7 @@ add(
     lambda: (written(""), report.check_output("report.json/a.md")),
 )
 add("compare: no JSON", lambda: compare.load(written("{")))
+add("compare: no text", lambda: Path("a.json").write_bytes(b"\xff") and compare.load("a.json"))
 add("compare: no report", lambda: compare.load(written({"schema": "other"})))
 add("compare: a later schema", lambda: compare.load(written(reported(schema_version=99))))
 add("compare: half a report", lambda: compare.load(written(half_reported())))
