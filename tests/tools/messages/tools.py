@@ -185,10 +185,18 @@ def said_of_fused(command: str) -> Raised:
 
 for command in (
     *("summary fused.safetensors", "verify fused.safetensors"),
+    "classify gone.jpg --model fused.safetensors",
     "convert fused.safetensors again.safetensors --dtype float16",
     "convert fused.safetensors again.safetensors --checkpoint weights.pth",
 ):
     add(f"fastres {command}", lambda c=command: said_of_fused(c))
+
+
+@case("fastres train: the data of the run to resume has moved")
+def _() -> Raised:
+    Path("run").mkdir()
+    Path("run/config.json").write_text(json.dumps({"data": "gone.npz", "model": "resnet18"}))
+    return said("train --resume run")
 
 
 @case("convert: a file that is no network")
