@@ -36,7 +36,7 @@ SMALL = 32  # pixels of a side where only the number of steps counts
 
 
 def benchmark(
-    models: Sequence[str] = ("resnet50",),
+    models: str | Sequence[str] = ("resnet50",),
     *,
     batches: Sequence[int] = (1, 8),
     dtypes: Sequence[str] | None = None,
@@ -53,7 +53,7 @@ def benchmark(
     """Time models against eager PyTorch, one interleaved run for each model and batch size.
 
     Args:
-        models: names that :func:`fastres.create_model` knows, or folders of training runs.
+        models: names that :func:`fastres.create_model` knows, or folders of training runs; or one.
         batches: batch sizes.
         dtypes: any of ``"float32"``, ``"float16"``, ``"bfloat16"``; by default what is fast on the
             device. On a CPU also ``"int8"``: quantised, all on the same images. On CUDA also
@@ -78,7 +78,7 @@ def benchmark(
     """
     specs = [
         Spec(name, batch, size, tuple(dtypes or ()), tuple(baselines), probes, sustained=True)
-        for name in models
+        for name in ([models] if isinstance(models, str) else models)
         for batch in batches
     ]
     return run(specs, device, method, weights, progress, on_case, **kwargs)

@@ -98,8 +98,8 @@ def verify_file(path: str, data: str | None, test: int, size: int | None, as_jso
     from ..frontends.fast_model import in_float64
 
     model = load(path)
-    if data is None or model.report is None:
-        why = "it has none" if model.report is None else "give --data"
+    if data is None or model.report is None or not test:
+        why = "it has none" if model.report is None else "give --data, and --test from 1 on"
         raise ValueError(f"of {path} 8 bits can be verified, on images: {why}")
     models = {"float64": in_float64(model), "8 bits": model}
     with following() as follow:
@@ -114,6 +114,9 @@ def verify_file(path: str, data: str | None, test: int, size: int | None, as_jso
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:
+    if not rows:
+        ERR.print("note: no image was left to tell the accuracy by", markup=False)
+        return
     lines = [
         (name, *(f"{r[k]:.2%}" for k in ("accuracy", "low", "high", "agreement")), str(r["images"]))
         for name, r in rows.items()

@@ -186,7 +186,9 @@ def quantize(
 
 
 def _check(calibrator: str, images: int, holdout: float) -> None:
-    if not isinstance(calibrator, str) or not CALIBRATORS.fullmatch(calibrator):
+    percent = str(calibrator).partition(":")[2]
+    known = isinstance(calibrator, str) and CALIBRATORS.fullmatch(calibrator)
+    if not known or (percent and not 50 < float(percent) <= 100):
         raise ValueError(f"calibrator must be mse, max or percentile:99.99; got {calibrator!r}")
     if not isinstance(images, int) or images < 2:
         raise ValueError(f"images must be at least 2; got {images!r}")

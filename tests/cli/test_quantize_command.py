@@ -57,6 +57,8 @@ def test_digits_before_and_after(run, digits, tmp_path):
 def test_a_file_that_this_machine_computes_otherwise_is_wrong(run, digits, tmp_path, monkeypatch):
     path = tmp_path / "int8.safetensors"
     assert run("quantize", *digits, "-o", path, "--test", 0, "--images", 64)[0] == 0
+    code, _, said = run("verify", path, "--data", "digits", "--test", 0)
+    assert (code, "give --data, and --test from 1 on" in said) == (2, True)
     assert run("verify", path, "--data", "digits", "--test", 100)[1].startswith("right")
     right = OneDNNInt8Ops.conv
     monkeypatch.setattr(

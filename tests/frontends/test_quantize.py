@@ -440,6 +440,11 @@ REFUSED = {
         "calibrator must be mse, max or percentile",
         lambda: quantized(calibrator="entropy"),
     ),
+    "a share beyond all": (
+        ValueError,
+        "calibrator must be mse, max or percentile:99.99; got 'percentile:200'",
+        lambda: quantized(calibrator="percentile:200"),
+    ),
     "too few images asked for": (
         ValueError,
         "images must be at least 2",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ def benchmark(*models: str, **kwargs: Any) -> Any:
 
 
 add("benchmark: no such network", lambda: benchmark("resnet5"))
+add("benchmark: one name, which is no network", lambda: run.benchmark("resnet5"))
 add("benchmark: no images", lambda: benchmark(batches=[0]))
 add("benchmark: no such dtype", lambda: benchmark(dtypes=["int4"]))
 add("benchmark: no such baseline", lambda: benchmark(baselines=["tensorflow"]))
@@ -89,6 +92,15 @@ add(
     lambda: (written(""), report.check_output("report.json/a.md")),
 )
 add("compare: no JSON", lambda: compare.load(written("{")))
+
+
+@case("files: a full disk")
+def _() -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(os, "fsync", side_effect=full):
+        files.atomic_write("kept", b"new")
+
+
 add("compare: no text", lambda: Path("a.json").write_bytes(b"\xff") and compare.load("a.json"))
 add("compare: no report", lambda: compare.load(written({"schema": "other"})))
 add("compare: a later schema", lambda: compare.load(written(reported(schema_version=99))))
