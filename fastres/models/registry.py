@@ -57,14 +57,6 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for name in VARIANTS if fnmatch.fnmatchcase(name, pattern)]
 
 
-def check_name(name: str) -> None:
-    """Raises UnknownModelError, with the closest names, for a network that is not in the table."""
-    if name not in VARIANTS:
-        close = difflib.get_close_matches(str(name), VARIANTS, n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(VARIANTS)}"
-        raise UnknownModelError(f"unknown model {name!r}; {hint}")
-
-
 def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwargs: Any) -> ResNet:
     """Build the network called ``name``.
 
@@ -83,7 +75,10 @@ def create_model(name: str, *, weights: Any = None, progress: bool = True, **kwa
         ValueError: an argument contradicts the variant or its weights.
         WeightsError: the weights cannot be fetched, or their hash is wrong.
     """
-    check_name(name)
+    if name not in VARIANTS:
+        close = difflib.get_close_matches(str(name), VARIANTS, n=3)
+        hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(VARIANTS)}"
+        raise UnknownModelError(f"unknown model {name!r}; {hint}")
     variant = VARIANTS[name]
     classes = (
         kwargs.pop("num_classes", None) if True in (weights, kwargs.get("pretrained")) else None

@@ -160,13 +160,10 @@ def available_weights(model: str) -> list[ImageNetWeights]:
 def get_weights(model: str, name: str = "DEFAULT") -> ImageNetWeights:
     """Look up weights: "IMAGENET1K_V1", "DEFAULT" (the newest), with or without the enum's name.
 
-    Raises ValueError listing what there is; UnknownModelError for a model that is not known.
+    Raises ValueError listing what there is.
     """
     available = {weights.name: weights for weights in available_weights(model)}
     if not available:
-        from .registry import check_name
-
-        check_name(model)
         raise ValueError(f"No weights available for model {model}")
     available["DEFAULT"] = list(available.values())[-1]
     member = name.removeprefix(f"{ENUMS[model]}.")
