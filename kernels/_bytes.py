@@ -1,9 +1,12 @@
-"""Device functions of products of bytes: what they are multiplied as, and what the sums become."""
+"""Bytes that stand for numbers: what they are multiplied as, what sums become, and checks."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+Grid = tuple[float, int]
+"""Scale and zero point: the byte q stands for (q - zero) * scale."""
 
 
 @triton.jit
@@ -27,3 +30,15 @@ def requantized(x, inverse, zero):
     """
     x = tl.minimum(tl.maximum(x * inverse, -zero), 255.0 - zero)
     return (x + 12582912.0 + zero).to(tl.int32, bitcast=True).to(tl.uint8)
+
+
+def check_grid(name: str, grid: Grid) -> None:
+    scale, zero = grid
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"the scale of {name} must be positive and finite, got {scale}")
+    check_zero(f"the zero point of {name}", zero)
+
+
+def check_zero(name: str, zero: int) -> None:
+    if not isinstance(zero, int) or not 0 <= zero <= 255:
+        raise ValueError(f"{name} must be a whole number from 0 to 255, got {zero!r}")

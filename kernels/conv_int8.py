@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._bytes import Grid, check_grid, check_zero
 from ._common import (
     FLOATS,
     IntPair,
@@ -49,9 +50,6 @@ CONFIGS = (
     TileConfig(16, 32, 256, 4, 4),
 )
 """Tiles; an instruction multiplies 32 bytes of a row."""
-
-Grid = tuple[float, int]
-"""Scale and zero point: the byte q stands for (q - zero) * scale."""
 
 
 def shift_of(w: Tensor, x_zero: int) -> Tensor:
@@ -90,18 +88,6 @@ def conv2d_int8_ref(
     else:
         y = ((y / y_grid[0]).round() + y_grid[1]).clamp(0, 255).to(torch.uint8)
     return y.contiguous(memory_format=torch.channels_last)
-
-
-def _check_grid(name: str, grid: Grid) -> None:
-    scale, zero = grid
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"the scale of {name} must be positive and finite, got {scale}")
-    _check_zero(f"the zero point of {name}", zero)
-
-
-def _check_zero(name: str, zero: int) -> None:
-    if not isinstance(zero, int) or not 0 <= zero <= 255:
-        raise ValueError(f"{name} must be a whole number from 0 to 255, got {zero!r}")
 
 
 def _check(
@@ -176,10 +162,10 @@ def conv2d_int8(
     """
     columns = {"scale": scale, "b": b, "shift": shift}
     geometry = _check(x, w, columns, residual, (stride, padding, dilation, groups))
-    _check_zero("x_zero", x_zero)
-    _check_grid("residual_grid", residual_grid)
+    check_zero("x_zero", x_zero)
+    check_grid("residual_grid", residual_grid)
     if y_grid is not None:
-        _check_grid("y_grid", y_grid)
+        check_grid("y_grid", y_grid)
     elif dtype not in FLOATS:
         raise TypeError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
     if config is not None and config.block_k < 32:

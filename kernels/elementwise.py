@@ -1,10 +1,11 @@
-"""Elementwise ReLU, and the sum of two tensors with or without it.
+"""Elementwise ReLU, the sum of two tensors with or without it, and numbers as bytes.
 
-    y = relu(a + b)        y = relu(x)
+    y = relu(a + b)        y = relu(x)        y = clamp(round(x / scale) + zero, 0, 255)
 
 Any shape of up to 2^63 elements, float32, float16 or bfloat16, dense in row-major or channels_last
 order, all operands in the same one. Sums are float32, rounded once. Rejected: broadcasting, mixed
-layouts, strided views, an ``out`` that overlaps an input without being that input.
+layouts, strided views, an ``out`` that overlaps an input without being that input. Bytes are uint8,
+halves are rounded to even.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._bytes import check_grid, requantized
 from ._common import (
     await_producers,
     check_device,
     check_like,
     check_out_memory,
+    check_same_device,
     check_shape,
     check_tensor,
     describe,
@@ -53,6 +56,8 @@ def elementwise_kernel(
     INT64: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr = False,
+    scale=None,  # of bytes, which y are where it is given
+    zero=None,
 ) -> None:
     await_producers(PDL)
     pid = tl.program_id(0)
@@ -65,7 +70,10 @@ def elementwise_kernel(
         y += tl.load(b_ptr + i, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         y = relu_keeping_nan(y)
-    store_rounded(y_ptr + i, y, ok)
+    if scale is not None:
+        tl.store(y_ptr + i, requantized(tl.div_rn(y, scale), 1.0, zero), mask=ok)
+    else:
+        store_rounded(y_ptr + i, y, ok)
 
 
 def add_relu_ref(a: Tensor, b: Tensor, *, relu: bool = True, upcast: bool = False) -> Tensor:
@@ -83,6 +91,10 @@ def _check_flat(name: str, t: Tensor, like: Tensor) -> None:
     """A dense tensor in the memory order of ``like``, which is dense too."""
     check_tensor(name, t)
     check_like(name, t, like)
+    _check_order(name, t, like)
+
+
+def _check_order(name: str, t: Tensor, like: Tensor) -> None:
     check_shape(name, t, like.shape)
     if not t.numel():
         return
@@ -105,11 +117,21 @@ def select_config(size: int) -> FlatConfig:
 
 
 def _run(
-    a: Tensor, b: Tensor | None, out: Tensor | None, relu: bool, config: FlatConfig | None
+    a: Tensor,
+    b: Tensor | None,
+    out: Tensor | None,
+    relu: bool,
+    config: FlatConfig | None,
+    grid: dict[str, float] | None = None,
 ) -> Tensor:
     check_device(a)
     if out is None:
-        out = torch.empty_like(a)
+        out = torch.empty_like(a, dtype=torch.uint8 if grid else None)
+    elif grid:
+        check_tensor("out", out, None, (torch.uint8,))
+        check_same_device("out", out, a)
+        _check_order("out", out, a)
+        check_out_memory(out, apart={"x": a}, same={})
     else:
         _check_flat("out", out, a)
         check_out_memory(out, apart={}, same={"the first operand": a, "b": b})
@@ -128,6 +150,7 @@ def _run(
         INT64=needs_int64(out),
         BLOCK=config.block,
         num_warps=config.num_warps,
+        **(grid or {}),
     )
     return out
 
@@ -163,3 +186,20 @@ def relu(x: Tensor, *, out: Tensor | None = None, config: FlatConfig | None = No
     :func:`add_relu`."""
     _check_flat("x", x, x)
     return _run(x, None, out, True, config)
+
+
+def to_bytes(
+    x: Tensor,
+    scale: float,
+    zero: int,
+    *,
+    out: Tensor | None = None,
+    config: FlatConfig | None = None,
+) -> Tensor:
+    """``x / scale``, rounded, on ``zero``, as uint8: what is outside of 0 to 255 goes to the ends.
+
+    A NaN becomes 0. ``out`` must not overlap x; otherwise as :func:`relu`.
+    """
+    _check_flat("x", x, x)
+    check_grid("x", (scale, zero))
+    return _run(x, None, out, False, config, {"scale": float(scale), "zero": float(zero)})

@@ -24,7 +24,10 @@ class Int8Ops(AtenOps):
     """8-bit steps on any device, as they are defined: whole numbers in floating point.
 
     An 8-bit convolution's weights are int8 (K, C/groups, R, S), its bias and the scale of each
-    channel (K,) floating point, in whose dtype everything is computed.
+    channel (K,) float32 or wider, in which everything is computed.
+
+    Args:
+        dtype: of what is not bytes; half precisions are rounded to at the end of a step.
     """
 
     most = 127  # the largest weight
@@ -43,15 +46,16 @@ class Int8Ops(AtenOps):
         if op.x_grid is None:
             return super().conv(op, prepared, x, residual, in_place)
         weight, bias, scale = prepared
-        whole = x.to(self._dtype) - op.x_grid.zero
+        wide = _wide(self._dtype)
+        whole = x.to(wide) - op.x_grid.zero
         geometry = (op.stride, op.padding, op.dilation, op.groups)
-        y = F.conv2d(whole, weight.to(self._dtype), None, *geometry)
+        y = F.conv2d(whole, weight.to(wide), None, *geometry)
         y = y * (scale * op.x_grid.scale).view(-1, 1, 1) + bias.view(-1, 1, 1)
         if residual is not None and op.residual_grid is not None:
-            y = y + self.dequantize(op.residual_grid, residual)
+            y = y + self._number(op.residual_grid, residual)
         if op.relu:
             y = y.relu_()
-        return y if op.y_grid is None else _to_bytes(_rounded(op.y_grid, y))
+        return y.to(self._dtype) if op.y_grid is None else _to_bytes(_rounded(op.y_grid, y))
 
     def max_pool(self, op: MaxPool2d, x: Tensor) -> Tensor:
         if x.dtype is torch.uint8:
@@ -64,7 +68,7 @@ class Int8Ops(AtenOps):
             return super().global_avg_pool(op, x)
         pixels = x.shape[-1] * x.shape[-2]
         total = x.sum(op.dims, keepdim=op.keepdim, dtype=torch.int32) - grid.zero * pixels
-        return total.to(self._dtype) * (grid.scale / pixels)
+        return (total.to(_wide(self._dtype)) * (grid.scale / pixels)).to(self._dtype)
 
     def quantize(self, grid: Grid, x: Tensor) -> Tensor:
         """Bytes of a floating-point tensor, images in channels_last memory.
@@ -72,17 +76,19 @@ class Int8Ops(AtenOps):
         Raises:
             InputError: it holds NaN or infinity, for which there is no byte.
         """
-        y = _rounded(grid, x)
         if self.may_look():
-            if not math.isfinite(x.sum().item()):
+            if not math.isfinite(x.sum(dtype=_wide(x.dtype)).item()):
                 raise InputError(
                     "the images, or what the network made of them, hold NaN or infinity, which 8 "
                     "bits cannot carry"
                 )
             if grid not in self._met:
                 self._met.add(grid)
-                _warn_of_clipping(grid, y)
-        return _to_bytes(y)
+                _warn_of_clipping(grid, _rounded(grid, x))
+        return self._as_bytes(grid, x)
+
+    def _as_bytes(self, grid: Grid, x: Tensor) -> Tensor:
+        return _to_bytes(_rounded(grid, x))
 
     def may_look(self) -> bool:
         """Whether values are there to be looked at: while a CUDA graph is captured there are none,
@@ -90,7 +96,10 @@ class Int8Ops(AtenOps):
         return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
     def dequantize(self, grid: Grid, x: Tensor) -> Tensor:
-        return x.to(self._dtype).sub_(grid.zero).mul_(grid.scale)
+        return self._number(grid, x).to(self._dtype)
+
+    def _number(self, grid: Grid, x: Tensor) -> Tensor:
+        return x.to(_wide(self._dtype)).sub_(grid.zero).mul_(grid.scale)
 
     def kernel_name(self, op: Operation) -> str:
         name = super().kernel_name(op)
@@ -104,8 +113,8 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
     saturates there, 255 * 64 * 2 does not, so that it gets weights of 7 bits.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(dtype)
         self.most = 127 if int8_products() == "exact" else 64
         self._int8 = torch.ops.onednn.qconv2d_pointwise.default
         self._int8_sum = torch.ops.onednn.qconv2d_pointwise.binary
@@ -130,7 +139,8 @@ class OneDNNInt8Ops(Int8Ops, OneDNNOps):
             y = (op.y_grid.scale, op.y_grid.zero, torch.uint8)
         of_x = (x, grid.scale, grid.zero)
         if residual is None or op.residual_grid is None:
-            return self._int8(*of_x, *weight, packed.bias, *geometry, *y, relu, [], "")
+            found: Tensor = self._int8(*of_x, *weight, packed.bias, *geometry, *y, relu, [], "")
+            return found if op.y_grid else found.to(self._dtype)
         if not in_place:  # the sum is written over the residual
             residual = residual.clone(memory_format=CHANNELS_LAST)
         of_sum: Any = (op.residual_grid.scale, op.residual_grid.zero, "sum", 1.0, relu, [], "")
@@ -175,9 +185,13 @@ def in_8_bits(op: Operation) -> TypeGuard[Conv2d]:
     return isinstance(op, Conv2d) and op.x_grid is not None
 
 
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
 def _rounded(grid: Grid, x: Tensor) -> Tensor:
     """What is to be clamped to bytes; halves go to the even neighbour."""
-    return (x / grid.scale).round_().add_(grid.zero)
+    return (x.to(_wide(x.dtype)) / grid.scale).round_().add_(grid.zero)
 
 
 def _to_bytes(rounded: Tensor) -> Tensor:

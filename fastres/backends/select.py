@@ -78,8 +78,8 @@ def select_int8_ops(backend: str, device: torch.device, dtype: torch.dtype) -> I
         return TritonInt8Ops(dtype)
     if device.type in GPUS and _takes_ours(backend, device, dtype):
         return _ours_or(Int8Ops(dtype), lambda: TritonInt8Ops(dtype, cudnn=True))
-    onednn = device.type == "cpu" and dtype is torch.float32 and _onednn_takes(dtype)
-    return OneDNNInt8Ops() if onednn and int8_products() else Int8Ops(dtype)
+    onednn = device.type == "cpu" and dtype is not torch.float64 and _onednn_takes(dtype)
+    return OneDNNInt8Ops(dtype) if onednn and int8_products() else Int8Ops(dtype)
 
 
 def _check_triton(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from ..graph.fold import Weights
 from ..graph.ir import Conv2d, Dequantize, Grid, Linear, MaxPool2d, Operation, Quantize
 from ..graph.patterns import FusionGroup
 from .aten import AtenOps
-from .memory_format import CHANNELS_LAST
+from .memory_format import CHANNELS_LAST, images_to_channels_last, is_channels_last
 from .onednn_int8 import Int8Ops, in_8_bits
 from .triton import TritonOps
 
@@ -71,6 +71,13 @@ class TritonInt8Ops(Int8Ops, TritonOps):
     def max_pool(self, op: MaxPool2d, x: Tensor) -> Tensor:
         return TritonOps.max_pool(self, op, x)
 
+    def _as_bytes(self, grid: Grid, x: Tensor) -> Tensor:
+        if not (x.is_contiguous() or is_channels_last(x)):
+            x = x.contiguous()
+        y: Tensor = self.kernels.elementwise.to_bytes(x, grid.scale, grid.zero)
+        converted: Tensor = images_to_channels_last(y)  # of bytes, which is less to move
+        return converted
+
     def may_look(self) -> bool:
         return super().may_look() and not self.kernels.COMPILING.get()
 
@@ -81,7 +88,9 @@ class TritonInt8Ops(Int8Ops, TritonOps):
     def kernel_name(self, op: Operation) -> str:
         if in_8_bits(op):
             return "triton conv2d, int8"
-        by_torch = isinstance(op, (Quantize, Dequantize)) or getattr(op, "x_grid", None)
+        if isinstance(op, Quantize):
+            return "triton to_bytes"
+        by_torch = isinstance(op, Dequantize) or getattr(op, "x_grid", None)
         return "aten" if by_torch else TritonOps.kernel_name(self, op)
 
     def _supports(self, group: FusionGroup, dtype: torch.dtype, device: torch.device) -> bool:

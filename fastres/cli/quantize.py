@@ -40,11 +40,14 @@ def quantize(
     test: Tested = 10_000,
     calibrator: Annotated[str, typer.Option(help="mse, max or percentile:99.99.")] = "mse",
     keep: Annotated[
-        list[str] | None, typer.Option(help="A step that stays in float32, or layer4.*; repeat.")
+        list[str] | None, typer.Option(help="A step that stays in floats, or layer4.*; repeat.")
     ] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of equal answers below which it fails.")
     ] = 0.98,
+    dtype: Annotated[
+        str, typer.Option(help="Of what stays in floats: float32, float16 or bfloat16.")
+    ] = "float32",
     size: OwnSize = None,
     weights: Weights = None,
     checkpoint: Checkpoint = None,
@@ -56,6 +59,7 @@ def quantize(
     is that of the validation images, or of the images that calibration did not see.
     """
     from ..batch.network import read_network
+    from ..bench.run import parse_dtype
     from ..files import check_target
     from ..formats.fused_file import SUFFIXES, save
     from ..frontends.fast_model import FastModel
@@ -63,6 +67,7 @@ def quantize(
     from ..models.pretrained import is_run
 
     check_target(output, SUFFIXES)
+    kind = parse_dtype(dtype)
     trained = weights or checkpoint or Path(source).suffix or is_run(source)
     if not trained:
         raise ValueError(
@@ -79,6 +84,7 @@ def quantize(
             images=images,
             keep=keep or (),
             min_agreement=min_agreement,
+            dtype=kind,
             progress=report_to,
         )
         rows = labelled.accuracies({"float32": network, "8 bits": found}, test, follow("test"))

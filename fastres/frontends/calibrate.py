@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.onednn_int8 import Int8Ops
 from ..backends.select import select_int8_ops
+from ..graph.fold import refuse_overflow
 from ..graph.ir import Conv2d, Grid, Linear
 from ..graph.plan import Plan, Step, kept_names
 from ..graph.quantize import quantize, quantized_weight, sharing, value_grids
@@ -76,7 +77,7 @@ class Calibration:
 
     Attributes:
         unseen: whether the images that come are held back from calibration.
-        left: the convolutions that stay in float32, each with the reason.
+        left: the convolutions that stay in floating point, each with the reason.
     """
 
     def __init__(self, path: str, model: FastModel, exact: Calibration | None = None) -> None:
@@ -186,14 +187,14 @@ class Calibration:
             )
         return found
 
-    def quantized(self, calibrator: str, keep: Sequence[str]) -> FastModel:
-        """The model with its convolutions in 8 bits; fills :attr:`left`."""
+    def quantized(self, calibrator: str, keep: Sequence[str], dtype: torch.dtype) -> FastModel:
+        """The model with its convolutions in 8 bits, the rest in ``dtype``; fills :attr:`left`."""
         steps = [step for step in self._weighted if isinstance(step.op, Conv2d)]
         reasons = {step.name: self._reason(step, keep) for step in steps}
         self.left = {self.where(name): why for name, why in reasons.items() if why}
         chosen = [name for name, why in reasons.items() if not why]
         plan = quantize(self.model.traced, self._grids_by(calibrator), chosen)
-        return self._assembled(plan)
+        return self._assembled(plan, dtype)
 
     def _grids_by(self, calibrator: str) -> dict[str, Grid]:
         of = sharing(self.model.traced, [name for name, (low, _) in self._ends.items() if low >= 0])
@@ -233,14 +234,16 @@ class Calibration:
         assert op.images is not None
         return getattr(kept, kept_names(self.model.traced)[f"{op.images.module}.centered"])
 
-    def _assembled(self, plan: Plan) -> FastModel:
+    def _assembled(self, plan: Plan, dtype: torch.dtype) -> FastModel:
         model, kept, folded = self.model, copy.deepcopy(self.model.kept), dict[int, Any]()
         weights = iter([model._step_weights(step) for step in self._weighted])
-        most = select_int8_ops(model.backend, model.device, model.dtype).most
+        most = select_int8_ops(model.backend, model.device, dtype).most
         for index, step in enumerate(plan.steps):
             if not isinstance(step.op, (Conv2d, Linear)):
                 continue
-            folded[index] = weight, bias = next(weights)
+            weight, bias = next(weights)
+            refuse_overflow(self.where(step.name), weight, dtype)
+            folded[index] = weight.to(dtype), bias
             op = step.op
             if isinstance(op, Conv2d) and op.x_grid is not None:
                 bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -255,8 +258,8 @@ class Calibration:
         return with_signature(model.signature)(
             plan,
             folded,
-            kept,
-            dtype=model.dtype,
+            kept.to(dtype),
+            dtype=dtype,
             source_dtype=model.source_dtype,
             backend=model.backend,
             described=model.described,

@@ -85,10 +85,14 @@ class Aten:
         return self.relu(F.linear(x, weight, bias), relu)
 
     def quantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
-        return (x / scale).round().add(zero).clamp(0, 255).to(torch.uint8)
+        wide = self.cast(x, torch.promote_types(x.dtype, torch.float32))
+        return (wide / scale).round().add(zero).clamp(0, 255).to(torch.uint8)
 
     def dequantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
         return (x.to(torch.float32) - zero) * scale
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x if x.dtype is dtype else x.to(dtype)
 
     def int8_weight(self, weight: Tensor, scale: Tensor) -> Tensor:
         return weight.to(scale.dtype) * scale.view(-1, 1, 1, 1)
@@ -131,7 +135,8 @@ class Onnx(Aten):
     """As :class:`Aten`, with ONNX's own operators to bytes and back, which runtimes fuse."""
 
     def quantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
-        return self._linear("Quantize", x, torch.tensor(scale), zero, torch.uint8)
+        wide = self.cast(x, torch.float32)
+        return self._linear("Quantize", wide, torch.tensor(scale), zero, torch.uint8)
 
     def dequantize(self, x: Tensor, scale: float, zero: int) -> Tensor:
         return self._linear("Dequantize", x, torch.tensor(scale), zero, torch.float32)
@@ -242,9 +247,9 @@ class CustomOps(Aten):
 def lower(plan: Plan) -> Program:
     """The plan as a function of ``(model, ops, *arguments)``.
 
-    ``model`` is what has ``folded.weight{i}`` and ``folded.bias{i}`` for step i and under ``kept``
-    what the steps left to PyTorch need; ``ops`` is an :class:`Aten`. Arguments that are given by
-    keyword go by :func:`argument_names`.
+    ``model`` is what has ``dtype``, ``folded.weight{i}`` and ``folded.bias{i}`` for step i, and
+    under ``kept`` what the steps left to PyTorch need; ``ops`` is an :class:`Aten`. Arguments that
+    are given by keyword go by :func:`argument_names`.
 
     All names in the source that is generated here are our own: a plan's may come from a file, or be
     words of Python. What else a plan says is rendered by ``repr`` as a constant.
@@ -310,14 +315,14 @@ class _Lowering:
             return self._call(op)
         x: Any = self._number(step.inputs[0])
         if isinstance(op, Dequantize):
-            return x
+            return self._cast(x)
         if isinstance(op, Quantize):
             return self._ops("quantize", x, op.grid.scale, op.grid.zero)
         if isinstance(op, Conv2d):
             residual = self._number(step.inputs[1]) if op.residual else None
             geometry = (op.stride, op.padding, op.dilation, op.groups, op.relu)
             y = self._ops("conv", x, *self._weights(index, step), residual, *geometry)
-            return self._on_grid(step.name, y)
+            return self._cast(y) if op.x_grid and not op.y_grid else self._on_grid(step.name, y)
         if isinstance(op, Linear):
             return self._ops("linear", x, *self._weights(index, step), op.relu)
         if isinstance(op, Add):
@@ -331,7 +336,8 @@ class _Lowering:
             divisor = (op.ceil_mode, op.count_include_pad, op.divisor_override)
             return self._ops("avg_pool", x, op.kernel, op.stride, op.padding, *divisor)
         if isinstance(op, GlobalAvgPool):
-            return self._ops("global_avg_pool", x, op.dims, op.keepdim)
+            y = self._ops("global_avg_pool", x, op.dims, op.keepdim)
+            return self._cast(y) if op.x_grid else y
         if isinstance(op, Flatten):
             return self._ops("flatten", self._restored(step.inputs[0]))
         assert isinstance(op, BatchNorm2d)
@@ -340,8 +346,12 @@ class _Lowering:
     def _ops(self, method: str, *arguments: Any) -> fx.Node:
         return self.graph.call_method(method, (self.ops, *arguments))
 
+    def _cast(self, value: fx.Node) -> fx.Node:
+        """What 8-bit steps have computed in float32, in the model's dtype."""
+        return self._ops("cast", value, self.graph.get_attr("dtype"))
+
     def _number(self, name: str) -> fx.Node:
-        """A value in floating point, whatever holds it."""
+        """A value in floating point, float32 of bytes."""
         value, grid = self.values[name], self.grids.get(name)
         return value if grid is None else self._ops("dequantize", value, grid.scale, grid.zero)
 

@@ -41,9 +41,9 @@ class Quantization:
 
     Attributes:
         steps: a row for each 8-bit convolution: path, kernel, scale and zero of its result (None
-            for float32), share of values outside of them, and the signal to noise in dB of its
+            for floats), share of values outside of them, and the signal to noise in dB of its
             weights, of its result on its own inputs, and of its result in the whole.
-        left: the convolutions that stay in float32, each with the reason.
+        left: the convolutions that stay in floating point, each with the reason.
         db: signal to noise of the outputs.
         agreement: share of images with the float network's largest logit; None without logits.
         interval: of 95 % for the agreement, Wilson's.
@@ -78,7 +78,7 @@ class Quantization:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         return "\n".join(
-            [*lines, *(f"in float32: {s}: {why}" for s, why in self.left), self.summary()]
+            [*lines, *(f"in floats: {s}: {why}" for s, why in self.left), self.summary()]
         )
 
     def summary(self) -> str:
@@ -108,13 +108,14 @@ def quantize(
     keep: str | Sequence[str] = (),
     holdout: float = 0.25,
     min_agreement: float | None = 0.98,
+    dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     progress: Progress | None = None,
 ) -> FastModel | FastShell:
     """A fused copy whose convolutions compute in 8 bits; the model itself is left as it is.
 
     Weights are int8 with a scale for each output channel; activations uint8 with a scale for each
-    tensor, from 0 behind a ReLU. Residuals and pooled images stay bytes, linear layers float32.
+    tensor, from 0 behind a ReLU. Residuals and pooled images stay bytes, linear layers ``dtype``.
     The scales are compared with those of the largest values, one by one and all together, on images
     that were not calibrated on. (Jacob et al., 2018; Krishnamoorthi, arXiv 1806.08342.)
 
@@ -126,10 +127,11 @@ def quantize(
         calibrator: ``"mse"``, for each tensor the clip of least squared error; ``"max"``; or
             ``"percentile:99.99"``.
         images: how many are taken at most.
-        keep: steps that stay in float32, by path in the source or name; ``*`` stands for anything.
+        keep: steps that stay in ``dtype``, by path in the source or name; ``*`` is anything.
         holdout: share of the images that are compared, not calibrated on.
         min_agreement: least share of held out images with the float network's largest logit; None
             for any. Outputs that are not (N, classes) are measured in dB alone.
+        dtype: of what is not in 8 bits, and of the outputs: float32, float16 or bfloat16.
         backend: ``"auto"``, ``"triton"`` or ``"torch"``, as :func:`optimize` takes it.
         progress: called with the images that are done, and those to be done.
 
@@ -144,10 +146,12 @@ def quantize(
     """
     start = time.perf_counter()
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
-    _check(calibrator, images, holdout)
+    _check(calibrator, images, holdout, dtype)
     check_backend(backend)
     seen, unseen, digest = _split(_pairs(calibration, images), holdout)
     fast = _fused(model, seen[0][0][:4], backend)
+    if isinstance(fast, FastShell) and dtype is not torch.float32:
+        raise ValueError(f"dtype must be torch.float32 where PyTorch runs some parts; got {dtype}")
     passes = 2 + (calibrator != "max")
     count = _Count(progress, sum(len(x) for x, _ in (*seen, *unseen * passes)))
     parts = [Calibration(path, part) for path, part in _parts(fast).items()]
@@ -158,7 +162,7 @@ def quantize(
     answers = _answers(fast, parts, unseen, count)
 
     def trial(calibrator: str) -> tuple[Quantization, list[FastModel]]:
-        made = [Calibration(p.path, p.quantized(calibrator, patterns), p) for p in parts]
+        made = [Calibration(p.path, p.quantized(calibrator, patterns, dtype), p) for p in parts]
         left = tuple(item for part in parts for item in part.left.items())
         if not any(part.eights for part in made):
             why = "; ".join(f"{step}: {reason}" for step, reason in left) or "the model has none"
@@ -185,7 +189,9 @@ def quantize(
     return quantized
 
 
-def _check(calibrator: str, images: int, holdout: float) -> None:
+def _check(calibrator: str, images: int, holdout: float, dtype: torch.dtype) -> None:
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype must be float32, float16 or bfloat16 of torch; got {dtype}")
     percent = str(calibrator).partition(":")[2]
     known = isinstance(calibrator, str) and CALIBRATORS.fullmatch(calibrator)
     if not known or (percent and not 50 < float(percent) <= 100):
@@ -362,5 +368,5 @@ def _too_low(report: Quantization, wanted: float | None) -> str:
     return (
         f"8 bits agree with floats on {report.agreement:.2%} of {report.held_out} images, and "
         f"min_agreement is {wanted:.2%}; the worst steps on their own inputs are {steps}: leave "
-        f"them in float32, keep={tuple(row[0] for row in worst)!r}, or calibrate on more images"
+        f"them in floats, keep={tuple(row[0] for row in worst)!r}, or calibrate on more images"
     )

@@ -107,10 +107,10 @@ def folded_conv(op: Conv2d, lookup: Lookup, dtype: torch.dtype) -> tuple[Tensor,
             weight = weight * scale.reshape(-1, 1, 1, 1)
             bias = shift if bias is None else bias * scale + shift
         cast = weight.to(dtype, memory_format=torch.channels_last, copy=True)
-        _refuse_overflow(op.weight, weight, dtype)
+        refuse_overflow(op.weight, weight, dtype)
         if bias is None:
             return cast, None
-        _refuse_overflow(op.norm.mean if op.norm else op.bias or op.weight, bias, dtype)
+        refuse_overflow(op.norm.mean if op.norm else op.bias or op.weight, bias, dtype)
         return cast, bias.to(_bias_dtype(dtype), copy=True)
 
 
@@ -140,7 +140,7 @@ def folded_linear(op: Linear, lookup: Lookup, dtype: torch.dtype) -> tuple[Tenso
         weight = lookup(op.weight).detach()
         bias = lookup(op.bias).detach() if op.bias else None
         cast = weight.to(dtype, memory_format=torch.contiguous_format, copy=True)
-        _refuse_overflow(op.weight, weight, dtype)
+        refuse_overflow(op.weight, weight, dtype)
         return cast, None if bias is None else bias.to(_bias_dtype(dtype), copy=True)
 
 
@@ -172,7 +172,8 @@ def _refuse_variance(norm: BatchNorm2d, var: Tensor) -> None:
         )
 
 
-def _refuse_overflow(path: str, exact: Tensor, dtype: torch.dtype) -> None:
+def refuse_overflow(path: str, exact: Tensor, dtype: torch.dtype) -> None:
+    """FoldError, by the path, where a finite weight is none in ``dtype``."""
     overflow = torch.isfinite(exact) & ~torch.isfinite(exact.to(dtype))
     if bool(overflow.any()):
         largest = float(exact[overflow].abs().max())

@@ -100,7 +100,7 @@ class _Rewriting:
         for step in self.plan.steps:
             if isinstance(step.op, Conv2d) and step.name in self.chosen:
                 self._convolution(step, step.op, step.name in wanted)
-            elif step.name in self.passing & wanted:
+            elif step.name in self.passing & wanted and self._pays(step):
                 self._add(step, self._moved(step.op), map(self._bytes, step.inputs))
                 self.held[step.name] = self.grids[step.name]
             else:
@@ -114,6 +114,10 @@ class _Rewriting:
         if grid is None or not moves(step.op) or (pads(step.op) and grid.zero):
             return False
         return not self.written & values and all(self.grids.get(v) == grid for v in values)
+
+    def _pays(self, step: Step) -> bool:
+        """Floats are pooled as they are: their maxima become the same bytes, and are fewer."""
+        return not isinstance(step.op, MaxPool2d) or step.inputs[0] in self.held
 
     def _convolution(self, step: Step, op: Conv2d, wanted: bool) -> None:
         x, *residual = step.inputs

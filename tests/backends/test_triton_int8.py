@@ -91,9 +91,33 @@ def test_the_plan_says_what_runs():
     kernels = dict(
         zip((type(s.op).__name__ for s in made.plan.steps), made.plan.kernels, strict=True)
     )
-    assert kernels["Quantize"] == "aten"
+    assert kernels["Quantize"] == "triton to_bytes"
     assert kernels["MaxPool2d"] == "triton max_pool2d"
     assert kernels["Linear"] == "triton linear"
+
+
+@pytest.mark.fault(92)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_first_layer_and_the_head_in_half_precision(dtype):
+    """The first layer goes with its pool, in one kernel, and bytes begin behind them."""
+    model, x = network()
+    x = x.to(dtype)
+    stem = next(s.name for s in planning.of_module(model).steps if s.where == "stem")
+    plan = eight_bit_plan(model, x.float(), {stem})
+    kinds = [type(step.op).__name__ for step in plan.steps]
+    assert kinds[:4] == ["Conv2d", "MaxPool2d", "Quantize", "Conv2d"]
+    due, steps = traced(engine(plan, model, Int8Ops(dtype), dtype), x)
+    made = engine(plan, model, TritonInt8Ops(dtype), dtype)
+    out, found = traced(made, x)
+    assert {t.dtype for t in found.values()} == {torch.uint8, dtype}
+    for name, want in steps.items():
+        assert found[name].dtype is want.dtype, name
+        if want.dtype is torch.uint8:  # a number that was rounded the other way is another byte
+            assert (want.int() - found[name].int()).abs().max() <= 1, name
+    eps = torch.finfo(dtype).eps
+    assert (out - due).abs().max() <= 8 * eps * due.abs().max()
+    (first, *_) = made.ops.candidates(plan, dtype, CPU)
+    assert (first.kernel, len(first.steps)) == ("stem", 2)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_a_folder_of_classes_is_calibrated_and_tested_on_different_images(run, t
     )
     assert code == 0, err
     lines = out.splitlines()
-    assert "in float32: conv1: asked for by keep" in lines
+    assert "in floats: conv1: asked for by keep" in lines
     assert "14 of 20 convolutions in 8 bits" in " ".join(lines)
     assert lines[-1].split()[-1] == lines[-2].split()[-1] == "8"
     assert "wrote" in err

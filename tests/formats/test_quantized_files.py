@@ -207,6 +207,18 @@ def test_exported_files_of_8_bit_images(suffix, tmp_path):
     assert found.max_abs is None or found.max_abs < 0.2 * float(q(x).std())
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_exported_files_with_half_precision(suffix, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxscript")
+    x, more = images(), {"keep": "conv1", "dtype": torch.float16}
+    q = fastres.quantize(model_of(), x, min_agreement=None, **more)
+    found = fastres.export(q, tmp_path / f"m{suffix}", x[:3])
+    assert found.max_abs < 0.2 * float(q(x).float().std())
+
+
 def test_a_file_that_answers_otherwise_is_not_written(q, monkeypatch, tmp_path):
     def wrong(file, suffix):
         return (lambda x: [q(x) * 0.5]), "a runtime"

@@ -14,7 +14,7 @@ from torch import nn
 
 import fastres
 from fastres.backends.onednn_int8 import int8_products
-from fastres.errors import FrozenError, InputError, InputTypeError, QuantizationError
+from fastres.errors import FoldError, FrozenError, InputError, InputTypeError, QuantizationError
 from fastres.frontends.calibrate import choose, grid_for
 from fastres.frontends.quantize import wilson
 from fastres.models.digits import digits_split, load_digits_model
@@ -45,6 +45,19 @@ def quantized(model=None, x=None, **kwargs):
         images() if x is None else x,
         **{"min_agreement": None, **kwargs},
     )
+
+
+class Forks(nn.Sequential):
+    def forward(self, x):
+        y = super().forward(x)
+        return y if float(y.detach().flatten()[0]) > 0 else -y
+
+
+def too_large():
+    model = small()
+    with torch.no_grad():
+        model.fc.weight[1, 2] = 1e6
+    return model
 
 
 def decibels(exact, found):
@@ -348,6 +361,29 @@ def test_a_quantized_model_is_a_fast_model():
     assert q.verification is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_what_is_not_in_8_bits_may_be_in_half_precision(dtype, tmp_path):
+    """bfloat16 has the bits of a byte, so that the first layer may lose as much as one in bytes."""
+    model, x = small(), images()
+    q = quantized(model, keep="conv1", dtype=dtype)
+    y, truth = q(x), model(x).detach()
+    assert y.dtype is q.dtype is dtype
+    assert q.plan().eight_bit == (5, 6)
+    kinds = {"folded.weight": set(), "folded.bias": set(), "folded.scale": set()}
+    for name, t in q.state_dict().items():
+        kinds[name.rstrip("0123456789")].add(t.dtype)
+    due = {torch.int8, dtype}, {torch.float32}, {torch.float32}
+    assert tuple(kinds.values()) == due
+    assert decibels(truth, y) > decibels(truth, quantized(model)(x)) - 1
+    with torch.no_grad():
+        assert decibels(y, q._run_portable((x,), {})) > q.report.db
+    assert torch.equal(q(x.to(dtype)), y)
+    fastres.save(q, tmp_path / "m.safetensors")
+    loaded = fastres.load(tmp_path / "m.safetensors")
+    assert torch.equal(loaded(x), y)
+    assert loaded.report == q.report
+
+
 @pytest.mark.slow
 def test_under_torch_compile_and_transforms():
     model, x = small(), images()
@@ -449,6 +485,21 @@ REFUSED = {
         ValueError,
         "images must be at least 2",
         lambda: quantized(images=1),
+    ),
+    "a dtype without meaning here": (
+        ValueError,
+        "dtype must be float32, float16 or bfloat16 of torch; got torch.float64",
+        lambda: quantized(dtype=torch.float64),
+    ),
+    "weights beyond the dtype": (
+        FoldError,
+        "fc: folded, a value of 1e.06 does not fit torch.float16",
+        lambda: quantized(too_large(), dtype=torch.float16),
+    ),
+    "half precision in a shell": (
+        ValueError,
+        "dtype must be torch.float32 where PyTorch runs some parts; got torch.float16",
+        lambda: quantized(Forks(small()).eval(), dtype=torch.float16),
     ),
     "nothing held out": (
         ValueError,

@@ -26,6 +26,7 @@ FUSED = GATE.with_name("compile_gate_fused.py")
 IMAGE_KERNELS = {
     "add_relu": elementwise.CONFIGS,
     "relu": elementwise.CONFIGS,
+    "to_bytes": elementwise.CONFIGS,
     "max_pool2d": pool.CONFIGS,
     "avg_pool2d": pool.CONFIGS,
     "global_avg_pool": global_pool.CONFIGS,

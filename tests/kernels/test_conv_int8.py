@@ -10,7 +10,7 @@ from helpers import on, refused
 
 pytest.importorskip("triton")
 
-from fastres.kernels import LAUNCHES, TileConfig, conv2d, max_pool2d, max_pool2d_ref
+from fastres.kernels import LAUNCHES, TileConfig, conv2d, elementwise, max_pool2d, max_pool2d_ref
 from fastres.kernels._gpu import GPUS
 from fastres.kernels.conv_int8 import CONFIGS, conv2d_int8, conv2d_int8_ref, shift_of
 
@@ -277,3 +277,46 @@ def test_the_maximum_of_bytes(device, ceil_mode):
         max_pool2d(x, kernel, ceil_mode=ceil_mode, out=out, **window)
         assert torch.equal(out.double(), want)
         assert bool((around == 77).all())
+
+
+@pytest.mark.sample(4)
+@pytest.mark.fault(92)
+@pytest.mark.parametrize("config", [None, *elementwise.CONFIGS], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grid", [(0.3, 0), (0.1, 128), (0.25, 77)], ids=str)
+def test_numbers_become_bytes(device, grid, dtype, config):
+    """Also ties, which scale 1/4 has many of, and what lies outside of the bytes."""
+    scale, zero = grid
+    x = (torch.randn(2, 30, 5, 9) * 64).round().div(8).to(dtype)
+    x[0, :, 0, 0] = 1e4
+    x[0, :, 0, 1] = -1e4
+    x = x.contiguous(memory_format=torch.channels_last)
+    want = ((x.float() / scale).round() + zero).clamp(0, 255).to(torch.uint8).to(device)
+    out, around = guarded(want, 255 - want)
+    assert elementwise.to_bytes(x.to(device), scale, zero, out=out, config=config) is out
+    assert torch.equal(out, want)
+    assert bool((around == 77).all())
+    rows = x.to(device).contiguous()
+    assert torch.equal(elementwise.to_bytes(rows, scale, zero), want.contiguous())
+
+
+BAD_BYTES = {
+    "scale": ({"scale": 0.0}, ValueError, "the scale of x must be positive and finite, got 0.0"),
+    "zero": ({"zero": 256}, ValueError, "the zero point of x must be a whole number from 0 to 255"),
+    "out of floats": ({"out": torch.ones(2, 8)}, TypeError, "out must be uint8, got torch.float32"),
+    "out in another order": (
+        {"x": torch.ones(1, 2, 2, 2), "out": bytes_of(1, 2, 2, 2)},
+        ValueError,
+        "out must be dense and in the memory order",
+    ),
+    "strided": ({"x": torch.ones(2, 16)[:, ::2]}, ValueError, "x must be dense"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BYTES)
+def test_what_does_not_become_bytes(device, name):
+    change, error, message = BAD_BYTES[name]
+    with refused(error, message):
+        elementwise.to_bytes(
+            **on(device, {"x": torch.ones(2, 8), "scale": 0.5, "zero": 3} | change)
+        )

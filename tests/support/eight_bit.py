@@ -58,6 +58,7 @@ def engine(plan, model, ops, dtype=torch.float32):
         whole = (weight / scale.view(-1, 1, 1, 1)).round().to(torch.int8)
         bias = torch.zeros(len(weight)) if bias is None else bias
         # Multiples of 2^-12, so that sums in float32 are exact.
-        return whole, ((bias * 4096).round() / 4096).to(dtype), scale.to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        return whole, ((bias * 4096).round() / 4096).to(wide), scale.to(wide)
 
     return Executor(plan, model, ops, dtype, weights)

@@ -404,6 +404,8 @@ def image_cases() -> Iterator[Case]:
             yield image_case("add_relu", "sum", row, target, run)
             run = partial(lambda row, x: elementwise.relu(x, config=row), row)
             yield image_case("relu", "", row, target, run)
+            run = partial(lambda row, x: elementwise.to_bytes(x, 0.5, 6, config=row), row)
+            yield image_case("to_bytes", "", row, target, run)
         for row in pool.CONFIGS:
             run = partial(
                 lambda row, x: pool.max_pool2d(x, 3, stride=2, padding=1, config=row), row

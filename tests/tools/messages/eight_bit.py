@@ -48,6 +48,12 @@ class Chosen(nn.Sequential):
         return super().forward(x).argmax(1)
 
 
+class Forks(nn.Sequential):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = super().forward(x)
+        return y if float(y.detach().flatten()[0]) > 0 else -y
+
+
 X36 = partial(real_images, 36, 16)
 REFUSED = {
     "no images": lambda: quantized(x=[]),
@@ -68,6 +74,8 @@ REFUSED = {
     "a share": lambda: quantized(holdout=1),
     "agreement": close_classes,
     "an output without floats": lambda: quantized(Chosen(small()).eval()),
+    "a dtype without meaning here": lambda: quantized(dtype=torch.float64),
+    "half precision in a shell": lambda: quantized(Forks(small()).eval(), dtype=torch.float16),
     "no such backend": lambda: quantized(backend="cuda"),
 }
 for name, call in REFUSED.items():
