@@ -19,6 +19,7 @@ from ..errors import MissingDependencyError
 from ..files import read_text
 from ..frontends.fast_model import FastModel
 from ..frontends.optimize import optimize
+from ..models.checkpoint import digest
 from ..models.classify import Crop, decode
 from ..models.preprocess import Normalize
 from .network import open_classifier
@@ -117,7 +118,7 @@ class Classifier:
         self.crop, self.top, self.embeddings = Crop(source.preset), top, embeddings
         self.batch_size = batch_size or (64 if self.device.type == "cuda" else 8)
         self.at_least = 2 * source.preset.resize_size[0] if fast_decode else None
-        self.weights_hash = _hashed(source.network.state_dict())
+        self.weights_hash = digest(source.network.state_dict())
         self.network, self.dtype = self._fused(source.network, kind)
         classes = self._classes()
         self.names = named or source.names or []
@@ -259,15 +260,6 @@ class _WithEmbedding(nn.Module):
         maps = self.network.forward_features(x)
         pooled = self.network.forward_head(maps, pre_logits=True)
         return self.network.fc(pooled), pooled if self.name == "avgpool" else maps.flatten(1)
-
-
-def _hashed(state: Mapping[str, Tensor]) -> str:
-    """Of names, shapes and values, so that it is the same for every file that holds them."""
-    found = hashlib.sha256()
-    for name, tensor in state.items():
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def check_counts(*, optional: bool = True, **counts: int | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Annotated
 
 import typer
@@ -107,7 +109,7 @@ def batch(
         decode_threads=decode_threads,
         fast_decode=fast_decode,
     )
-    with following() as follow:
+    with redirect_stdout(sys.stderr), following() as follow:  # Ray tells of deaths on stdout
         report = job.run(follow(f"{source}, parts"))
     too_many = report.error_rate() > max_errors
     if as_json:

@@ -4,6 +4,7 @@ A checkpoint is read and checked whole before the first parameter changes, so a 
 fit leaves the model as it was.
 """
 
+import hashlib
 import re
 import warnings
 import zipfile
@@ -21,6 +22,7 @@ from ..errors import CheckpointError
 from ..files import PathLike, atomic_write, check_target
 
 __all__ = [
+    "digest",
     "load_checkpoint",
     "load_state_dict",
     "read_metadata",
@@ -429,3 +431,12 @@ def _load_all_or_nothing(
     except Exception as error:
         model.load_state_dict(before)
         raise CheckpointError(f"{source} could not be loaded: {error}") from error
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and values: the same for every file that holds them."""
+    found = hashlib.sha256()
+    for name, tensor in state.items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

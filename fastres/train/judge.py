@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
@@ -68,12 +67,3 @@ def over_ranks(counts: Tensor, world: int) -> Tensor:
     if world > 1:
         dist.all_reduce(counts)
     return counts
-
-
-def digest(model: nn.Module) -> str:
-    """A hash of all parameters and buffers."""
-    found = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        flat = value.detach().cpu().contiguous().flatten()
-        found.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]

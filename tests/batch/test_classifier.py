@@ -78,6 +78,7 @@ def test_embeddings_are_what_the_module_gives(name, photos, checkpoint, ours):
     assert (found - seen[0]).abs().max() <= 1e-4 * seen[0].abs().max()
 
 
+@pytest.mark.fault(96)
 def test_a_bad_image_is_a_row_with_its_reason(photos, ours):
     good = next(iter(photos)).read_bytes()
 
@@ -108,6 +109,7 @@ def test_a_bad_image_is_a_row_with_its_reason(photos, ours):
     assert empty == [(None,) * 4] * 5
 
 
+@pytest.mark.fault(96)
 def test_a_bomb_is_an_error_and_is_not_unpacked(ours, monkeypatch, photos):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 640 * 427 // 2 - 1)
     (row,) = ours.rows([next(iter(photos)).read_bytes()])

@@ -137,6 +137,7 @@ def check(made, out, source="in"):
     assert not [path for path in out.rglob(".*") if path.name.startswith(".part")]
 
 
+@pytest.mark.fault(94)
 @pytest.mark.parametrize(
     ("engine", "worker"),
     [("local", False), *(pytest.param(name, True, marks=SWEEP) for name in ("local", "ray"))],
@@ -159,6 +160,7 @@ def test_every_image_once_whoever_is_killed(engine, worker, made, job, start, tm
     assert report.parts_done == report.parts - len(old)
 
 
+@pytest.mark.fault(95)
 @pytest.mark.parametrize("engine", ["local", pytest.param("ray", marks=SWEEP)])
 def test_a_deadly_image_is_an_error_row_at_the_fourth_attempt(engine, made, job, tmp_path):
     work, before = job(engine, "deadly"), set(made.glob("death-*"))
@@ -171,6 +173,7 @@ def test_a_deadly_image_is_an_error_row_at_the_fourth_attempt(engine, made, job,
     check(made, tmp_path / "out", "deadly")
 
 
+@pytest.mark.fault(95)
 @SWEEP
 def test_ray_gives_a_part_up_as_the_local_engine_does(job):
     pytest.importorskip("ray")
@@ -182,6 +185,7 @@ def test_ray_gives_a_part_up_as_the_local_engine_does(job):
         work.run()
 
 
+@pytest.mark.fault(94)
 @SWEEP
 def test_two_drivers_at_once_write_the_same_rows(made, job, tmp_path):
     with ThreadPoolExecutor(2) as threads:
@@ -190,6 +194,7 @@ def test_two_drivers_at_once_write_the_same_rows(made, job, tmp_path):
     check(made, tmp_path / "out")
 
 
+@pytest.mark.fault(94)
 @SWEEP
 def test_a_lost_node_costs_no_image(made, start, tmp_path):
     pytest.importorskip("ray")
@@ -211,7 +216,7 @@ def test_a_lost_node_costs_no_image(made, start, tmp_path):
     check(made, out)
 
 
-def test_the_command_says_what_a_worker_could_not_do(made, tmp_path, capsys):
+def test_the_command_says_what_a_worker_could_not_do(made, tmp_path, capsys, monkeypatch):
     folder, out = made, tmp_path / "out"
     command = ["batch", str(folder / "in"), str(out), "--model", str(folder / "fused.safetensors")]
     assert cli.run([*command, "--limit", "9", "--device", "cpu", "--max-errors", "0.1"]) == 1
@@ -219,6 +224,10 @@ def test_the_command_says_what_a_worker_could_not_do(made, tmp_path, capsys):
     assert "9 rows in 1 parts, 1 of them done" in said.out
     assert "cannot read image: cannot identify image file" in said.out
     assert said.err.endswith("11.1% of the rows are errors\n")
+    finish = BatchJob.finish
+    monkeypatch.setattr(
+        BatchJob, "finish", lambda *args: (print("(raylet) died"), finish(*args))[1]
+    )
     assert cli.run([*command, "--limit", "9", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts_done"] == 0
     assert cli.run([*command, "--limit", "8"]) == 2

@@ -16,6 +16,7 @@ from fastres.batch.parts import UNNAMED, Ledger, Place, list_input
 Image = pytest.importorskip("PIL.Image")
 pa = pytest.importorskip("pyarrow")
 pytest.importorskip("torchvision")
+from pyarrow.fs import copy_files  # noqa: E402
 from pyarrow.parquet import read_table, write_table  # noqa: E402
 
 COUNT = 22
@@ -39,9 +40,9 @@ def folder(tmp_path_factory):
 def job(model, folder, tmp_path):
     """Makes jobs on the folder, whose output is of this test."""
 
-    def make(source=folder, **options):
+    def make(source=folder, output=tmp_path / "out", **options):
         known = {"model": str(model), "top": 2, "part_size": 5, "device": "cpu"}
-        return BatchJob(source, tmp_path / "out", **{**known, **options})
+        return BatchJob(source, output, **{**known, **options})
 
     return make
 
@@ -70,6 +71,7 @@ def test_a_folder_is_classified_as_one_classifier_would(job, folder, model, tmp_
     assert not list((tmp_path / "out/.attempts").iterdir())
 
 
+@pytest.mark.fault(94)
 def test_a_resumed_job_does_only_what_is_missing(job, tmp_path):
     first = job()
     assert first.missing_parts() == [0, 1, 2, 3, 4]
@@ -95,6 +97,7 @@ def test_a_resumed_job_does_only_what_is_missing(job, tmp_path):
     assert do(job())["parts_done"] == 0
 
 
+@pytest.mark.fault(96)
 def test_another_job_is_refused_by_the_field_that_differs(job, folder, model, tmp_path):
     do(job())
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.is_file()}
@@ -171,6 +174,7 @@ def test_a_list_keeps_duplicates_and_files_that_are_gone(job, folder, tmp_path):
     assert report["duplicate_ids"] == 2
 
 
+@pytest.mark.fault(96)
 def test_a_file_that_vanishes_after_listing_is_an_error_row(job, tmp_path):
     source = tmp_path / "in"
     write_images(source, 3)
@@ -236,6 +240,7 @@ def test_errors_are_tried_again_when_asked(job, tmp_path):
     assert sum(do(again)["errors"].values()) == 1
 
 
+@pytest.mark.fault(96)
 def test_a_full_disk_leaves_no_part_and_the_job_goes_on_later(job, tmp_path, monkeypatch):
     work = job()
     todo, held = work.missing_parts(), work.classifier()
@@ -258,6 +263,7 @@ def test_a_full_disk_leaves_no_part_and_the_job_goes_on_later(job, tmp_path, mon
     assert len(set(rows(tmp_path / "out")["id"])) == COUNT
 
 
+@pytest.mark.fault(95)
 def test_the_ledger_blames_an_image_at_the_second_death(tmp_path):
     out = Place(tmp_path)
     assert not Ledger(out, 4).blames(7)
@@ -278,6 +284,7 @@ def test_the_ledger_blames_an_image_at_the_second_death(tmp_path):
         Ledger(out, 4)
 
 
+@pytest.mark.fault(95)
 def test_a_part_that_died_is_done_again_with_the_same_rows(job, tmp_path):
     work = job()
     work.missing_parts()
@@ -294,6 +301,7 @@ def test_a_part_that_died_is_done_again_with_the_same_rows(job, tmp_path):
         assert after["error"][at] == before["error"][at]
 
 
+@pytest.mark.fault(95)
 def test_a_process_that_dies_while_it_loads_the_network_has_tried_the_part(job, monkeypatch):
     work = job()
     work.missing_parts()
@@ -318,6 +326,35 @@ def test_the_listing_is_sorted_whatever_the_order_on_the_disk(folder):
     table, passed = list_input(Place(folder), ("image", "path"), None)
     assert table["id"].to_pylist() == ids_in(folder)
     assert passed == 2
+
+
+@pytest.mark.fault(94)
+@pytest.mark.slow
+def test_a_whole_job_in_an_object_store(job, folder, tmp_path):
+    """S3's protocol, spoken by moto on this machine."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        where = f"?scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true"
+        source, out = (f"s3://key:secret@bucket/{name}{where}" for name in ("in", "out"))
+        system, path = Place(source).opened
+        system.create_dir("bucket")
+        for name in ids_in(folder):
+            with system.open_output_stream(f"{path}/{name}") as stream:
+                stream.write((folder / name).read_bytes())
+        work = job(source, out)
+        work.run_part(work.missing_parts()[1])
+        assert (again := job(source, out, workers=1)).missing_parts() == [0, 2, 3, 4]
+        report = again.run()
+        assert (report.rows, report.parts_done) == (COUNT, 4)
+        copy_files(out, str(tmp_path / "copy"))
+        assert "secret" not in (tmp_path / "copy/_fastres.json").read_text()
+    finally:
+        server.stop()
+    do(job())
+    assert rows(tmp_path / "copy") == rows(tmp_path / "out")
+    assert success(tmp_path / "copy")["errors"] == success(tmp_path / "out")["errors"]
 
 
 def test_uris_are_shown_without_their_secrets():

@@ -115,6 +115,9 @@ ROWS = {
     91: "Serving: a worker or the server killed, SIGTERM, Ctrl-C: nothing hangs, lost or left",
     92: "8 bits on a GPU: the bytes of the definition; halves, ends, padding, the largest sums",
     93: "Training: data, labels and options that do not fit, or change: refused, or as wanted",
+    94: "Batch jobs: a worker, the driver or a node killed, two drivers: every image exactly once",
+    95: "Batch jobs: an image or a network that kills its process: an error row, or the job ends",
+    96: "Batch jobs: damaged or vanished images, full disks, foreign outputs: error rows",
 }
 GPU = "needs a GPU: not run"
 HEAD = """# The fault matrix
