@@ -231,6 +231,7 @@ def test_models_of_every_origin(name):
     assert not any(p.requires_grad for p in q.parameters())
 
 
+@pytest.mark.slow  # the import of transformers
 def test_hugging_face_becomes_a_shell():
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(
