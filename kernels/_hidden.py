@@ -8,12 +8,11 @@ from importlib.util import module_from_spec
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-
 
 def _installed() -> ModuleSpec | None:
-    """The package ``kernels`` that would be found if this folder were not on ``sys.path``."""
-    others = [entry for entry in sys.path if Path(entry, "kernels").resolve() != HERE]
+    """The package ``kernels`` that is found where no checkout of fastres is on ``sys.path``."""
+    own = Path("kernels", Path(__file__).name)
+    others = [entry for entry in sys.path if not Path(entry, own).exists()]
     for finder in sys.meta_path:
         spec = finder.find_spec("kernels", others)
         if spec is not None and spec.loader is not None:
