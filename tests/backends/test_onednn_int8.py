@@ -228,3 +228,15 @@ def test_without_dot_products_of_bytes_the_weights_have_seven_bits(isa):
         check=False,
     )
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_numbers_of_half_precision_become_the_nearest_bytes(dtype):
+    """Every number of float16 below 12; a quotient rounded to half precision is often another."""
+    scale, zero = 2**0.5 / 20, 128  # irrational: no number is half way between two bytes
+    x = torch.arange(0, 0x4A00, dtype=torch.int16).view(torch.float16).to(dtype)
+    x = torch.stack([x, -x]).view(2, 16, 32, -1)
+    want = np.clip(np.rint(x.double().numpy() / scale) + zero, 0, 255)
+    found = Int8Ops(dtype)._as_bytes(Grid(scale, zero), x)
+    assert found.dtype is torch.uint8
+    assert (found.numpy() == want).all()
