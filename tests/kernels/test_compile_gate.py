@@ -145,6 +145,7 @@ def test_rows_that_do_not_fit_fail():
     assert "spills" in " ".join(spilling["problems"])
 
 
+@pytest.mark.slow
 def test_rows_that_fit_pass_and_their_shared_memory_is_counted_as_laid_out():
     given = rows("half 64 64 64 4 3", "tf32 64 64 32 4 2")
     verdicts = passed("--target", "sm_89", "--target", "sm_90", *given)
