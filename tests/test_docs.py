@@ -122,6 +122,7 @@ def blocks(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
 
 
+@pytest.mark.slow
 def test_the_readmes_ten_lines_run(capsys):
     """On small images and without the download; everything else as it is written."""
     pytest.importorskip("torchvision")

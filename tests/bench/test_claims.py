@@ -123,6 +123,7 @@ def unproven(case):
     return [n for n in timed if not {"rms", "max_abs", "agreement"} <= set(errors.get(n, {}))]
 
 
+@pytest.mark.slow
 @pytest.mark.fault(41)
 def test_every_speed_stands_beside_its_error_and_agreement():
     brief = Method(rounds=1, budget=0.0, sample=0.0, warmup=0.0)

@@ -77,6 +77,7 @@ def save(model, folder, suffix):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_outputs_are_keras(name, tmp_path):
     build, size, channels = MODELS[name]

@@ -36,6 +36,7 @@ def initial(outputs, seed):
     return fastres.resnet18(num_classes=outputs).eval(), torch.randn(1, 3, 64, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(45)
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("seed", [4, 10, 24])

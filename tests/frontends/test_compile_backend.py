@@ -48,6 +48,7 @@ def assert_same(compiled, model, images):
         torch.testing.assert_close(compiled(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_whole_models_are_fused(images, log, dynamic):
     model = adversarial_(ResNet(Bottleneck, [1, 1], num_classes=5)).double()

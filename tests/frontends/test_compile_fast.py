@@ -140,6 +140,7 @@ def test_a_compiled_program_is_the_custom_operators_where_triton_serves(images):
         assert not any("fastres" in str(n.target) for n in exported.nodes)
 
 
+@pytest.mark.slow
 def test_export_with_a_dynamic_batch_loads_without_fastres(source, fast, images, tmp_path):
     program = export(fast, (images,), dynamic_shapes={"x": {0: Dim("batch")}})
     assert all("grad" not in str(n.target) for n in program.graph.nodes)

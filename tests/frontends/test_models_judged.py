@@ -88,6 +88,7 @@ def judge_bfloat16(model, x, steps):
     assert out.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.sample(3)
 @pytest.mark.fault(41)
 @pytest.mark.parametrize(("name", "steps"), CASES.items())

@@ -53,11 +53,13 @@ def test_a_case_of_each_kernel(target):
     assert passed("--sample", "--target", target, *only(EVERYWHERE)) == EVERYWHERE
 
 
+@pytest.mark.slow
 def test_kernels_that_are_wrong_on_purpose_are_refused():
     """A race, a late wait, a misaligned vector, ... each beside the form that is right."""
     assert len(passed("--bad")) == 20
 
 
+@pytest.mark.slow
 def test_a_case_of_each_kernel_with_tma():
     assert passed("--sample", "--target", "sm_90", "--pdl", *only(COPIED)) == COPIED
 

@@ -233,6 +233,7 @@ def test_copies_answer_alike_and_go_their_own_way(model, how):
         assert torch.equal(model(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(28)
 def test_without_gpu_and_triton():
     """In a process of its own, where importing triton fails: all runs on the CPU."""

@@ -76,6 +76,7 @@ def agree(out: torch.Tensor) -> bool:
     return differ.item() == 0
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """This process is the first rank: importing torch and what DDP needs takes CPU seconds."""
     store = str(tmp_path / "store")

@@ -27,6 +27,7 @@ def peak(call, x) -> int:
     return highest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batch", "size", "layout", "dtype"),
     [

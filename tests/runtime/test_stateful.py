@@ -10,6 +10,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from stateful import SEEN, Pair
 
 
+@pytest.mark.slow
 @pytest.mark.fault(35)
 def test_a_network_and_its_twin_lead_the_same_life():
     SEEN.clear()
