@@ -208,6 +208,7 @@ def test_options(model, images):
             torch.compile(model, backend=backend, options=wrong)(images)
 
 
+@pytest.mark.slow
 def test_the_entry_point(tmp_path):
     """As an installed package declares it: the name alone finds the backend."""
     tomllib = pytest.importorskip("tomllib")
