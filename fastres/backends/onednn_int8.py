@@ -28,12 +28,13 @@ class Int8Ops(AtenOps):
 
     Args:
         dtype: of what is not bytes; half precisions are rounded to at the end of a step.
+        more: what the backend of the steps in floats takes.
     """
 
     most = 127  # the largest weight
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
+    def __init__(self, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+        super().__init__(**more)
         self._dtype = dtype
         self._met: set[Grid] = set()
 

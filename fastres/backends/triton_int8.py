@@ -17,17 +17,7 @@ from .triton import TritonOps
 
 
 class TritonInt8Ops(Int8Ops, TritonOps):
-    """CUDA, or CPU tensors under Triton's interpreter; steps in floats run as without 8 bits.
-
-    Args:
-        dtype: of the steps in floats.
-        cudnn: as :class:`TritonOps` takes it.
-    """
-
-    def __init__(self, dtype: torch.dtype = torch.float32, *, cudnn: bool = False) -> None:
-        TritonOps.__init__(self, cudnn=cudnn)
-        self._dtype = dtype
-        self._met: set[Grid] = set()
+    """CUDA, or CPU tensors under Triton's interpreter; steps in floats run as without 8 bits."""
 
     def prepare(self, op: Conv2d | Linear, weights: Weights) -> Any:
         prepared: Any = super().prepare(op, weights)

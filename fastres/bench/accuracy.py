@@ -48,15 +48,15 @@ class AccuracyCheck:
         for name, call in contenders.items():
             if name.startswith("eager"):
                 outputs = [call(x) for x in inputs]
-                rounding = rms(torch.cat(outputs).double() - torch.cat(self.reference))
                 known = self.rounding.get(outputs[0].dtype, 0.0)
-                self.rounding[outputs[0].dtype] = max(known, rounding)
+                self.rounding[outputs[0].dtype] = max(known, self._rounding(outputs))
         if int8:
             copied = fake_quantize_(copy.deepcopy(model), calibration_images(inputs[0]))
             plain = eager(copied, torch.float32, torch.contiguous_format)
-            outputs = [plain(x) for x in inputs]
-            rounding = rms(torch.cat(outputs).double() - torch.cat(self.reference))
-            self.rounding[torch.int8] = rounding
+            self.rounding[torch.int8] = self._rounding([plain(x) for x in inputs])
+
+    def _rounding(self, outputs: list[Tensor]) -> float:
+        return rms(torch.cat(outputs).double() - torch.cat(self.reference))
 
     def __call__(self, name: str, index: int, output: Tensor) -> str | None:
         """What is wrong with ``output`` on the input ``index``, or None."""
